@@ -1,0 +1,297 @@
+"""The public functions: checks, a request, one dispatch, out."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypedDict, overload
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from . import checks
+from .dispatch import Explanation, choose, explain_request
+from .errors import InvalidArgumentError
+from .machine import Machine, resolve_machine
+from .recipe import Recipe
+from .recipes import recipe as find_recipe
+from .request import Request, wants_grad
+
+Layout = Literal["HND", "NHD"]
+CausalAlignment = Literal["bottom_right", "top_left"]
+
+
+class _Options(TypedDict, total=False):
+    """What `attention` and `attention_varlen` share, for the type checker."""
+
+    recipe: str | Recipe
+    is_causal: bool
+    causal_alignment: CausalAlignment | None
+    sm_scale: float | None
+    like: str | Machine | None
+
+
+class _AttentionOptions(_Options, total=False):
+    attn_mask: Tensor | None
+    layout: Layout
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Unpack[_AttentionOptions]
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[_AttentionOptions]
+) -> tuple[Tensor, Tensor]: ...
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    recipe: str | Recipe = "auto",
+    is_causal: bool = False,
+    causal_alignment: CausalAlignment | None = None,
+    attn_mask: Tensor | None = None,
+    sm_scale: float | None = None,
+    layout: Layout = "HND",
+    return_lse: bool = False,
+    like: str | Machine | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention ``softmax(sm_scale · Q Kᵀ + mask) V``, quantised as ``recipe`` says.
+
+    Args:
+        q: ``[B, Hq, Nq, D]`` (HND) or ``[B, Nq, Hq, D]`` (NHD); float16, bfloat16 or float32 (float64 with exact).
+        k, v: ``[B, Hkv, Nk, D]`` and ``[B, Hkv, Nk, Dv]`` (or NHD), Hq a multiple of Hkv (GQA, MQA). D and Dv up to
+            256; any strides.
+        recipe: ``"auto"`` (the fastest that keeps the default error budget and is not slower than torch; exact where
+            no kernel runs), a recipe's name such as ``"sage2_8b"`` with changes if wanted
+            (``"sage2_4b:smooth_q=false"``), or a `Recipe`. A named recipe always runs, emulated where no kernel can.
+        is_causal: hide later keys. Query i sees key j if ``j ≤ i + Nk − Nq``.
+        causal_alignment: ``"bottom_right"`` (the default with ``is_causal``: the last query sees the last key) or
+            ``"top_left"`` (``j ≤ i``, PyTorch's).
+        attn_mask: broadcastable to ``[B, Hq, Nq, Nk]`` in either layout; bool (True: may see) or floating (added to
+            the logits). May be combined with ``is_causal``. Keys that a key-padding mask hides from every query are
+            left out of the means and scales.
+        sm_scale: ``1 / √D`` if None.
+        layout: ``"HND"`` or ``"NHD"``.
+        return_lse: return the log-sum-exp, too.
+        like: whose numbers an emulation gives: ``"sm_80"``, ``"sm_86"``, ``"sm_89"`` (the default), ``"sm_90a"``,
+            ``"sm_120a"``, or a `Machine`. Only with a named, quantising recipe.
+    Returns:
+        The output in q's dtype and layout (``Dv`` last, contiguous); with ``return_lse`` also the natural logarithm of
+        the softmax's denominator, float32 ``[B, Hq, Nq]`` in both layouts. A row that sees no key gives 0 and −inf.
+
+    Quantised attention is for inference. From finite inputs whose logits are finite in float32 comes a finite output;
+    a group of Q, K or V whose largest magnitude is below 2⁻¹¹² counts as zero.
+
+    >>> q = k = v = torch.randn(1, 2, 128, 64)
+    >>> attention(q, k, v, recipe="sage2_8b").shape
+    torch.Size([1, 2, 128, 64])
+
+    Raises:
+        InvalidArgumentError: a wrong shape, dtype, device or value.
+        InvalidRecipeError: an unknown recipe or option, or a contradiction.
+        UnsupportedError: nothing can run the call (a gradient of a quantised recipe, say), with every reason.
+    """
+    q, k, v, mask, scale, request = _attention_request(
+        q, k, v, recipe, is_causal, causal_alignment, attn_mask, sm_scale, layout, return_lse, like
+    )
+    choice = choose(request)
+    out, lse = choice.implementation.run(q, k, v, mask, scale, request, choice.recipe)
+    if layout == "NHD":
+        out = out.transpose(1, 2)
+    out = out.contiguous()
+    return (out, lse) if return_lse and lse is not None else out
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    recipe: str | Recipe = "auto",
+    is_causal: bool = False,
+    causal_alignment: CausalAlignment | None = None,
+    attn_mask: Tensor | None = None,
+    sm_scale: float | None = None,
+    layout: Layout = "HND",
+    return_lse: bool = False,
+    like: str | Machine | None = None,
+) -> Explanation:
+    """Which implementation and recipe `attention` would run for these arguments, and why not the others.
+
+    >>> q = k = v = torch.randn(1, 2, 128, 64)
+    >>> print(explain(q, k, v).implementation)
+    torch_sdpa
+
+    Raises:
+        InvalidArgumentError: as `attention`; a call that nothing can run is explained, not refused.
+    """
+    *_, request = _attention_request(
+        q, k, v, recipe, is_causal, causal_alignment, attn_mask, sm_scale, layout, return_lse, like
+    )
+    return explain_request(request)
+
+
+@overload
+def attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+    *, return_lse: Literal[False] = False, **options: Unpack[_Options],
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+    *, return_lse: Literal[True], **options: Unpack[_Options],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    recipe: str | Recipe = "auto",
+    is_causal: bool = False,
+    causal_alignment: CausalAlignment | None = None,
+    sm_scale: float | None = None,
+    return_lse: bool = False,
+    like: str | Machine | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over sequences of different lengths, packed one behind another. Means and scales are per sequence.
+
+    Args:
+        q: ``[total_q, Hq, D]``; k, v: ``[total_k, Hkv, D]`` and ``[total_k, Hkv, Dv]``.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 ``[B + 1]``; sequence b is tokens ``cu[b] … cu[b + 1] − 1``.
+        max_seqlen_q, max_seqlen_k: the longest sequences, or more; computed if None.
+        others: as in `attention`; a causal alignment holds within each sequence.
+    Returns:
+        ``[total_q, Hq, Dv]``; with ``return_lse`` also float32 ``[Hq, total_q]``.
+
+    >>> q = k = v = torch.randn(10, 2, 16)
+    >>> cu = torch.tensor([0, 3, 10])
+    >>> attention_varlen(q, k, v, cu, cu, recipe="sage2_8b", is_causal=True).shape
+    torch.Size([10, 2, 16])
+
+    Raises:
+        InvalidArgumentError, InvalidRecipeError, UnsupportedError: as `attention`.
+    """
+    checks.check_tensors(q, k, v, 3, "[tokens, heads, head_dim]")
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} (as [tokens, heads, head_dim])"
+    if k.shape[:2] != v.shape[:2]:
+        raise InvalidArgumentError(f"k and v must have the same tokens and heads: {shapes}")
+    checks.check_heads(q.shape[1], k.shape[1], shapes)
+    checks.check_head_dims(q.shape[2], k.shape[2], v.shape[2], shapes)
+    starts_q = checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0], q.device)
+    starts_k = checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], q.device)
+    if len(starts_q) != len(starts_k):
+        raise InvalidArgumentError(
+            f"cu_seqlens_q has {len(starts_q) - 1} sequences, cu_seqlens_k has {len(starts_k) - 1}"
+        )
+    checks.check_max_seqlen("max_seqlen_q", max_seqlen_q, starts_q)
+    checks.check_max_seqlen("max_seqlen_k", max_seqlen_k, starts_k)
+
+    out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+    lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, device=q.device)
+    for i in range(len(starts_q) - 1):
+        rows, keys = slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1])
+        one, one_lse = _varlen_one(
+            q[rows], k[keys], v[keys], recipe, is_causal, causal_alignment, sm_scale, return_lse, like
+        )
+        out[rows] = one
+        if one_lse is not None:
+            lse[:, rows] = one_lse
+    return (out, lse) if return_lse else out
+
+
+def _varlen_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    recipe: str | Recipe,
+    is_causal: bool,
+    causal_alignment: CausalAlignment | None,
+    sm_scale: float | None,
+    return_lse: bool,
+    like: str | Machine | None,
+) -> tuple[Tensor, Tensor | None]:
+    """One sequence of a packed batch: ``[N, H, D]`` in and out, lse ``[H, N]``."""
+    q, k, v, _, scale, request = _attention_request(
+        q[None], k[None], v[None], recipe, is_causal, causal_alignment, None, sm_scale, "NHD", return_lse, like
+    )
+    choice = choose(request)
+    out, lse = choice.implementation.run(q, k, v, None, scale, request, choice.recipe)
+    return out[0].transpose(0, 1), None if lse is None else lse[0]
+
+
+def resolve_like(recipe: Recipe | None, like: str | Machine | None) -> Machine | None:
+    if like is None:
+        return None
+    if recipe is None or recipe.is_exact:
+        raise InvalidArgumentError(
+            f"like={str(like)!r} says whose quantised numbers are emulated; recipe {recipe or 'auto'} emulates nothing"
+        )
+    machine = resolve_machine(like)
+    recipe.check_geometry(machine.geometry)
+    return machine
+
+
+def _attention_request(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    recipe: str | Recipe,
+    is_causal: bool,
+    causal_alignment: str | None,
+    attn_mask: Tensor | None,
+    sm_scale: float | None,
+    layout: str,
+    return_lse: bool,
+    like: str | Machine | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float, Request]:
+    """Checked tensors as ``[B, H, N, D]`` views, the mask expanded, the scale, and the request."""
+    checks.check_choice("layout", layout, checks.LAYOUTS)
+    checks.check_flag("is_causal", is_causal)
+    checks.check_flag("return_lse", return_lse)
+    checks.check_alignment(is_causal, causal_alignment)
+    checks.check_tensors(q, k, v, 4, "[B, H, N, D]" if layout == "HND" else "[B, N, H, D]")
+    chosen = None if isinstance(recipe, str) and recipe == "auto" else find_recipe(recipe)
+    machine = resolve_like(chosen, like)
+    if layout == "NHD":
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    checks.check_hnd(q, k, v)
+    scale = checks.resolve_scale("sm_scale", sm_scale, q.shape[3])
+    mask = checks.check_mask(attn_mask, q, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+    request = make_request(
+        q, k, v, mask, chosen, machine,
+        is_causal=is_causal, bottom_right=causal_alignment != "top_left", return_lse=return_lse,
+    )  # fmt: skip
+    return q, k, v, mask, scale, request
+
+
+def make_request(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, recipe: Recipe | None, machine: Machine | None, **options: Any
+) -> Request:
+    if recipe is not None and machine is None:
+        recipe.check_geometry(resolve_machine(None).geometry)
+    kind: Literal["none", "bool", "float"] = "none" if mask is None else "bool" if mask.dtype == torch.bool else "float"
+    return Request(
+        recipe=recipe,
+        machine=machine,
+        batch=q.shape[0],
+        q_heads=q.shape[1],
+        kv_heads=k.shape[1],
+        q_len=q.shape[2],
+        kv_len=k.shape[2],
+        head_dim=q.shape[3],
+        v_head_dim=v.shape[3],
+        dtype=q.dtype,
+        device=q.device,
+        mask=kind,
+        mask_dtype=None if mask is None else mask.dtype,
+        needs_grad=wants_grad(q, k, v, mask),
+        **options,
+    )

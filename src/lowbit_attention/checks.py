@@ -1,0 +1,138 @@
+"""Argument checks. Each error names the argument, its value, and what would have been right."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .errors import InvalidArgumentError
+
+LAYOUTS = ("HND", "NHD")
+CAUSAL_ALIGNMENTS = ("bottom_right", "top_left")
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def fail(message: str) -> NoReturn:
+    """Raise `InvalidArgumentError`."""
+    raise InvalidArgumentError(message)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """A bool and nothing that merely looks like one (a mask passed by position, say)."""
+    if not isinstance(value, bool):
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        fail(f"{name} must be True or False, got {what}")
+
+
+def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """One of a few strings."""
+    if not isinstance(value, str) or value not in allowed:
+        fail(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
+
+
+def check_alignment(is_causal: bool, causal_alignment: str | None) -> None:
+    """An alignment is only given together with causality."""
+    if causal_alignment is None:
+        return
+    check_choice("causal_alignment", causal_alignment, CAUSAL_ALIGNMENTS)
+    if not is_causal:
+        fail(f"causal_alignment={causal_alignment!r} means nothing without is_causal=True")
+
+
+def resolve_scale(name: str, value: float | None, head_dim: int) -> float:
+    """``value``, or ``1 / √head_dim`` for ``None``."""
+    if value is None:
+        return 1.0 / math.sqrt(head_dim)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        fail(f"{name} must be a finite number or None, got {value!r}")
+    return float(value)
+
+
+def _named(q: Any, k: Any, v: Any) -> tuple[tuple[str, Any], ...]:
+    return (("q", q), ("k", k), ("v", v))
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, dims: int, axes: str) -> None:
+    """Tensors of equal floating dtype and device with ``dims`` dimensions (named ``axes`` in the error)."""
+    for name, t in _named(q, k, v):
+        if not isinstance(t, Tensor):
+            fail(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.dim() != dims:
+            fail(f"{name} must have {dims} dimensions {axes}, got shape {tuple(t.shape)}")
+        if t.dtype not in FLOAT_DTYPES:
+            fail(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+    if not q.dtype == k.dtype == v.dtype:
+        fail(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if not q.device == k.device == v.device:
+        fail(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
+
+
+def check_hnd(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Shapes of ``[B, H, N, D]`` tensors that can attend to each other."""
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} (as [B, H, N, D])"
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        fail(f"q, k and v have different batch sizes: {shapes}")
+    if k.shape[1] != v.shape[1]:
+        fail(f"k and v have different numbers of heads: {shapes}")
+    if k.shape[2] != v.shape[2]:
+        fail(f"k and v have different lengths: {shapes}")
+    check_heads(q.shape[1], k.shape[1], shapes)
+    check_head_dims(q.shape[3], k.shape[3], v.shape[3], shapes)
+
+
+def check_heads(q_heads: int, kv_heads: int, shapes: str) -> None:
+    """Every K/V head serves the same number of query heads."""
+    if (kv_heads == 0) != (q_heads == 0) or (kv_heads and q_heads % kv_heads):
+        fail(f"the number of query heads, {q_heads}, is no multiple of that of k and v, {kv_heads}: {shapes}")
+
+
+def check_head_dims(q_dim: int, k_dim: int, v_dim: int, shapes: str) -> None:
+    """Q and K share a head dimension; none is empty."""
+    if q_dim != k_dim:
+        fail(f"q and k have different head dimensions: {shapes}")
+    if q_dim == 0 or v_dim == 0:
+        fail(f"the head dimension must be at least 1: {shapes}")
+
+
+def check_mask(mask: Any, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor | None:
+    """The mask expanded, as a view, to ``shape`` = ``[B, Hq, Nq, Nk]``."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        fail(f"attn_mask must be a torch.Tensor or None, got {type(mask).__name__}")
+    if mask.dtype != torch.bool and mask.dtype not in FLOAT_DTYPES:
+        fail(f"attn_mask must be bool (True: may see) or floating (added to the logits), got {mask.dtype}")
+    if mask.device != q.device:
+        fail(f"attn_mask is on {mask.device}, q on {q.device}")
+    try:
+        expanded: Tensor = mask.expand(shape)
+    except RuntimeError:
+        raise InvalidArgumentError(
+            f"attn_mask of shape {tuple(mask.shape)} does not broadcast to [B, Hq, Nq, Nk] = {list(shape)}"
+        ) from None
+    return expanded
+
+
+def check_cu_seqlens(name: str, cu: Any, total: int, device: torch.device) -> list[int]:
+    """Offsets ``0 = c₀ ≤ c₁ ≤ … ≤ c_B = total`` as Python integers."""
+    if not isinstance(cu, Tensor) or cu.dim() != 1 or cu.numel() < 1 or cu.dtype not in (torch.int32, torch.int64):
+        what = f"{cu.dtype} of shape {tuple(cu.shape)}" if isinstance(cu, Tensor) else type(cu).__name__
+        fail(f"{name} must be a one-dimensional int32 or int64 tensor of offsets, got {what}")
+    if cu.device != device:
+        fail(f"{name} is on {cu.device}, q on {device}")
+    offsets: list[int] = cu.tolist()
+    if offsets[0] != 0 or offsets[-1] != total or any(a > b for a, b in itertools.pairwise(offsets)):
+        fail(f"{name} must rise from 0 to {total}, the number of tokens, got {offsets}")
+    return offsets
+
+
+def check_max_seqlen(name: str, given: int | None, offsets: list[int]) -> int:
+    """The longest sequence; a given maximum must not be below it."""
+    longest = max((b - a for a, b in itertools.pairwise(offsets)), default=0)
+    if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < longest):
+        fail(f"{name}={given!r} is not an integer of at least {longest}, the longest sequence's length")
+    return longest

@@ -1,0 +1,151 @@
+"""Which implementation runs a request, and why not the others.
+
+A *named* recipe runs that recipe, on the first implementation that can. ``auto`` runs a kernel where one stays in the
+default error budget and is not slower than what torch would run, and otherwise exact attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import UnsupportedError
+from .implementations import IMPLEMENTATIONS, Implementation
+from .machine import DEFAULT_MACHINE
+from .recipe import Recipe
+from .recipes import EXACT
+from .request import Request, device_name
+
+AUTO_MIN_LENGTH = 4096
+"""From how many queries and keys ``auto`` trusts a kernel on a card nobody has timed. On an H200 a whole call of
+quantised attention breaks even with cuDNN at about 2048 tokens; twice that is the margin for other cards."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One implementation with one recipe: whether it was chosen, and what speaks for or against it."""
+
+    implementation: str
+    recipe: str
+    chosen: bool
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs a request."""
+
+    implementation: Implementation
+    recipe: Recipe
+    verdicts: tuple[Verdict, ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `lowbit_attention.explain` returns; ``print`` shows it."""
+
+    request: str
+    asked: str
+    implementation: str | None
+    recipe: str | None
+    verdicts: tuple[Verdict, ...]
+
+    def __str__(self) -> str:
+        runs = (
+            f"{self.implementation} with recipe {self.recipe}" if self.implementation else "nothing: no one can run it"
+        )
+        lines = [f"request: {self.request}", f"recipe asked for: {self.asked}", f"runs: {runs}"]
+        for verdict in self.verdicts:
+            mark = "+" if verdict.chosen else "-"
+            lines.append(f"  {mark} {verdict.implementation} [{verdict.recipe}]: " + "; ".join(verdict.reasons))
+        return "\n".join(lines)
+
+
+def choose(request: Request) -> Choice:
+    """The implementation and recipe for ``request``.
+
+    Raises:
+        UnsupportedError: with every implementation's every reason, if none can run it.
+    """
+    choice, verdicts = _decide(request)
+    if choice is None:
+        raise UnsupportedError(
+            f"no implementation can run this call with recipe {request.recipe or 'auto'} ({request})",
+            {verdict.implementation: verdict.reasons for verdict in verdicts},
+        )
+    return choice
+
+
+def explain_request(request: Request) -> Explanation:
+    """What would run ``request``, and why not the others."""
+    choice, verdicts = _decide(request)
+    return Explanation(
+        request=str(request),
+        asked=str(request.recipe or "auto"),
+        implementation=choice.implementation.name if choice else None,
+        recipe=choice.recipe.name if choice else None,
+        verdicts=tuple(verdicts),
+    )
+
+
+def _decide(request: Request) -> tuple[Choice | None, list[Verdict]]:
+    if request.recipe is None:
+        best, verdicts = _fastest_kernel(request)
+        if best is not None:
+            return Choice(*best, tuple(verdicts)), verdicts
+        recipe = EXACT
+    else:
+        recipe, verdicts = request.recipe, []
+    found: Choice | None = None
+    for implementation in IMPLEMENTATIONS:
+        if request.recipe is None and implementation.is_kernel:
+            continue  # already judged
+        reasons = implementation.not_supported_reasons(request, recipe)
+        if found is None and not reasons:
+            verdicts.append(Verdict(implementation.name, recipe.name, True, (_why(request, implementation),)))
+            found = Choice(implementation, recipe, tuple(verdicts))
+        else:
+            why = reasons or (f"{found.implementation.name} comes first" if found else "",)
+            verdicts.append(Verdict(implementation.name, recipe.name, False, tuple(why)))
+    return found, verdicts
+
+
+def _why(request: Request, implementation: Implementation) -> str:
+    if implementation.name == "emulation":
+        return f"no kernel runs it here: emulated as {request.machine or DEFAULT_MACHINE}"
+    return "supports the request"
+
+
+def _fastest_kernel(request: Request) -> tuple[tuple[Implementation, Recipe] | None, list[Verdict]]:
+    """The kernel and recipe ``auto`` picks, if any, and what speaks for and against each."""
+    candidates: list[tuple[float, Implementation, Recipe, str]] = []
+    against: list[Verdict] = []
+    for kernel in IMPLEMENTATIONS:
+        for recipe in kernel.auto_recipes if kernel.is_kernel else ():
+            if reasons := kernel.not_supported_reasons(request, recipe):
+                against.append(Verdict(kernel.name, recipe.name, False, reasons))
+                continue
+            speedup = kernel.measured_speedup(request, recipe)
+            card = device_name(request.device)
+            if speedup is None:
+                why = f"not timed on this card ({card})"
+                shortest = min(request.q_len, request.kv_len)
+                if shortest < AUTO_MIN_LENGTH:
+                    why += f", and {shortest} tokens are fewer than {AUTO_MIN_LENGTH}"
+                    against.append(Verdict(kernel.name, recipe.name, False, (why,)))
+                    continue
+                candidates.append(
+                    (1.0, kernel, recipe, why + f"; from {AUTO_MIN_LENGTH} tokens on it is expected to win")
+                )
+            elif speedup < 1.0:
+                why = f"measured on {card}: {speedup:.2f} × torch's speed"
+                against.append(Verdict(kernel.name, recipe.name, False, (why,)))
+            else:
+                candidates.append((speedup, kernel, recipe, f"measured on {card}: {speedup:.2f} × torch's speed"))
+    if not candidates:
+        return None, against
+    best = max(candidates, key=lambda c: c[0])  # the first of equals: kernels list their fastest recipe first
+    verdicts = [
+        Verdict(c[1].name, c[2].name, c is best, (c[3],) if c is best else (c[3], "another is faster"))
+        for c in candidates
+    ]
+    return (best[1], best[2]), verdicts + against

@@ -1,0 +1,51 @@
+"""Every error this library raises on purpose.
+
+Each message carries the offending values and, where there is one, the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class LowbitError(Exception):
+    """Base class of all errors raised on purpose by this library."""
+
+
+class InvalidArgumentError(LowbitError, ValueError):
+    """An argument has a wrong value, shape, dtype or device."""
+
+
+class InvalidRecipeError(InvalidArgumentError):
+    """A recipe, or a recipe together with a geometry, contradicts itself.
+
+    ``reasons`` holds every contradiction, not only the first.
+    """
+
+    def __init__(self, subject: str, reasons: Sequence[str]) -> None:
+        self.reasons = tuple(reasons)
+        super().__init__(f"{subject}: " + "; ".join(self.reasons))
+
+
+class UnsupportedError(LowbitError, NotImplementedError):
+    """No implementation can run this request.
+
+    ``reasons`` maps each implementation's name to every reason why it cannot.
+    """
+
+    def __init__(self, message: str, reasons: dict[str, tuple[str, ...]] | None = None) -> None:
+        self.reasons = dict(reasons or {})
+        lines = [message]
+        for name, why in self.reasons.items():
+            lines.extend(f"  {name}: {reason}" for reason in why)
+        super().__init__("\n".join(lines))
+
+
+class MissingExtraError(LowbitError, ImportError):
+    """A feature needs packages that come with one of this package's extras."""
+
+    def __init__(self, feature: str, extra: str, missing: str) -> None:
+        self.extra = extra
+        super().__init__(
+            f'{feature} needs the package {missing!r}, which is not installed: pip install "lowbit-attention[{extra}]"'
+        )

@@ -1,0 +1,150 @@
+"""The implementations: who can run a request, and how. Kernels register themselves here, too."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .machine import DEFAULT_MACHINE
+from .recipe import Recipe
+from .recipes import EXACT
+from .reference.attention import emulate
+from .reference.exact import exact
+from .reference.masks import Masking
+from .request import Request
+
+MAX_HEAD_DIM = 256
+"""The largest head dimension of quantised attention."""
+
+Output = tuple[Tensor, Tensor | None]
+
+
+class Implementation(ABC):
+    """One way to run attention. ``is_kernel``: made for speed, so ``recipe="auto"`` may pick it."""
+
+    name: ClassVar[str]
+    is_kernel: ClassVar[bool] = False
+    auto_recipes: ClassVar[tuple[Recipe, ...]] = ()
+    """For a kernel: the recipes ``auto`` may run on it, the fastest first."""
+
+    @abstractmethod
+    def not_supported_reasons(self, request: Request, recipe: Recipe) -> tuple[str, ...]:
+        """Every reason why this implementation cannot run ``request`` with ``recipe``; empty if it can."""
+
+    @abstractmethod
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sm_scale: float, request: Request, recipe: Recipe
+    ) -> Output:
+        """Attention of ``[B, H, N, D]`` tensors: output in q's dtype, and lse (float32) if the request asks for it.
+
+        ``mask`` is expanded to ``[B, Hq, Nq, Nk]``.
+        """
+
+    def measured_speedup(self, request: Request, recipe: Recipe) -> float | None:
+        """Torch's time over this implementation's, from measurements on this card; ``None`` if it was not timed."""
+        del request, recipe
+        return None
+
+
+class TorchSDPA(Implementation):
+    """PyTorch's own scaled_dot_product_attention."""
+
+    name = "torch_sdpa"
+
+    def not_supported_reasons(self, request: Request, recipe: Recipe) -> tuple[str, ...]:
+        reasons = []
+        if not recipe.is_exact:
+            reasons.append(f"it does not quantise, and recipe {recipe} does")
+        if request.return_lse:
+            reasons.append("it does not return the log-sum-exp")
+        if request.is_causal and request.causal_offset != 0:
+            reasons.append(
+                f"its causality is top-left, and bottom-right differs: Nq={request.q_len}, Nk={request.kv_len}"
+            )
+        if request.is_causal and request.mask != "none":
+            reasons.append("it takes either is_causal or attn_mask, not both")
+        if request.mask == "float" and request.mask_dtype not in (request.dtype, torch.float32):
+            reasons.append(f"its float mask must have q's dtype {request.dtype}, got {request.mask_dtype}")
+        return tuple(reasons)
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sm_scale: float, request: Request, recipe: Recipe
+    ) -> Output:
+        group = request.q_heads // max(1, request.kv_heads)
+        if group > 1:  # (enable_gqa came with torch 2.5; an expanded view serves every version)
+            k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+        if mask is not None and mask.dtype != torch.bool and mask.dtype != q.dtype:
+            mask = mask.to(q.dtype)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=request.dropout_p, is_causal=request.is_causal, scale=sm_scale
+        )
+        if mask is not None:  # torch below 2.5 gives NaN for a row that sees no key
+            seen = mask if mask.dtype == torch.bool else mask != -torch.inf
+            out = out.masked_fill(~seen.any(dim=-1, keepdim=True), 0.0)
+        return out, None
+
+
+class TiledExact(Implementation):
+    """Exact attention tile by tile: what PyTorch's own does not do, in float32 (float64 for float64 inputs)."""
+
+    name = "tiled_exact"
+
+    def not_supported_reasons(self, request: Request, recipe: Recipe) -> tuple[str, ...]:
+        reasons = []
+        if not recipe.is_exact:
+            reasons.append(f"it does not quantise, and recipe {recipe} does")
+        return (*reasons, *_inference_only(request))
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sm_scale: float, request: Request, recipe: Recipe
+    ) -> Output:
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        with torch.no_grad():
+            out, lse = exact(q, k, v, sm_scale=sm_scale, masking=Masking(request.causal_offset, mask), dtype=dtype)
+        return out.to(q.dtype), lse.float() if request.return_lse else None
+
+
+class Emulation(Implementation):
+    """Any named recipe on any device, with the numbers of the machine that ``like`` names."""
+
+    name = "emulation"
+
+    def not_supported_reasons(self, request: Request, recipe: Recipe) -> tuple[str, ...]:
+        reasons = []
+        if recipe.is_exact:
+            reasons.append("it emulates quantisation, and recipe exact has none")
+        if request.dtype == torch.float64:
+            reasons.append("quantised attention computes in float32 and would lose float64's digits; cast the inputs")
+        if max(request.head_dim, request.v_head_dim) > MAX_HEAD_DIM:
+            reasons.append(f"head_dim {max(request.head_dim, request.v_head_dim)} is above {MAX_HEAD_DIM}")
+        return (*reasons, *_inference_only(request))
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sm_scale: float, request: Request, recipe: Recipe
+    ) -> Output:
+        machine = request.machine or DEFAULT_MACHINE
+        with torch.no_grad():
+            result = emulate(
+                q, k, v, recipe, sm_scale=sm_scale, masking=Masking(request.causal_offset, mask), machine=machine
+            )
+        limit = torch.finfo(q.dtype).max
+        return result.out.clamp(-limit, limit).to(q.dtype), result.lse if request.return_lse else None
+
+
+def _inference_only(request: Request) -> list[str]:
+    reasons = []
+    if request.needs_grad:
+        reasons.append("it has no gradient: call it under torch.no_grad(), or use recipe='exact'")
+    if request.dropout_p:
+        reasons.append(f"it has no dropout, and dropout_p={request.dropout_p}")
+    return reasons
+
+
+IMPLEMENTATIONS: list[Implementation] = [TorchSDPA(), TiledExact(), Emulation()]
+"""In the order they are tried for a named recipe; kernels go in front."""
+
+__all__ = ["EXACT", "IMPLEMENTATIONS", "MAX_HEAD_DIM", "Emulation", "Implementation", "TiledExact", "TorchSDPA"]

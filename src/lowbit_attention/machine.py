@@ -1,0 +1,139 @@
+"""The two things besides the recipe that make the numbers: the kernel's tiles and the machine's accumulators.
+
+The recipe is the method. The *geometry* decides who shares a scale, what the tile mean of Q is and where tile
+maxima are taken. The *accumulator model* is what the tensor core does to a sum. A kernel publishes both, and the
+reference is run with both when that kernel is judged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from .errors import InvalidArgumentError
+
+Fidelity = Literal["step", "instruction"]
+"""``step``: one matrix product per instruction depth, then the running sum is truncated or rounded (fast, the
+default). ``instruction``: every product of an instruction is aligned and truncated on its own, as the card does."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Tiles of a kernel, in tokens.
+
+    ``b_q`` query rows and ``b_k`` keys a tile; one warp holds ``warp_rows`` of the query rows.
+    """
+
+    b_q: int = 128
+    b_k: int = 64
+    warp_rows: int = 32
+
+    def __post_init__(self) -> None:
+        if self.warp_rows < 16 or self.warp_rows % 16:
+            raise InvalidArgumentError(f"warp_rows={self.warp_rows}: an MMA has 16 rows, so a positive multiple of 16")
+        if self.b_q < 1 or self.b_q % self.warp_rows:
+            raise InvalidArgumentError(f"b_q={self.b_q} is not a positive multiple of warp_rows={self.warp_rows}")
+        if self.b_k < 32 or self.b_k % 32:
+            raise InvalidArgumentError(f"b_k={self.b_k}: an 8-bit MMA is 32 keys deep, so a positive multiple of 32")
+
+    def __str__(self) -> str:
+        return f"{self.b_q}×{self.b_k}, {self.warp_rows} rows a warp"
+
+
+@dataclass(frozen=True)
+class AccumulatorModel:
+    """What the tensor core does to the sum of an FP8 P·V product.
+
+    ``f32_fraction_bits``: fraction bits that an FP32-typed accumulator keeps after each instruction, the rest being
+    truncated toward zero; ``None`` means a true FP32 accumulator.
+    ``align_fraction_bits``: inside one instruction, the accumulator and all products are truncated toward zero at
+    this many bits below the largest exponent among them (seen only in the ``instruction`` fidelity).
+    ``lossless``: sums lose nothing at all; what is left is the rounding of the operands.
+    """
+
+    name: str
+    f32_fraction_bits: int | None
+    align_fraction_bits: int | None
+    lossless: bool
+    provenance: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+ADA_FP22 = AccumulatorModel(
+    "ada_fp22",
+    f32_fraction_bits=13,
+    align_fraction_bits=13,
+    lossless=False,
+    provenance="the papers' description (1 + 8 + 13 bits, low bits truncated); not probed on an Ada card",
+)
+SM90_WGMMA = AccumulatorModel(
+    "sm90_wgmma",
+    f32_fraction_bits=13,
+    align_fraction_bits=13,
+    lossless=False,
+    provenance="single-instruction probes on an H200; chains of instructions not probed yet",
+)
+SM90_MMA = AccumulatorModel(
+    "sm90_mma",
+    f32_fraction_bits=None,
+    align_fraction_bits=None,
+    lossless=False,
+    provenance="mma.sync on an H200, which emulates FP8 with FP16: no truncation seen in f32, one rounding in f16",
+)
+EXACT_SUMS = AccumulatorModel(
+    "exact",
+    f32_fraction_bits=None,
+    align_fraction_bits=None,
+    lossless=True,
+    provenance="sums in float64: only the operands are rounded",
+)
+
+ACCUMULATOR_MODELS: dict[str, AccumulatorModel] = {m.name: m for m in (ADA_FP22, SM90_WGMMA, SM90_MMA, EXACT_SUMS)}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Whose numbers an emulation gives: a geometry, an accumulator model and how faithfully it is followed."""
+
+    name: str
+    geometry: Geometry = Geometry()
+    accumulators: AccumulatorModel = ADA_FP22
+    fidelity: Fidelity = "step"
+
+    def __post_init__(self) -> None:
+        if self.fidelity not in ("step", "instruction"):
+            raise InvalidArgumentError(f"fidelity={self.fidelity!r} is neither 'step' nor 'instruction'")
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.geometry}; {self.accumulators} accumulators, {self.fidelity} fidelity)"
+
+
+_ADA_TILES = Geometry(b_q=128, b_k=64, warp_rows=32)  # the papers' tiles, four warps of 32 rows
+_HOPPER_TILES = Geometry(b_q=64, b_k=128, warp_rows=16)  # one warpgroup: 4 warps × 16 rows of a wgmma.m64
+
+MACHINES: dict[str, Machine] = {
+    m.name: m
+    for m in (
+        Machine("sm_80", _ADA_TILES, SM90_MMA),  # no FP8 here; FP16 and INT8 sums have no FP22 in them
+        Machine("sm_86", _ADA_TILES, SM90_MMA),
+        Machine("sm_89", _ADA_TILES, ADA_FP22),
+        Machine("sm_90a", _HOPPER_TILES, SM90_WGMMA),
+        Machine("sm_120a", _ADA_TILES, SM90_MMA),  # accumulates in true FP32
+    )
+}
+DEFAULT_MACHINE = MACHINES["sm_89"]
+
+
+def resolve_machine(like: str | Machine | None, fidelity: Fidelity | None = None) -> Machine:
+    """The machine that ``like`` names (``"sm_89"``, ``"sm_90a"``, …), `DEFAULT_MACHINE` for ``None``."""
+    if like is None:
+        machine = DEFAULT_MACHINE
+    elif isinstance(like, Machine):
+        machine = like
+    elif isinstance(like, str) and like in MACHINES:
+        machine = MACHINES[like]
+    else:
+        raise InvalidArgumentError(f"like={like!r} names no machine; known: {', '.join(MACHINES)}")
+    return machine if fidelity is None else replace(machine, fidelity=fidelity)

@@ -1,0 +1,95 @@
+"""Which maximum the softmax subtracts, and which tokens the statistics are taken over: small option types."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from .errors import InvalidArgumentError
+
+
+@dataclass(frozen=True)
+class RunningMax:
+    """The maximum of all keys seen so far: FlashAttention's online softmax."""
+
+    def __str__(self) -> str:
+        return "running"
+
+
+@dataclass(frozen=True)
+class TileMax:
+    """Every key tile's own row maximum, so each tile uses the whole range of P's format."""
+
+    def __str__(self) -> str:
+        return "tile"
+
+
+@dataclass(frozen=True)
+class RestartedMax:
+    """The running maximum, restarted at each promotion at ``max(tile maximum, M − slack)``.
+
+    M is the maximum of all keys seen so far, in base-2 logits; ``slack`` (also base 2) bounds by ``2^slack`` the
+    factor that the promoted sum is rescaled by. It keeps small terms apart from an attention sink's.
+    """
+
+    slack: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.slack) and 0 < self.slack <= 60):
+            raise InvalidArgumentError(f"slack={self.slack}: a base-2 exponent in (0, 60], or sums leave FP32's range")
+
+    def __str__(self) -> str:
+        return f"restarted({self.slack:g})"
+
+
+SoftmaxMax = RunningMax | TileMax | RestartedMax
+
+
+def parse_softmax_max(text: str) -> SoftmaxMax:
+    """``running``, ``tile``, ``restarted`` or ``restarted(20)``."""
+    if text == "running":
+        return RunningMax()
+    if text == "tile":
+        return TileMax()
+    if match := re.fullmatch(r"restarted(?:\(([0-9.]+)\))?", text):
+        return RestartedMax(float(match[1])) if match[1] else RestartedMax()
+    raise InvalidArgumentError(f"{text!r} is no softmax maximum: 'running', 'tile' or 'restarted(20)'")
+
+
+@dataclass(frozen=True)
+class AllTokens:
+    """Statistics over every valid token."""
+
+    def __str__(self) -> str:
+        return "all"
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """Statistics over ``count`` valid tokens, evenly spread: token ``⌊(i + ½) · n / count⌋`` for i < count.
+
+    Exact for k̄ and v̄ (any constant vector is) and one pass cheaper; a scale taken from a sample saturates what the
+    sample missed, unless the recipe leaves headroom.
+    """
+
+    count: int = 32
+
+    def __post_init__(self) -> None:
+        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
+            raise InvalidArgumentError(f"count={self.count!r}: a positive number of tokens")
+
+    def __str__(self) -> str:
+        return f"sampled({self.count})"
+
+
+TokenSample = AllTokens | SampledTokens
+
+
+def parse_token_sample(text: str) -> TokenSample:
+    """``all``, ``sampled`` or ``sampled(32)``."""
+    if text == "all":
+        return AllTokens()
+    if match := re.fullmatch(r"sampled(?:\(([0-9]+)\))?", text):
+        return SampledTokens(int(match[1])) if match[1] else SampledTokens()
+    raise InvalidArgumentError(f"{text!r} is no token sample: 'all' or 'sampled(32)'")

@@ -1,0 +1,173 @@
+"""The named recipes, each in one place. Adding a recipe is adding one entry (CONTRIBUTING.md says what else to run)."""
+
+from __future__ import annotations
+
+from .errors import InvalidRecipeError
+from .granularity import PerBlock, PerThread, PerWarp
+from .recipe import Recipe, decode_options
+from .recipe_options import RestartedMax, TileMax
+
+_SAGE2_8B = Recipe(
+    name="sage2_8b",
+    summary="SageAttention2 8+8: INT8 Q·K, FP8 P·V, two-level sums",
+    qk_bits=8,
+    smooth_k=True,
+    p_max=448.0,
+    v_max=448.0,
+    accumulator="fp8_f32",
+    keys_per_promotion="tile",
+)
+_SAGE2_4B = _SAGE2_8B.replace(
+    name="sage2_4b",
+    summary="SageAttention2 4+8: INT4 Q·K with Q and K smoothed, FP8 P·V, two-level sums",
+    qk_bits=4,
+    smooth_q=True,
+)
+# (P_r, V_r) = (224, 4.5): 64 · 224 · 4.5 = 64512 ≤ 65504, and of the pairs with that product the best on sinks.
+_SAGE2PP = {"p_max": 224.0, "v_max": 4.5, "accumulator": "fp8_f16", "keys_per_promotion": 64}
+_SAGE2PP_4B = _SAGE2_4B.replace(
+    name="sage2pp_4b", summary="SageAttention2++ 4+8: sage2_4b with FP16 sums over 64 keys", **_SAGE2PP
+)
+
+_ENTRIES = (
+    Recipe(
+        name="exact",
+        summary="nothing quantised: scaled_dot_product_attention",
+        qk_bits=None,
+        smooth_k=False,
+        pv_format="fp32",
+        p_max=1.0,
+        v_max=1.0,
+        accumulator="fp32",
+    ),
+    Recipe(
+        name="sage1",
+        summary="SageAttention: INT8 Q·K per block, FP16 P·V with FP16 sums over a tile",
+        q_granularity=PerBlock(),
+        k_granularity=PerBlock(),
+        pv_format="fp16",
+        p_max=1.0,
+        v_max=256.0,  # 128 keys · 1 · 256 = 32768 stays inside FP16; a power of two changes no digit of V
+        v_scale_power_of_two=True,
+        accumulator="fp16",
+        keys_per_promotion="tile",
+    ),
+    Recipe(
+        name="sage2_v1_4b",
+        summary="the first SageAttention2 report: INT4 per warp, Q, K and V smoothed, FP22 sums in a single level",
+        qk_bits=4,
+        q_granularity=PerWarp(),
+        k_granularity=PerWarp(),
+        smooth_q=True,
+        smooth_v=True,
+        keys_per_promotion="never",
+    ),
+    _SAGE2_8B,
+    _SAGE2_4B,
+    _SAGE2_8B.replace(
+        name="sage2pp_8b", summary="SageAttention2++ 8+8: sage2_8b with FP16 sums over 64 keys", **_SAGE2PP
+    ),
+    _SAGE2PP_4B,
+    _SAGE2_4B.replace(
+        name="smooth_attn",
+        summary="baseline: INT4 with SmoothQuant (α = 0.5) between Q's and K's channels",
+        smooth_q=False,
+        smooth_k=False,
+        smoothquant_alpha=0.5,
+    ),
+    _SAGE2_4B.replace(
+        name="hadamard_attn",
+        summary="baseline: INT4 after a Hadamard rotation of the head dimension",
+        smooth_q=False,
+        smooth_k=False,
+        rotation="hadamard",
+    ),
+    _SAGE2PP_4B.replace(
+        name="rotated_4b",
+        summary="ours: sage2pp_4b after a Hadamard rotation, for K that RoPE has turned",
+        rotation="hadamard",
+    ),
+    Recipe(
+        name="int8_fp16",
+        summary="ours, near-lossless: INT8 Q·K, FP16 P·V with FP32 sums",
+        pv_format="fp16",
+        p_max=2.0**15,  # the largest power of two in FP16: P is a normal number down to 2^-29
+        v_max=2.0**15,  # likewise; an FP32 sum of 2^17 products of 2^30 is far from its limit
+        v_scale_power_of_two=True,
+        accumulator="fp32",
+        keys_per_promotion="tile",
+    ),
+    Recipe(
+        name="int8_u8",
+        summary="ours: INT8 Q·K, unsigned INT8 P by its tile's row maximum, INT8 V, exact sums",
+        pv_format="u8",
+        p_max=255.0,
+        v_max=127.0,
+        softmax_max=TileMax(),
+        accumulator="int32",
+        keys_per_promotion="tile",
+        row_sum="rounded",  # a dp4a with ones sums the codes themselves, exactly
+    ),
+    Recipe(
+        name="fast_8b",
+        summary="ours, for Hopper, provisional: INT8 Q·K, FP8 P·V with FP16 sums over 512 keys",
+        q_granularity=PerThread(),
+        k_granularity=PerBlock(),
+        smooth_v=True,  # the accumulator truncates small addends: a bias that grows with V's mean
+        p_max=56.0,  # 512 keys · 56 · 2.25 = 64512 ≤ 65504
+        v_max=2.25,
+        softmax_max=RestartedMax(20.0),
+        accumulator="fp8_f16",
+        keys_per_promotion=512,
+        promote_first_tile=True,
+        row_sum="rounded",
+    ),
+)
+
+RECIPES: dict[str, Recipe] = {entry.name: entry for entry in _ENTRIES}
+"""Every named recipe, by name."""
+
+EXACT = RECIPES["exact"]
+
+
+def recipe(spec: str | Recipe) -> Recipe:
+    """The recipe that ``spec`` names, with options changed after a colon.
+
+    Args:
+        spec: a `Recipe` (returned as it is), a name, or ``name:option=value,option=value``.
+
+    >>> recipe("sage2_8b").p_max
+    448.0
+    >>> recipe("sage2_4b:smooth_q=false,k_granularity=per_block").smooth_q
+    False
+
+    Raises:
+        InvalidRecipeError: for an unknown name or option, or a combination that contradicts itself.
+    """
+    if isinstance(spec, Recipe):
+        return spec
+    if not isinstance(spec, str):
+        raise InvalidRecipeError(f"recipe {spec!r}", ["neither a Recipe nor a recipe's name"])
+    name, _, changes = spec.partition(":")
+    if name not in RECIPES:
+        raise InvalidRecipeError(f"recipe {name!r}", [f"unknown name; known: {', '.join(RECIPES)}"])
+    if not changes:
+        return RECIPES[name]
+    pairs = [change.partition("=") for change in changes.split(",")]
+    if bad := [key + sep + value for key, sep, value in pairs if not (key and sep and value)]:
+        raise InvalidRecipeError(f"recipe {spec!r}", [f"{text!r} is not option=value" for text in bad])
+    data = {key.strip(): _plain(value.strip()) for key, _, value in pairs}
+    return RECIPES[name].replace(**decode_options(data, f"recipe {spec!r}"))
+
+
+def _plain(text: str) -> bool | int | float | str | None:
+    """A command-line value as JSON would have it."""
+    words: dict[str, bool | None] = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text

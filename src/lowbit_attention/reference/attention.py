@@ -1,0 +1,134 @@
+"""Emulated attention: one recipe on one machine, tile by tile in the kernels' order, in O(N · tile) memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..granularity import PerChannelAndKeyTile
+from ..machine import DEFAULT_MACHINE, Machine
+from ..recipe import Recipe
+from .formats import FP32_MAX
+from .masks import LOG2E, Masking, valid_keys
+from .quantize import Means, Packed, pack
+from .softmax import OnlineSoftmax
+
+_TILE_ELEMENTS = 1 << 20
+"""Logits held at once (4 MiB of float32), if one head's rows × b_k are not more."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """``out`` ``[B, Hq, Nq, Dv]`` and natural-log ``lse`` ``[B, Hq, Nq]``, float32; ``packed`` is what was summed."""
+
+    out: Tensor
+    lse: Tensor
+    packed: Packed
+
+
+def emulate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    recipe: Recipe,
+    *,
+    sm_scale: float,
+    masking: Masking = Masking(),
+    machine: Machine = DEFAULT_MACHINE,
+    means: Means | None = None,
+) -> Result:
+    """Quantised attention as a kernel of ``machine``'s kind computes it.
+
+    Args:
+        q: ``[B, Hq, Nq, D]``; k: ``[B, Hkv, Nk, D]``; v: ``[B, Hkv, Nk, Dv]``; any floating dtype, Hq a multiple of
+            Hkv. All arithmetic is float32, like a kernel's.
+        means: a kernel's own means, to be used instead of the reference's.
+    """
+    recipe.check_geometry(machine.geometry)
+    q, k, v = q.float(), k.float(), v.float()
+    packed = pack(q, k, v, recipe, machine.geometry, valid_keys(masking.mask, k.shape[1]), means)
+    batch, heads, rows = q.shape[:3]
+    out = q.new_zeros(batch * heads, rows, v.shape[3])
+    lse = q.new_full((batch * heads, rows), -math.inf)
+    if out.numel() or lse.numel():
+        at_once = max(1, _TILE_ELEMENTS // (rows * machine.geometry.b_k))
+        for first in range(0, batch * heads, at_once):
+            part = slice(first, min(first + at_once, batch * heads))
+            out[part], lse[part] = _slices(packed, recipe, sm_scale, masking, machine, part)
+    out, lse = out.reshape(batch, heads, rows, v.shape[3]), lse.reshape(batch, heads, rows)
+    group = heads // k.shape[1]
+    if packed.v_mean is not None:
+        seen = (lse != -math.inf)[..., None]
+        out = torch.where(seen, out + packed.v_mean.repeat_interleave(group, dim=1)[:, :, None], out)
+    if packed.k_mean is not None:
+        lse = lse + sm_scale * torch.einsum("bhnd,bhd->bhn", q, packed.k_mean.repeat_interleave(group, dim=1))
+    return Result(out.clamp(-FP32_MAX, FP32_MAX), lse, packed)
+
+
+def _slices(
+    packed: Packed, recipe: Recipe, sm_scale: float, masking: Masking, machine: Machine, part: slice
+) -> tuple[Tensor, Tensor]:
+    """Output (v̄ not yet added) and log-sum-exp (k̄'s term not yet added) of some of the B · Hq slices."""
+    geometry = machine.geometry
+    q_heads, kv_heads = packed.q.shape[1], packed.k.shape[1]
+    index = torch.arange(part.start, part.stop, device=packed.q.device)
+    b, h = index // q_heads, index % q_heads
+    h_kv = h // (q_heads // kv_heads)
+
+    q = packed.q[b, h]
+    q_scale = packed.q_scale[b, h][:, packed.q_group] * (sm_scale * LOG2E)
+    k, v = packed.k[b, h_kv], packed.v[b, h_kv]
+    k_scale = packed.k_scale[b, h_kv][:, packed.k_group]
+    v_scale = packed.v_scale[b, h_kv]
+    rows, keys = q.shape[1], k.shape[1]
+    softmax = OnlineSoftmax((len(index), rows, v.shape[2]), recipe, machine, q.device)
+    if softmax.sum_in_mma:
+        v = torch.cat([v, v.new_ones(*v.shape[:2], 1)], dim=2)
+        v_scale = torch.cat([v_scale, v_scale.new_ones(*v_scale.shape[:2], 1)], dim=2)
+    scaled_by_tile = isinstance(recipe.v_granularity, PerChannelAndKeyTile)
+
+    interval = recipe.promotion_keys(geometry)
+    fresh = True
+    for number, start in enumerate(range(0, keys, geometry.b_k)):
+        seeing = slice(masking.first_row(start, geometry.b_q), rows)
+        if seeing.start >= rows:
+            break  # causality: no row sees this tile or a later one
+        tile = slice(start, min(start + geometry.b_k, keys))
+        factor = (q_scale[:, seeing, None] * k_scale[:, None, tile]).clamp_(-FP32_MAX, FP32_MAX)
+        x = torch.bmm(q[:, seeing], k[:, tile].transpose(1, 2)).mul_(factor)
+        if packed.q_mean is not None and packed.k_smooth is not None:
+            delta = _delta_s(packed.q_mean[b, h], packed.k_smooth[b, h_kv, tile], seeing, geometry.b_q)
+            x += delta * (sm_scale * LOG2E)
+        x = masking.hide(x.clamp_(-FP32_MAX, FP32_MAX), (b, h), seeing, tile)
+
+        p = softmax.choose_max(seeing, x, fresh)
+        step = geometry.b_k if interval is None else min(interval, geometry.b_k)
+        for first in range(0, tile.stop - start, step):
+            softmax.add(seeing, p[..., first : first + step], v[:, start + first : min(start + first + step, keys)])
+            fresh = _interval_ends(recipe, interval, geometry.b_k, number)
+            if fresh:
+                softmax.promote(seeing, v_scale[:, number, None] if scaled_by_tile else None)
+    if not scaled_by_tile:  # (a scale per tile promotes at every tile)
+        softmax.promote(slice(0, rows))
+    out, m, row_sum = softmax.finish()
+    if not scaled_by_tile:
+        out = out * v_scale[..., : out.shape[2]]
+    return out, m / LOG2E + row_sum.log()
+
+
+def _interval_ends(recipe: Recipe, interval: int | None, b_k: int, tile: int) -> bool:
+    """Whether the sums are promoted after key tile number ``tile`` (or after each part of it)."""
+    if interval is None:
+        return False
+    tiles = max(1, interval // b_k)
+    return tile % tiles == 0 if recipe.promote_first_tile else (tile + 1) % tiles == 0
+
+
+def _delta_s(q_mean: Tensor, k_smooth: Tensor, rows: slice, tile: int) -> Tensor:
+    """ΔS without sm_scale, ``[S, rows, keys]``: each query tile's mean times the unquantised smoothed K."""
+    first = rows.start // tile  # `Masking.first_row` starts at a tile
+    per_tile = torch.bmm(q_mean[:, first:], k_smooth.transpose(1, 2))
+    return per_tile.repeat_interleave(tile, dim=1)[:, : rows.stop - rows.start]

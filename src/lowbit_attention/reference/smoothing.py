@@ -1,0 +1,80 @@
+"""Means that are taken out before rounding and put back after it (SageAttention §4.2, SageAttention2 §3.1).
+
+Means are summed in float64 and rounded to float32. Any constant vector is a valid mean: a channel so large that
+subtracting could overflow float32 is left as it is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..recipe_options import SampledTokens, TokenSample
+from .formats import FP32_MAX
+
+_LARGEST_SMOOTHED = 2.0**126  # |a − mean(a)| ≤ 2 · max|a| < 2^128
+_TINY = 2.0**-112
+
+
+def sampled(valid: Tensor | None, sample: TokenSample, like: Tensor) -> Tensor | None:
+    """Tokens that statistics of ``like`` ``[B, H, N, D]`` are taken over, bool ``[B, H, N]``; ``None`` for all."""
+    if not isinstance(sample, SampledTokens):
+        return valid
+    batch, heads, length, _ = like.shape
+    usable = torch.ones(batch, heads, length, dtype=torch.bool, device=like.device) if valid is None else valid
+    rank = usable.cumsum(dim=-1)
+    total = rank[..., -1:] if length else rank.new_zeros(batch, heads, 1)
+    steps = torch.arange(sample.count, device=like.device)
+    wanted = ((2 * steps + 1) * total) // (2 * sample.count)  # ⌊(i + ½) · n / count⌋, a rank among the usable
+    token = torch.searchsorted(rank, (wanted + 1).clamp(max=total))
+    chosen = torch.zeros_like(usable)
+    if length:
+        chosen.scatter_(-1, token.clamp(max=length - 1), True)
+    return chosen & usable
+
+
+def token_mean(x: Tensor, tokens: Tensor | None) -> Tensor:
+    """Mean over the chosen tokens (``None``: all) of ``x`` ``[B, H, N, D]``, float32 ``[B, H, D]``."""
+    if x.shape[2] == 0:
+        return x.new_zeros(x.shape[0], x.shape[1], x.shape[3])
+    if tokens is None:
+        mean, largest = x.mean(dim=2, dtype=torch.float64), x.abs().amax(dim=2)
+    else:
+        chosen = torch.where(tokens[..., None], x, 0.0)
+        count = tokens.sum(dim=-1).clamp(min=1)
+        mean = chosen.sum(dim=2, dtype=torch.float64) / count[..., None]
+        largest = torch.where(tokens.any(dim=-1)[..., None], x.abs().amax(dim=2), 0.0)
+    return torch.where(largest >= _LARGEST_SMOOTHED, 0.0, mean.float())
+
+
+def tile_mean(x: Tensor, tile: int) -> Tensor:
+    """Mean over each tile of ``tile`` tokens of ``x`` ``[B, H, N, D]``, float32 ``[B, H, ceil(N / tile), D]``."""
+    batch, heads, length, dim = x.shape
+    tiles = -(-length // tile)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, tiles * tile - length)).reshape(batch, heads, tiles, tile, dim)
+    count = torch.full((tiles, 1), tile, dtype=torch.float64, device=x.device)
+    if tiles:
+        count[-1] = length - (tiles - 1) * tile
+    mean = (padded.sum(dim=3, dtype=torch.float64) / count).float()
+    return torch.where(padded.abs().amax(dim=3) >= _LARGEST_SMOOTHED, 0.0, mean)
+
+
+def smoothquant_factor(q: Tensor, k: Tensor, valid: Tensor | None, alpha: float) -> Tensor:
+    """SmoothQuant's per-channel factor ``max|Q|^α / max|K|^(1−α)``: Q is divided by it and K multiplied.
+
+    Q heads that share a K head share the factor. Non-finite entries do not count, so they spoil their own rows only.
+
+    Args:
+        q: ``[B, Hq, Nq, D]``; k: ``[B, Hkv, Nk, D]``; valid: keys that count, ``[B, Hkv, Nk]`` or ``None``.
+    Returns:
+        ``[B, Hkv, D]`` float32, 1 where a channel of either is zero.
+    """
+    if q.shape[2] == 0 or k.shape[2] == 0:
+        return k.new_ones(k.shape[0], k.shape[1], k.shape[3])
+    counted = k if valid is None else torch.where(valid[..., None], k, 0.0)
+    q_max = torch.where(q.isfinite(), q, 0.0).abs().amax(dim=2)
+    q_max = q_max.reshape(k.shape[0], k.shape[1], -1, k.shape[3]).amax(dim=2)
+    k_max = torch.where(counted.isfinite(), counted, 0.0).abs().amax(dim=2)
+    usable = (q_max > _TINY) & (k_max > _TINY)
+    factor = q_max.double() ** alpha / k_max.double().clamp(min=_TINY) ** (1 - alpha)
+    return torch.where(usable, factor.float().clamp(_TINY, FP32_MAX), 1.0)

@@ -1,0 +1,77 @@
+"""`Request`: what one attention call asks for, without its tensors. Implementations decide on it alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .machine import Machine
+from .recipe import Recipe
+
+MaskKind = Literal["none", "bool", "float"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call. Lengths are tokens; with ``varlen`` they are those of the longest sequence and ``batch`` counts them.
+
+    ``recipe`` is ``None`` for "auto". ``causal_offset``: query i sees key j if ``j ≤ i + causal_offset``; it is the
+    bottom-right alignment's ``Nk − Nq`` or the top-left's 0; ``bottom_right`` tells which (they differ per sequence).
+    """
+
+    recipe: Recipe | None
+    machine: Machine | None
+    batch: int
+    q_heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    v_head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    is_causal: bool = False
+    bottom_right: bool = True
+    mask: MaskKind = "none"
+    mask_dtype: torch.dtype | None = None
+    return_lse: bool = False
+    needs_grad: bool = False
+    dropout_p: float = 0.0
+    varlen: bool = False
+
+    @property
+    def causal_offset(self) -> int | None:
+        """How far past its own index a query sees, ``None`` without causality."""
+        if not self.is_causal:
+            return None
+        return self.kv_len - self.q_len if self.bottom_right else 0
+
+    def __str__(self) -> str:
+        heads = f"{self.q_heads}" if self.q_heads == self.kv_heads else f"{self.q_heads}/{self.kv_heads}"
+        dim = f"{self.head_dim}" if self.head_dim == self.v_head_dim else f"{self.head_dim}/{self.v_head_dim}"
+        length = f"{self.q_len}" if self.q_len == self.kv_len else f"{self.q_len}(q), {self.kv_len}(kv)"
+        words = [f"{self.batch} × {heads} heads × {length} × {dim}", str(self.dtype).removeprefix("torch.")]
+        words.append(device_name(self.device))
+        if self.is_causal:
+            words.append("causal, bottom-right" if self.bottom_right else "causal, top-left")
+        words += [f"{self.mask} mask"] if self.mask != "none" else []
+        words += ["variable length"] if self.varlen else []
+        words += ["with lse"] if self.return_lse else []
+        words += ["needs gradients"] if self.needs_grad else []
+        words += [f"dropout {self.dropout_p}"] if self.dropout_p else []
+        return ", ".join(words)
+
+
+@lru_cache(maxsize=64)
+def device_name(device: torch.device) -> str:
+    """The card's name, or the device's type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record a computation on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
