@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .budget import outside_reasons
 from .errors import UnsupportedError
 from .implementations import IMPLEMENTATIONS, Implementation
 from .machine import DEFAULT_MACHINE
@@ -121,7 +122,7 @@ def _fastest_kernel(request: Request) -> tuple[tuple[Implementation, Recipe] | N
     against: list[Verdict] = []
     for kernel in IMPLEMENTATIONS:
         for recipe in kernel.auto_recipes if kernel.is_kernel else ():
-            if reasons := kernel.not_supported_reasons(request, recipe):
+            if reasons := (*kernel.not_supported_reasons(request, recipe), *outside_reasons(recipe)):
                 against.append(Verdict(kernel.name, recipe.name, False, reasons))
                 continue
             speedup = kernel.measured_speedup(request, recipe)

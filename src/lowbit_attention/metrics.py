@@ -49,6 +49,7 @@ def compare(exact: Tensor, other: Tensor, rows: Tensor | None = None) -> Metrics
     Two all-zero outputs are equal (CosSim 1, L1 0); an error against an all-zero exact output gives L1 = ∞. Without
     a single row that counts every number is NaN.
 
+    >>> import torch
     >>> compare(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.5]])).l1
     0.5
 

@@ -1,0 +1,138 @@
+"""``lowbit evaluate``: what recipes cost on given tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from torch import Tensor
+
+from .. import ablations
+from ..api import attention
+from ..errors import InvalidArgumentError
+from ..inputs import Inputs, from_family, from_file
+from ..machine import Machine
+from ..metrics import Metrics, compare
+from ..recipe import Recipe
+from ..report.files import Row, write_csv, write_json
+from ..synthetic import FAMILIES
+from .common import LIKE_HELP, RECIPE_HELP, console, new_table, parse_like, parse_recipes, progress, show
+
+METRICS = ("l1", "cos_sim", "rmse", "max_error")
+
+
+def command(
+    file: Annotated[
+        Path | None, typer.Argument(help="A .safetensors or .pt file with q, k, v (or several: prefix.q, prefix.k, …).")
+    ] = None,
+    families: Annotated[
+        list[str] | None,
+        typer.Option("--family", "-f", help=f"A synthetic family, repeatable, or `all`: {', '.join(FAMILIES)}."),
+    ] = None,
+    recipes: Annotated[list[str] | None, typer.Option("--recipe", "-r", help=RECIPE_HELP)] = None,
+    table: Annotated[
+        str | None,
+        typer.Option("--table", "-t", help=f"A ready-made list of recipes: {', '.join(ablations.ABLATIONS)}."),
+    ] = None,
+    metric: Annotated[str, typer.Option(help=f"The metric to show: {', '.join(METRICS)}. Files hold all.")] = "l1",
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a synthetic input.")] = 1024,
+    heads: Annotated[int, typer.Option(min=1, help="Heads of a synthetic input.")] = 4,
+    head_dim: Annotated[int, typer.Option(min=2, max=256, help="Head dimension of a synthetic input (even).")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Batch of a synthetic input.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of a synthetic input.")] = 0,
+    layout: Annotated[str, typer.Option(help="Layout of the file's tensors: HND ([B,H,N,D]) or NHD.")] = "HND",
+    causal: Annotated[bool, typer.Option("--causal", help="Causal attention (bottom-right).")] = False,
+    like: Annotated[str | None, typer.Option(help=LIKE_HELP)] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write every metric to this CSV file.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write every metric to this JSON file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the L1 errors (.png, .svg, .pdf).")] = None,
+) -> None:
+    """Compare recipes with exact attention (float64) on your tensors or on synthetic families.
+
+    * `lowbit evaluate -f all -t recipes` — every recipe on every family
+    * `lowbit evaluate -f qk_bias -t smoothing` — SageAttention2's smoothing ablation
+    * `lowbit evaluate qkv.safetensors -r sage2_8b -r int8_fp16` — your own Q, K and V
+    """
+    if metric not in METRICS:
+        raise InvalidArgumentError(f"--metric {metric!r} is not one of {', '.join(METRICS)}")
+    if file is not None and families:
+        raise InvalidArgumentError("give a file or --family, not both")
+    if table is not None and recipes:
+        raise InvalidArgumentError("give --table or --recipe, not both")
+    chosen = (
+        ablations.ablation(table).recipes()
+        if table is not None
+        else {r.name: r for r in parse_recipes(recipes, list(ablations.ABLATIONS["recipes"].rows))}
+    )
+    machine = parse_like(like)
+    if file is not None:
+        inputs = from_file(file, layout)
+    else:
+        if head_dim % 2:
+            raise InvalidArgumentError(f"--head-dim {head_dim}: synthetic inputs need an even one")
+        names = list(FAMILIES) if families and "all" in families else families or ["normal", "qkv_bias", "sink"]
+        inputs = [
+            from_family(name, batch=batch, heads=heads, length=length, head_dim=head_dim, seed=seed) for name in names
+        ]
+    with progress() as bar:
+        task = bar.add_task("exact attention", total=len(inputs) * (len(chosen) + 1))
+        results: dict[tuple[str, str], Metrics] = {}
+        for one in inputs:
+            bar.update(task, description=f"{one.name}: exact")
+            q, k, v = (t.double() for t in (one.q, one.k, one.v))
+            exact = attention(q, k, v, recipe="exact", is_causal=causal)
+            bar.advance(task)
+            for label, recipe in chosen.items():
+                bar.update(task, description=f"{one.name}: {label}")
+                results[label, one.name] = _measure(one, recipe, exact, causal, machine)
+                bar.advance(task)
+    title = ablations.ABLATIONS[table].title if table is not None else "recipes"
+    for shown in _tables(title, metric, list(chosen), [i.name for i in inputs], results):
+        console.print(shown)
+    rows = _rows(chosen, inputs, results)
+    if csv:
+        write_csv(csv, rows)
+    if json:
+        write_json(json, {"recipes": {label: r.options() for label, r in chosen.items()}, "rows": rows})
+    if plot:
+        from ..report.plots import grouped_bars
+
+        series = {label: [results[label, i.name].l1 for i in inputs] for label in chosen}
+        grouped_bars(plot, [i.name for i in inputs], series, title, "relative L1")
+    for path in (csv, json, plot):
+        if path:
+            console.print(f"wrote {path}")
+
+
+def _measure(one: Inputs, recipe: Recipe, exact: Tensor, causal: bool, machine: Machine | None) -> Metrics:
+    out = attention(
+        one.q.float(), one.k.float(), one.v.float(), recipe=recipe, is_causal=causal,
+        like=None if recipe.is_exact else machine,
+    )  # fmt: skip
+    return compare(exact, out)
+
+
+def _rows(chosen: dict[str, Recipe], inputs: list[Inputs], results: dict[tuple[str, str], Metrics]) -> list[Row]:
+    return [
+        {"input": one.name, "shape": "x".join(map(str, one.q.shape)), "label": label, "recipe": recipe.name}
+        | results[label, one.name].as_dict()
+        for one in inputs
+        for label, recipe in chosen.items()
+    ]
+
+
+def _tables(
+    title: str, metric: str, labels: list[str], names: list[str], results: dict[tuple[str, str], Metrics]
+) -> Iterator[Table]:
+    """As many tables, one below the other, as the inputs need on this console."""
+    units = {"l1": "relative L1", "cos_sim": "CosSim, %", "rmse": "RMSE", "max_error": "largest error"}
+    fitting = max(1, (console.width - 2 - min(30, max(map(len, labels)))) // (2 + max(8, *map(len, names))))
+    for first in range(0, len(names), fitting):
+        block = names[first : first + fitting]
+        table = new_table(f"{title}: {units[metric]}", "", *block)
+        for label in labels:
+            table.add_row(label, *(show(metric, getattr(results[label, name], metric)) for name in block))
+        yield table

@@ -1,0 +1,1 @@
+"""The main job: a real model's attention, quantised and compared layer by layer."""

@@ -1,0 +1,185 @@
+"""What is installed here, what can run, and every reason why the rest cannot."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from ._version import __version__
+from .env import cache_dir
+from .implementations import IMPLEMENTATIONS
+from .recipes import RECIPES
+from .request import Request, device_name
+
+_NVRTC_WHEELS = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
+_MIN_NVRTC = (12, 8)  # older compilers build a trap for the FP8 MMA with an FP16 accumulator
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA device."""
+
+    index: int
+    name: str
+    capability: str
+    memory_gib: float
+
+
+@dataclass(frozen=True)
+class Ability:
+    """Whether an implementation can run a recipe on a device (1 × 8 heads × 1024 × 64, bfloat16), and why not."""
+
+    device: str
+    implementation: str
+    recipe: str
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The findings; ``problems`` are sentences that say what to do."""
+
+    versions: dict[str, str]
+    gpus: tuple[Gpu, ...]
+    driver: str | None
+    driver_cuda: str | None
+    nvrtc: dict[str, str]
+    cache: str
+    cache_writable: bool
+    problems: tuple[str, ...]
+    abilities: tuple[Ability, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def examine() -> Report:
+    """Look at this machine. Nothing is compiled, allocated on a GPU, or written."""
+    gpus = tuple(_gpus())
+    driver, driver_cuda = _driver()
+    nvrtc = {name: v for name in _NVRTC_WHEELS if (v := _version(name)) is not None}
+    folder = cache_dir()
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    writable = os.access(existing, os.W_OK)
+    problems = nvrtc_problems(nvrtc, driver_cuda)
+    if not writable:
+        problems.append(f"the cache folder {folder} is not writable: set LOWBIT_CACHE_DIR to one that is")
+    if gpus and torch.version.cuda is None:
+        problems.append("this PyTorch is a CPU build: install one with CUDA to use the GPU")
+    return Report(
+        versions=_versions(),
+        gpus=gpus,
+        driver=driver,
+        driver_cuda=driver_cuda,
+        nvrtc=nvrtc,
+        cache=str(folder),
+        cache_writable=writable,
+        problems=tuple(problems),
+        abilities=tuple(_abilities(gpus)),
+    )
+
+
+def nvrtc_problems(nvrtc: dict[str, str], driver_cuda: str | None) -> list[str]:
+    """What is wrong with the installed NVRTC wheels (name → version) for a driver of that CUDA version."""
+    if driver_cuda is None:
+        return []
+    major = int(driver_cuda.split(".")[0])
+    extra = "cuda13" if major >= 13 else "cuda12"
+    if major < 12:
+        return [f"the driver supports CUDA {driver_cuda}; the kernels need CUDA 12 or newer: update the driver"]
+    if not nvrtc:
+        return [
+            f'no NVRTC is installed: pip install "lowbit-attention[{extra}]" (the driver supports CUDA {driver_cuda})'
+        ]
+    problems = []
+    for name, version in nvrtc.items():
+        numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+        if numbers[0] > major:
+            problems.append(
+                f"{name} {version} is newer than the driver's CUDA {driver_cuda}: its code may not load; "
+                f'update the driver or pip install "lowbit-attention[cuda12]"'
+            )
+        elif numbers < _MIN_NVRTC:
+            needed = ".".join(map(str, _MIN_NVRTC))
+            problems.append(
+                f"{name} {version} is older than {needed}, which the FP8 kernels need: pip install -U {name}"
+            )
+    return problems
+
+
+def _versions() -> dict[str, str]:
+    packages = ("numpy", "triton", "cuda-core", "cuda-bindings", "transformers", "diffusers", "matplotlib")
+    return {
+        "lowbit-attention": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": str(torch.__version__),
+        "torch's CUDA": torch.version.cuda or "none (CPU build)",
+        **{name: _version(name) or "not installed" for name in packages},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus() -> list[Gpu]:
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(index)
+        found.append(Gpu(index, p.name, f"{p.major}.{p.minor}", round(p.total_memory / 2**30, 1)))
+    return found
+
+
+def _driver() -> tuple[str | None, str | None]:
+    """The NVIDIA driver's version and the newest CUDA it supports, from nvidia-smi; ``None`` without one."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None, None
+    try:
+        text = subprocess.run([program], capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+    driver, cuda = re.search(r"Driver Version:\s*([\d.]+)", text), re.search(r"CUDA Version:\s*([\d.]+)", text)
+    return driver and driver[1], cuda and cuda[1]
+
+
+def _abilities(gpus: tuple[Gpu, ...]) -> list[Ability]:
+    devices = [torch.device("cpu"), *(torch.device("cuda", g.index) for g in gpus)]
+    found = []
+    for device in devices:
+        label = "cpu" if device.type == "cpu" else f"{device} ({device_name(device)})"
+        for implementation in IMPLEMENTATIONS:
+            for recipe in RECIPES.values():
+                request = Request(
+                    recipe=recipe,
+                    machine=None,
+                    batch=1,
+                    q_heads=8,
+                    kv_heads=8,
+                    q_len=1024,
+                    kv_len=1024,
+                    head_dim=64,
+                    v_head_dim=64,
+                    dtype=torch.bfloat16,
+                    device=device,
+                )
+                reasons = implementation.not_supported_reasons(request, recipe)
+                found.append(Ability(label, implementation.name, recipe.name, reasons))
+    return found

@@ -1,0 +1,53 @@
+"""Pictures of results, by matplotlib (the extra ``plot``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import MissingExtraError
+
+
+def figure(width: float, height: float, **options: Any) -> tuple[Any, Any]:
+    """A matplotlib figure and its axes, drawn without a display.
+
+    Raises:
+        MissingExtraError: if matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise MissingExtraError("a plot", "plot", "matplotlib") from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    fig, axes = pyplot.subplots(figsize=(width, height), layout="constrained", **options)
+    return fig, axes
+
+
+def save(path: Path, fig: Any) -> None:
+    """Write a figure (the ending decides: .png, .svg, .pdf) and close it."""
+    from matplotlib import pyplot
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=150)
+    pyplot.close(fig)
+
+
+def grouped_bars(
+    path: Path, groups: Sequence[str], series: Mapping[str, Sequence[float]], title: str, ylabel: str
+) -> None:
+    """Bars of every series, side by side in each group, on a logarithmic axis."""
+    fig, axes = figure(max(7.0, 0.22 * len(groups) * len(series) + 3), 4.2)
+    width = 0.8 / max(1, len(series))
+    for number, (name, values) in enumerate(series.items()):
+        at = [group + (number - (len(series) - 1) / 2) * width for group in range(len(groups))]
+        axes.bar(at, values, width, label=name)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_yscale("log")
+    axes.set_ylabel(ylabel)
+    axes.set_title(title)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=7, ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    save(path, fig)

@@ -1,0 +1,221 @@
+"""Regenerates every generated file: the measured error budget, the tables in docs/, and their pictures.
+
+Run by ``make tables`` (about ten minutes on two cores); ``--only NAME`` does one of them. Results are committed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.progress import track
+
+from lowbit_attention import RECIPES, Recipe, attention, budget, compare
+from lowbit_attention.ablations import ABLATIONS
+from lowbit_attention.cli.demo import DEFAULT_RECIPES
+from lowbit_attention.demo import study
+from lowbit_attention.demo.minilm import MiniLM
+from lowbit_attention.demo.text import passages
+from lowbit_attention.machine import MACHINES
+from lowbit_attention.recipes import recipe
+from lowbit_attention.reference.attention import emulate
+from lowbit_attention.report import plots
+from lowbit_attention.report.files import write_json
+from lowbit_attention.synthetic import FAMILIES, make
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+ERRORS_FILE = ROOT / "src/lowbit_attention/data/family_errors.json"
+NOTE = "<!-- Written by tools/make_tables.py; do not edit. -->\n\n"
+
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its first column text and the others numbers."""
+    lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def error_budget() -> None:
+    """data/family_errors.json: relative L1 of every recipe on every family."""
+    quantising = [name for name, r in RECIPES.items() if not r.is_exact]
+    errors: budget.Errors = {machine: {name: {} for name in quantising} for machine in budget.MACHINE_NAMES}
+    for family in track(list(FAMILIES), "error budget"):
+        part = budget.measure([family], quantising, list(budget.MACHINE_NAMES), budget.SETTING["length"])
+        for machine, by_recipe in part.items():
+            for name, by_family in by_recipe.items():
+                errors[machine][name][family] = round(by_family[family], 6)
+    write_json(ERRORS_FILE, {"setting": budget.SETTING, "l1": errors})
+    budget.measured.cache_clear()
+
+
+def recipes_page() -> None:
+    """docs/recipes.md: what each recipe is, its options, its errors."""
+    rows = []
+    for name, r in RECIPES.items():
+        rows.append([f"`{name}`", r.summary, *_option_cells(r)])
+    options = ("Q·K", "Q scales", "K scales", "smoothed", "rotated", "P·V", "P_r, V_r", "sums", "FP32 every")
+    text = "# The recipes\n\n" + NOTE + markdown(("recipe", "what it is", *options), rows)
+    text += "\n`lowbit recipes NAME` shows every option of one; `NAME:option=value,…` changes some.\n"
+    text += (
+        "\n## Error by input family\n\nRelative L1 of the output against exact attention (float64), "
+        f"1 × {budget.SETTING['heads']} heads × {budget.SETTING['length']} × {budget.SETTING['head_dim']}, emulated. "
+        f"*auto* may use a recipe that is at most {budget.SLACK} × `{budget.YARDSTICK}` on every family of both "
+        "machines and not 4-bit.\n"
+    )
+    errors = budget.measured()
+    for machine, by_recipe in errors.items():
+        body = [
+            [
+                f"`{name}`",
+                *(f"{by_family[f]:.4f}" for f in FAMILIES),
+                "no" if budget.outside_reasons(RECIPES[name]) else "yes",
+            ]
+            for name, by_family in by_recipe.items()
+        ]
+        text += f"\nLike {MACHINES[machine]}:\n\n" + markdown(("recipe", *FAMILIES, "auto"), body)
+    text += "\n" + markdown(("family", "what it is"), [[f.name, f.summary] for f in FAMILIES.values()])
+    (DOCS / "recipes.md").write_text(text, encoding="utf-8")
+
+
+def _option_cells(r: Recipe) -> list[str]:
+    smoothed = ", ".join(n for n, on in (("Q", r.smooth_q), ("K", r.smooth_k), ("V", r.smooth_v)) if on) or "–"
+    keys = r.keys_per_promotion
+    every = f"{keys} keys" if isinstance(keys, int) else str(keys)
+    bits = f"INT{r.qk_bits}" if r.qk_bits else "–"
+    if r.smoothquant_alpha is not None:
+        smoothed = f"SmoothQuant α={r.smoothquant_alpha:g}"
+    return [
+        bits,
+        str(r.q_granularity) if r.quantises_qk else "–",
+        str(r.k_granularity) if r.quantises_qk else "–",
+        smoothed,
+        r.rotation if r.rotation != "none" else "–",
+        r.pv_format if r.quantises_pv else "–",
+        f"{r.p_max:g}, {r.v_max:g}" if r.quantises_pv else "–",
+        r.accumulator if r.quantises_pv else "–",
+        every if r.quantises_pv else "–",
+    ]
+
+
+def ablations_page() -> None:
+    """docs/ablations.md: the papers' ablation tables on the synthetic families."""
+    length, heads = 2048, 4
+    text = "# Ablations\n\n" + NOTE
+    text += (
+        f"Relative L1 against exact attention (float64), 1 × {heads} heads × {length} × 128, emulated like sm_89. "
+        "`lowbit evaluate --family all --table NAME` prints the same; the papers' figures come from real CogVideoX "
+        "tensors, so the orders can be compared and the numbers cannot.\n"
+    )
+    results: dict[tuple[str, str, str], float] = {}
+    for family in track(list(FAMILIES), "ablations"):
+        q, k, v = make(family, heads=heads, length=length)
+        exact = attention(q.double(), k.double(), v.double(), recipe="exact")
+        for name, table in ABLATIONS.items():
+            if name != "recipes":
+                for label, r in table.recipes().items():
+                    results[name, label, family] = compare(exact, attention(q, k, v, recipe=r)).l1
+    for name, table in ABLATIONS.items():
+        if name != "recipes":
+            rows = [[label, *(f"{results[name, label, f]:.4f}" for f in FAMILIES)] for label in table.rows]
+            text += f"\n## {table.title} (`{name}`)\n\n" + markdown(("", *FAMILIES), rows)
+    (DOCS / "ablations.md").write_text(text, encoding="utf-8")
+
+
+def fidelity_page() -> None:
+    """docs/fidelity.md: what the faster of the two fidelities leaves out."""
+    text = "# Two fidelities of the accumulators\n\n" + NOTE
+    text += (
+        "`step` multiplies 32 keys at a time exactly and then truncates or rounds the running sum; `instruction` also "
+        "truncates every product where the card aligns it. Relative L1 between the two outputs, and for comparison "
+        "the recipe's own L1 against exact attention; 1 × 1 head × 512 × 64.\n"
+    )
+    for machine_name in ("sm_89", "sm_90a"):
+        rows = []
+        for family in track(list(FAMILIES), f"fidelity {machine_name}"):
+            q, k, v = make(family, heads=1, length=512, head_dim=64)
+            exact = attention(q.double(), k.double(), v.double(), recipe="exact")
+            cells = []
+            for name in ("sage2_8b", "sage2pp_8b", "fast_8b", "sage2_v1_4b"):
+                step, instruction = (
+                    emulate(
+                        q, k, v, RECIPES[name], sm_scale=0.125, machine=replace(MACHINES[machine_name], fidelity=f)
+                    ).out
+                    for f in ("step", "instruction")
+                )
+                cells.append(f"{compare(step, instruction).l1:.5f} ({compare(exact, step).l1:.4f})")
+            rows.append([family, *cells])
+        headings = ("family", "`sage2_8b`", "`sage2pp_8b`", "`fast_8b`", "`sage2_v1_4b`")
+        text += f"\nLike {MACHINES[machine_name]}:\n\n" + markdown(headings, rows)
+    (DOCS / "fidelity.md").write_text(text, encoding="utf-8")
+
+
+def pictures() -> None:
+    """docs/images: why smoothing works, on real tensors, and the demo's errors by layer."""
+    model = MiniLM()
+    captured: dict[str, tuple[torch.Tensor, ...]] = {}
+
+    def attend(
+        name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+    ) -> torch.Tensor:
+        captured[name] = (q, k, v)
+        return attention(q, k, v, recipe="exact", attn_mask=mask, sm_scale=scale)
+
+    with model.attention_by(attend):
+        model.embed(model.tokenize(passages(1), length=study.CHUNK_TOKENS))
+    _smoothing_picture([(name, k[0, h]) for name, (_, k, _) in captured.items() for h in range(k.shape[1])])
+    chosen = [recipe(name) for name in DEFAULT_RECIPES]
+    result = study.run(model, chosen, None, lambda what: None)
+    layers = [f"layer {n}" for n in range(model.layers)]
+    series = {r.name: [m.l1 for m in result.of("chunks", r.name)] for r in chosen}
+    title = "MiniLM-L6: attention output against exact attention"
+    plots.grouped_bars(DOCS / "images/minilm.png", layers, series, title, "relative L1")
+
+
+def _smoothing_picture(keys_by_head: list[tuple[str, torch.Tensor]]) -> None:
+    """The head whose K has the largest mean compared with its spread: K, K − k̄, and what INT4 makes of both."""
+    name, k = max(keys_by_head, key=lambda item: float((item[1].mean(0).abs() / item[1].std(0)).max()))
+    smooth = k - k.mean(dim=0)
+    fig, axes = plots.figure(11, 6.2, nrows=2, ncols=2, width_ratios=[2, 1])
+    largest = float(k.abs().max())
+    for row, (label, x) in enumerate((("K", k), ("K − mean over the tokens", smooth))):
+        picture = axes[row][0].imshow(
+            x.T, aspect="auto", cmap="RdBu", vmin=-largest, vmax=largest, interpolation="none"
+        )
+        axes[row][0].set_title(f"{label}: largest magnitude {float(x.abs().max()):.1f}")
+        axes[row][0].set_xlabel("token")
+        axes[row][0].set_ylabel("channel")
+        codes = torch.round(x * (7 / x.abs().max())).clamp(-7, 7).to(torch.int64)
+        share = torch.bincount((codes + 7).flatten(), minlength=15) / codes.numel()
+        entropy = float(-(share[share > 0] * share[share > 0].log2()).sum())
+        axes[row][1].bar(range(-7, 8), share.tolist())
+        axes[row][1].set_title(f"its INT4 codes: {entropy:.1f} of 4 bits used")
+        axes[row][1].set_xlabel("code")
+    fig.colorbar(picture, ax=[axes[0][0], axes[1][0]], shrink=0.8)
+    fig.suptitle(f"MiniLM-L6, {name}: one head's keys, 512 tokens of English")
+    plots.save(DOCS / "images/smoothing.png", fig)
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    "budget": error_budget,
+    "recipes": recipes_page,
+    "ablations": ablations_page,
+    "fidelity": fidelity_page,
+    "pictures": pictures,
+}
+
+
+def main() -> None:
+    """Regenerate all, or what ``--only`` names."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=PARTS, action="append", help="one part, repeatable")
+    for name in parser.parse_args().only or PARTS:
+        PARTS[name]()
+
+
+if __name__ == "__main__":
+    main()
