@@ -19,9 +19,10 @@ from lowbit_attention.cli.demo import DEFAULT_RECIPES
 from lowbit_attention.demo import study
 from lowbit_attention.demo.minilm import MiniLM
 from lowbit_attention.demo.text import passages
-from lowbit_attention.machine import MACHINES
+from lowbit_attention.machine import DEFAULT_MACHINE, MACHINES
 from lowbit_attention.recipes import recipe
 from lowbit_attention.reference.attention import emulate
+from lowbit_attention.reference.quantize import pack
 from lowbit_attention.report import plots
 from lowbit_attention.report.files import write_json
 from lowbit_attention.synthetic import FAMILIES, make
@@ -53,7 +54,7 @@ def error_budget() -> None:
     budget.measured.cache_clear()
 
 
-def recipes_page() -> None:
+def recipes_text() -> str:
     """docs/recipes.md: what each recipe is, its options, its errors."""
     rows = []
     for name, r in RECIPES.items():
@@ -79,7 +80,12 @@ def recipes_page() -> None:
         ]
         text += f"\nLike {MACHINES[machine]}:\n\n" + markdown(("recipe", *FAMILIES, "auto"), body)
     text += "\n" + markdown(("family", "what it is"), [[f.name, f.summary] for f in FAMILIES.values()])
-    (DOCS / "recipes.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def recipes_page() -> None:
+    """Writes docs/recipes.md."""
+    (DOCS / "recipes.md").write_text(recipes_text(), encoding="utf-8")
 
 
 def _option_cells(r: Recipe) -> list[str]:
@@ -167,7 +173,7 @@ def pictures() -> None:
 
     with model.attention_by(attend):
         model.embed(model.tokenize(passages(1), length=study.CHUNK_TOKENS))
-    _smoothing_picture([(name, k[0, h]) for name, (_, k, _) in captured.items() for h in range(k.shape[1])])
+    _smoothing_picture(captured)
     chosen = [recipe(name) for name in DEFAULT_RECIPES]
     result = study.run(model, chosen, None, lambda what: None)
     layers = [f"layer {n}" for n in range(model.layers)]
@@ -176,28 +182,54 @@ def pictures() -> None:
     plots.grouped_bars(DOCS / "images/minilm.png", layers, series, title, "relative L1")
 
 
-def _smoothing_picture(keys_by_head: list[tuple[str, torch.Tensor]]) -> None:
-    """The head whose K has the largest mean compared with its spread: K, K − k̄, and what INT4 makes of both."""
-    name, k = max(keys_by_head, key=lambda item: float((item[1].mean(0).abs() / item[1].std(0)).max()))
-    smooth = k - k.mean(dim=0)
-    fig, axes = plots.figure(11, 6.2, nrows=2, ncols=2, width_ratios=[2, 1])
+def _smoothing_picture(captured: dict[str, tuple[torch.Tensor, ...]]) -> None:
+    """The head whose keys lose most magnitude by smoothing: its keys, and its logits exact against INT4."""
+    name, head = max(
+        ((name, head) for name, (_, k, _) in captured.items() for head in range(k.shape[1])),
+        key=lambda at: _shrinkage(captured[at[0]][1][0, at[1]]),
+    )
+    q, k, v = (t[:, head : head + 1].float() for t in captured[name])
+    exact = _centred((q @ k.transpose(-1, -2))[0, 0])
+    fig, axes = plots.figure(11, 6.4, nrows=2, ncols=2, width_ratios=[2, 1])
     largest = float(k.abs().max())
-    for row, (label, x) in enumerate((("K", k), ("K − mean over the tokens", smooth))):
-        picture = axes[row][0].imshow(
-            x.T, aspect="auto", cmap="RdBu", vmin=-largest, vmax=largest, interpolation="none"
+    for row, (spec, label, x) in enumerate(
+        (
+            ("sage2_4b:smooth_q=false,smooth_k=false", "K", k),
+            ("sage2_4b", "K − its mean over the tokens", k - k.mean(dim=2, keepdim=True)),
         )
-        axes[row][0].set_title(f"{label}: largest magnitude {float(x.abs().max()):.1f}")
-        axes[row][0].set_xlabel("token")
-        axes[row][0].set_ylabel("channel")
-        codes = torch.round(x * (7 / x.abs().max())).clamp(-7, 7).to(torch.int64)
-        share = torch.bincount((codes + 7).flatten(), minlength=15) / codes.numel()
-        entropy = float(-(share[share > 0] * share[share > 0].log2()).sum())
-        axes[row][1].bar(range(-7, 8), share.tolist())
-        axes[row][1].set_title(f"its INT4 codes: {entropy:.1f} of 4 bits used")
-        axes[row][1].set_xlabel("code")
+    ):
+        image = x[0, 0].T.numpy()
+        picture = axes[row][0].imshow(image, aspect="auto", cmap="RdBu", vmin=-largest, vmax=largest)
+        axes[row][0].set(title=f"{label} (mean of tokens' largest: {float(x.abs().amax(-1).mean()):.1f})")
+        axes[row][0].set(xlabel="token", ylabel="channel")
+        rounded = _centred(_int4_logits(q, k, v, recipe(spec)))
+        error = float((rounded - exact).abs().sum() / exact.abs().sum())
+        axes[row][1].plot(exact.flatten()[::97], rounded.flatten()[::97], ".", markersize=2)
+        axes[row][1].axline((0, 0), slope=1, color="black", linewidth=0.8)
+        axes[row][1].set(title=f"{'smoothed' if row else 'not smoothed'}: INT4 error {100 * error:.0f} %")
+        axes[row][1].set(xlabel="exact (row mean taken out)", ylabel="by INT4")
     fig.colorbar(picture, ax=[axes[0][0], axes[1][0]], shrink=0.8)
-    fig.suptitle(f"MiniLM-L6, {name}: one head's keys, 512 tokens of English")
+    fig.suptitle(f"MiniLM-L6, {name}, head {head}, reading 512 tokens of English")
     plots.save(DOCS / "images/smoothing.png", fig)
+
+
+def _shrinkage(k: torch.Tensor) -> float:
+    return float(k.abs().amax(dim=-1).mean() / (k - k.mean(dim=0)).abs().amax(dim=-1).mean())
+
+
+def _centred(logits: torch.Tensor) -> torch.Tensor:
+    return logits - logits.mean(dim=-1, keepdim=True)  # softmax does not see a row's mean
+
+
+def _int4_logits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, r: Recipe) -> torch.Tensor:
+    """Q·Kᵀ of one head as the recipe's integers give it."""
+    geometry = DEFAULT_MACHINE.geometry
+    p = pack(q, k, v, r, geometry, None)
+    logits = (p.q[0, 0] * p.q_scale[0, 0][p.q_group, None]) @ (p.k[0, 0] * p.k_scale[0, 0][p.k_group, None]).T
+    if p.q_mean is not None and p.k_smooth is not None:
+        delta = p.q_mean[0, 0] @ p.k_smooth[0, 0].T
+        logits = logits + delta.repeat_interleave(geometry.b_q, dim=0)[: len(logits)]
+    return logits
 
 
 PARTS: dict[str, Callable[[], None]] = {

@@ -44,6 +44,7 @@ RowSum = Literal["unrounded", "rounded", "accumulator"]
 MMA_DEPTH = 32
 """Keys one 8-bit MMA sums."""
 FP16_MAX = 65504.0
+FP32_MAX = (2 - 2**-23) * 2.0**127
 INT32_MAX = 2**31 - 1
 
 _FORMAT_MAX = {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0, "u8": 255.0, "fp16": FP16_MAX, "fp32": math.inf}
@@ -185,9 +186,10 @@ class Recipe:
         sage2_4b:smooth_q=false
         """
         if changes and "name" not in changes:
-            joiner = "," if ":" in self.name else ":"
-            changes["name"] = self.name + joiner + ",".join(f"{k}={_encode_text(v)}" for k, v in changes.items())
-            changes.setdefault("summary", "")
+            base, _, before = self.name.partition(":")
+            texts = dict(text.split("=", 1) for text in before.split(",")) if before else {}
+            texts |= {option: _encode_text(value) for option, value in changes.items()}
+            changes |= {"name": f"{base}:" + ",".join(f"{k}={v}" for k, v in texts.items()), "summary": ""}
         return dataclasses.replace(self, **changes)
 
     def options(self) -> dict[str, Any]:
@@ -209,12 +211,12 @@ class Recipe:
         """
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise InvalidRecipeError("recipe JSON", [str(error)]) from None
         if not isinstance(data, dict):
             raise InvalidRecipeError("recipe JSON", [f"expected an object, got {type(data).__name__}"])
         schema = data.pop("schema", None)
-        if schema != SCHEMA_VERSION:
+        if type(schema) is not int or schema != SCHEMA_VERSION:
             raise InvalidRecipeError("recipe JSON", [f"schema {schema!r}; this version reads {SCHEMA_VERSION}"])
         return cls(**decode_options(data, "recipe JSON"))
 
@@ -295,7 +297,7 @@ def _type_reasons(r: Recipe) -> list[str]:
     reasons = [
         f"{name}={getattr(r, name)!r} is not one of {', '.join(map(str, allowed))}"
         for name, allowed in choices.items()
-        if isinstance(getattr(r, name), bool) or getattr(r, name) not in allowed
+        if isinstance(getattr(r, name), bool | float) or getattr(r, name) not in allowed
     ]
     reasons += [
         f"{name}={getattr(r, name)!r} has the wrong type"
@@ -307,7 +309,7 @@ def _type_reasons(r: Recipe) -> list[str]:
     ]
     for name, low in (("p_max", 0.0), ("v_max", 0.0), ("v_headroom", 1.0)):
         value = getattr(r, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= FP32_MAX:
             reasons.append(f"{name}={value!r} is no finite number")
         elif value < low or value == 0:
             reasons.append(f"{name}={value} must be " + ("positive" if low == 0 else f"at least {low:g}"))
@@ -346,6 +348,13 @@ def _pv_reasons(r: Recipe) -> list[str]:
         idle += ["v_sample"] if r.v_sample != AllTokens() else []
         reasons += [f"{name} does nothing where P·V is not quantised (pv_format=fp32)" for name in idle]
         return reasons
+    if r.p_max < 1:
+        reasons.append(f"p_max={r.p_max:g} is below 1: most of P would round to zero")
+    least = 2.0 if r.v_scale_power_of_two else 1.0
+    if r.v_max / r.v_headroom < least:
+        reasons.append(
+            f"v_max / v_headroom = {r.v_max:g} / {r.v_headroom:g} is below {least:g}: the scale of a large V overflows"
+        )
     p_limit = _FORMAT_MAX[r.pv_format]
     v_limit = 127.0 if r.pv_format == "u8" else p_limit
     if r.p_max > p_limit:

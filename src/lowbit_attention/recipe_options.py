@@ -40,7 +40,8 @@ class RestartedMax:
             raise InvalidArgumentError(f"slack={self.slack}: a base-2 exponent in (0, 60], or sums leave FP32's range")
 
     def __str__(self) -> str:
-        return f"restarted({self.slack:g})"
+        short = f"{self.slack:g}"
+        return f"restarted({short if float(short) == self.slack else repr(self.slack)})"
 
 
 SoftmaxMax = RunningMax | TileMax | RestartedMax
@@ -52,7 +53,7 @@ def parse_softmax_max(text: str) -> SoftmaxMax:
         return RunningMax()
     if text == "tile":
         return TileMax()
-    if match := re.fullmatch(r"restarted(?:\(([0-9.]+)\))?", text):
+    if match := re.fullmatch(r"restarted(?:\(([0-9.]+(?:e[+-]?[0-9]+)?)\))?", text):
         return RestartedMax(float(match[1])) if match[1] else RestartedMax()
     raise InvalidArgumentError(f"{text!r} is no softmax maximum: 'running', 'tile' or 'restarted(20)'")
 

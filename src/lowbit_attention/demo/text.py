@@ -17,7 +17,7 @@ _MODULES = (
     "os", "pathlib", "pdb", "pickle", "pkgutil", "platform", "pprint", "profile", "queue", "random", "sched",
     "secrets", "selectors", "shelve", "shlex", "shutil", "smtplib", "socket", "sqlite3", "ssl", "stat",
     "statistics", "string", "subprocess", "sysconfig", "tarfile", "tempfile", "textwrap", "threading", "timeit",
-    "tokenize", "traceback", "types", "typing", "unittest.case", "unittest.mock", "urllib.parse",
+    "tokenize", "traceback", "types", "unittest.case", "unittest.mock", "urllib.parse",
     "urllib.request", "uuid", "warnings", "wave", "weakref", "zipfile",
 )  # fmt: skip
 
@@ -48,16 +48,15 @@ def sentences(count: int) -> list[str]:
     """``count`` different sentences, spread over the standard library's modules."""
     found: list[list[str]] = []
     for docs in _all_docstrings():
-        here: list[str] = []
+        here = []
         for text in docs:
             first = re.split(r"(?<=[.])\s", " ".join(text.split("\n\n")[0].split()), maxsplit=1)[0]
-            if re.fullmatch(r"[A-Z][a-z]+ [^<>{}\[\]=_`*|\\]{35,160}\.", first) and first not in here:
+            if re.fullmatch(r"[A-Z][a-z]+ [^<>{}\[\]=_`*|\\]{25,200}\.", first):
                 here.append(first)
         found.append(here)
-    chosen: list[str] = []
-    for rank in range(max(map(len, found))):  # the first of every module, then the second of every module, ...
-        chosen += [here[rank] for here in found if rank < len(here) and here[rank] not in chosen]
-    return chosen[:count]
+    # the first of every module, then the second of every module, ...; each once
+    ranked = (here[rank] for rank in range(max(map(len, found))) for here in found if rank < len(here))
+    return list(dict.fromkeys(ranked))[:count]
 
 
 def passages(count: int) -> list[str]:

@@ -17,6 +17,9 @@ FP8_MMA_DEPTH = 32
 """Keys one FP8 MMA sums (``m16n8k32``; a wgmma's k is 32, too)."""
 FP16_MMA_DEPTH = 16
 
+_EXACT_INT_KEYS = 512
+"""Keys whose integer sum float32 holds exactly: 512 · 255 · 127 < 2^24."""
+
 _CHUNK_ELEMENTS = 1 << 24
 """Products held at once by the instruction fidelity: 64 MiB of float32."""
 
@@ -33,7 +36,9 @@ def accumulate(
     """
     if model.lossless:
         acc.baddbmm_(p.double(), v.double())
-    elif kind in ("fp32", "int32"):  # int32: sums below 2^24 are exact in float32
+    elif kind == "int32" and p.shape[-1] > _EXACT_INT_KEYS:
+        acc.add_(torch.bmm(p.double(), v.double()).float())
+    elif kind in ("fp32", "int32"):
         acc.baddbmm_(p, v)
     else:
         depth = FP16_MMA_DEPTH if kind == "fp16" else FP8_MMA_DEPTH

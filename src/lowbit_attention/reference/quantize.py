@@ -121,10 +121,15 @@ def quantize_tokens(
 
 
 def _scale_and_factor(largest_seen: Tensor, largest: float) -> tuple[Tensor, Tensor]:
-    """``δ = fl(max / largest)`` and ``r = fl(largest / max)``; 1 and 0 where there is nothing to scale."""
+    """``δ = fl(max / largest)`` and ``r = fl(largest / max)``; 1 and 0 where there is nothing to scale.
+
+    Both operands are tensors: torch turns a division by or of a Python number into a product with a reciprocal, which
+    is rounded twice.
+    """
     nothing = largest_seen < TINY
-    scale = torch.where(nothing, 1.0, largest_seen / largest)
-    factor = torch.where(nothing, 0.0, largest / largest_seen)
+    divisor = torch.full_like(largest_seen, largest)
+    scale = torch.where(nothing, 1.0, largest_seen / divisor)
+    factor = torch.where(nothing, 0.0, divisor / largest_seen)
     return scale, factor
 
 
@@ -147,7 +152,7 @@ def _pack_values(
     padded = torch.nn.functional.pad(magnitude, (0, 0, 0, tiles * tile - v.shape[2]))
     channel_max = padded.reshape(*v.shape[:2], tiles, tile, v.shape[3]).amax(dim=3)
 
-    scale, factor = _scale_and_factor(channel_max * recipe.v_headroom, recipe.v_max)
+    scale, factor = _scale_and_factor(channel_max, recipe.v_max / recipe.v_headroom)
     if recipe.v_scale_power_of_two:
         scale = _next_power_of_two(scale)
         factor = torch.where(factor == 0, 0.0, 1.0 / scale)

@@ -1,0 +1,128 @@
+"""The command line: what it prints, what it writes, and one clear line for wrong input."""
+
+import csv
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lowbit_attention import Recipe, __version__, cli, recipe
+from lowbit_attention.ablations import ABLATIONS
+
+
+def run(capsys, *arguments):
+    """Exit code, stdout and stderr of ``lowbit`` with these arguments."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(arguments))
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+SMALL = ("--length", "128", "--heads", "1", "--head-dim", "32")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["evaluate", "no-such-file.pt"], "no file no-such-file.pt"),
+        (["evaluate", "-f", "abnormal"], "unknown family 'abnormal'"),
+        (["evaluate", "-r", "sage9"], "recipe 'sage9': unknown name"),
+        (["evaluate", "-r", "sage2_8b:p_max=1000"], "p_max=1000 is above the largest e4m3 number, 448"),
+        (["evaluate", "-t", "nothing"], "unknown table 'nothing'"),
+        (["evaluate", "-t", "smoothing", "-r", "sage1"], "give --table or --recipe, not both"),
+        (["evaluate", "--metric", "psnr"], "--metric 'psnr' is not one of"),
+        (["evaluate", "--length", "0"], "--length"),
+        (["evaluate", "--head-dim", "33", "-f", "normal"], "--head-dim 33"),
+        (["evaluate", "--like", "sm_1"], "like='sm_1' names no machine"),
+        (["demo", "-r", "sage2_8b:colour=red"], "unknown option 'colour'"),
+        (["recipes", "sage9"], "unknown name"),
+        (["frobnicate"], "No such command 'frobnicate'"),
+        (["doctor", "--frobnicate"], "No such option: --frobnicate"),
+    ],
+)
+def test_wrong_input_gives_one_line_and_exit_code_2(capsys, arguments, words):
+    code, out, err = run(capsys, *arguments)
+    assert code == 2
+    assert out == ""
+    assert words in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["evaluate"], ["recipes"], ["doctor"]])
+def test_help_teaches(capsys, command):
+    code, out, _ = run(capsys, *command, "--help")
+    assert code == 0
+    assert len(out.split()) > 25
+
+
+def test_version(capsys):
+    code, out, _ = run(capsys, "--version")
+    assert code == 0
+    assert __version__ in out
+
+
+def test_evaluate_writes_what_it_shows(capsys, tmp_path):
+    paths = {ending: tmp_path / "new" / f"out.{ending}" for ending in ("csv", "json", "png")}
+    code, out, _ = run(
+        capsys, "evaluate", "-f", "normal", "-f", "k_bias", "-r", "sage2_8b", "-r", "int8_fp16", *SMALL,
+        "--csv", str(paths["csv"]), "--json", str(paths["json"]), "--plot", str(paths["png"]),
+    )  # fmt: skip
+    assert code == 0
+    rows = list(csv.DictReader(paths["csv"].open()))
+    assert [(r["input"], r["recipe"]) for r in rows] == [
+        (i, r) for i in ("normal", "k_bias") for r in ("sage2_8b", "int8_fp16")
+    ]
+    for row in rows:
+        assert f"{float(row['l1']):.4f}" in out
+        assert 0 < float(row["l1"]) < 0.1
+    document = json.loads(paths["json"].read_text())
+    assert document["recipes"]["int8_fp16"]["pv_format"] == "fp16"
+    assert [float(r["rmse"]) for r in rows] == [r["rmse"] for r in document["rows"]]
+    assert paths["png"].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("table", ABLATIONS)
+def test_every_ablation_table_runs(capsys, table):
+    code, out, _ = run(capsys, "evaluate", "-f", "qk_bias", "-t", table, *SMALL)
+    assert code == 0
+    for label in ABLATIONS[table].rows:
+        assert label in out
+
+
+def test_evaluate_reads_files_and_runs_what_api_runs(capsys, tmp_path):
+    g = torch.Generator().manual_seed(1)
+    tensors = {f"layer.{n}.{name}": torch.randn(1, 64, 2, 32, generator=g) for n in range(2) for name in "qkv"}
+    save_file(tensors, tmp_path / "qkv.safetensors")
+    code, out, _ = run(
+        capsys, "evaluate", str(tmp_path / "qkv.safetensors"), "--layout", "NHD", "-r", "sage2_8b", "--causal",
+        "--like", "sm_90a", "--metric", "cos_sim",
+    )  # fmt: skip
+    assert code == 0
+    assert "layer.0" in out
+    assert "layer.1" in out
+    assert "99." in out
+
+
+def test_recipes_lists_and_prints_json_that_reads_back(capsys):
+    code, out, _ = run(capsys, "recipes")
+    assert code == 0
+    assert "sage2pp_8b" in out
+    code, out, _ = run(capsys, "recipes", "fast_8b:smooth_v=false", "--json")
+    assert code == 0
+    assert Recipe.from_json(out) == recipe("fast_8b").replace(smooth_v=False)
+
+
+def test_doctor_says_what_runs_here_and_why_not_the_rest(capsys):
+    code, out, _ = run(capsys, "doctor", "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert report["versions"]["torch"] == torch.__version__
+    able = {(a["implementation"], a["recipe"]): a["reasons"] for a in report["abilities"] if a["device"] == "cpu"}
+    assert able["emulation", "sage2_4b"] == []
+    assert able["torch_sdpa", "exact"] == []
+    assert able["torch_sdpa", "sage2_4b"] == ["it does not quantise, and recipe sage2_4b does"]
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    assert "emulation" in out

@@ -1,0 +1,62 @@
+"""What the documentation says is what the code does: examples run, tables are current, links lead somewhere."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lowbit_attention import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
+    (ROOT / "docs").glob("*.md")
+)
+
+
+def test_readme_python_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    assert len(blocks) >= 2
+    namespace = {}
+    torch.manual_seed(0)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    out = capsys.readouterr().out
+    assert 0.03 < float(out.split()[0]) < 0.05  # "about 0.04"
+    assert "runs: " in out
+
+
+COMMANDS = re.findall(r"^lowbit ([^#\n]*)", README, flags=re.M)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_commands_run(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_file({name: torch.randn(1, 2, 64, 32) for name in "qkv"}, "qkv.safetensors")
+    small = ["--length", "64", "--heads", "1", "--head-dim", "32"] if "-f" in command else []  # the same, in less time
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*shlex.split(command), *small])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out
+
+
+def test_there_are_commands_in_the_readme():
+    assert {command.split()[0] for command in COMMANDS} == {"evaluate", "recipes", "doctor"}
+
+
+def test_the_page_of_recipes_is_current():
+    spec = importlib.util.spec_from_file_location("make_tables", ROOT / "tools" / "make_tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == tables.recipes_text(), "run: make tables"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
