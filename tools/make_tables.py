@@ -110,7 +110,7 @@ def _option_cells(r: Recipe) -> list[str]:
 
 def ablations_page() -> None:
     """docs/ablations.md: the papers' ablation tables on the synthetic families."""
-    length, heads = 2048, 4
+    length, heads = 2048, 8
     text = "# Ablations\n\n" + NOTE
     text += (
         f"Relative L1 against exact attention (float64), 1 × {heads} heads × {length} × 128, emulated like sm_89. "

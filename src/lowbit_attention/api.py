@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Literal, TypedDict, overload
 
 import torch
@@ -193,38 +194,34 @@ def attention_varlen(
         )
     checks.check_max_seqlen("max_seqlen_q", max_seqlen_q, starts_q)
     checks.check_max_seqlen("max_seqlen_k", max_seqlen_k, starts_k)
+    chosen, machine = _check_options(recipe, like, is_causal, causal_alignment, return_lse)
+    scale = checks.resolve_scale("sm_scale", sm_scale, q.shape[2])
 
-    out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
-    lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, device=q.device)
-    for i in range(len(starts_q) - 1):
-        rows, keys = slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1])
-        one, one_lse = _varlen_one(
-            q[rows], k[keys], v[keys], recipe, is_causal, causal_alignment, sm_scale, return_lse, like
-        )
-        out[rows] = one
-        if one_lse is not None:
-            lse[:, rows] = one_lse
-    return (out, lse) if return_lse else out
+    outs = [q.new_empty(0, q.shape[1], v.shape[2])]
+    lses = [torch.empty(q.shape[1], 0, device=q.device)]
+    for (q0, q1), (k0, k1) in zip(pairwise(starts_q), pairwise(starts_k), strict=True):
+        one_q, one_k, one_v = (t[None].transpose(1, 2) for t in (q[q0:q1], k[k0:k1], v[k0:k1]))
+        request = make_request(
+            one_q, one_k, one_v, None, chosen, machine,
+            is_causal=is_causal, bottom_right=causal_alignment != "top_left", return_lse=return_lse,
+        )  # fmt: skip
+        choice = choose(request)
+        out, lse = choice.implementation.run(one_q, one_k, one_v, None, scale, request, choice.recipe)
+        outs.append(out[0].transpose(0, 1))
+        lses += [] if lse is None else [lse[0]]
+    packed = torch.cat(outs)
+    return (packed, torch.cat(lses, dim=1)) if return_lse else packed
 
 
-def _varlen_one(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    recipe: str | Recipe,
-    is_causal: bool,
-    causal_alignment: CausalAlignment | None,
-    sm_scale: float | None,
-    return_lse: bool,
-    like: str | Machine | None,
-) -> tuple[Tensor, Tensor | None]:
-    """One sequence of a packed batch: ``[N, H, D]`` in and out, lse ``[H, N]``."""
-    q, k, v, _, scale, request = _attention_request(
-        q[None], k[None], v[None], recipe, is_causal, causal_alignment, None, sm_scale, "NHD", return_lse, like
-    )
-    choice = choose(request)
-    out, lse = choice.implementation.run(q, k, v, None, scale, request, choice.recipe)
-    return out[0].transpose(0, 1), None if lse is None else lse[0]
+def _check_options(
+    recipe: str | Recipe, like: str | Machine | None, is_causal: bool, causal_alignment: str | None, return_lse: bool
+) -> tuple[Recipe | None, Machine | None]:
+    """The recipe (``None`` for auto) and machine, and a look at the flags."""
+    checks.check_flag("is_causal", is_causal)
+    checks.check_flag("return_lse", return_lse)
+    checks.check_alignment(is_causal, causal_alignment)
+    chosen = None if isinstance(recipe, str) and recipe == "auto" else find_recipe(recipe)
+    return chosen, resolve_like(chosen, like)
 
 
 def resolve_like(recipe: Recipe | None, like: str | Machine | None) -> Machine | None:
@@ -254,12 +251,8 @@ def _attention_request(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float, Request]:
     """Checked tensors as ``[B, H, N, D]`` views, the mask expanded, the scale, and the request."""
     checks.check_choice("layout", layout, checks.LAYOUTS)
-    checks.check_flag("is_causal", is_causal)
-    checks.check_flag("return_lse", return_lse)
-    checks.check_alignment(is_causal, causal_alignment)
+    chosen, machine = _check_options(recipe, like, is_causal, causal_alignment, return_lse)
     checks.check_tensors(q, k, v, 4, "[B, H, N, D]" if layout == "HND" else "[B, N, H, D]")
-    chosen = None if isinstance(recipe, str) and recipe == "auto" else find_recipe(recipe)
-    machine = resolve_like(chosen, like)
     if layout == "NHD":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     checks.check_hnd(q, k, v)

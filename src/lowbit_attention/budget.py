@@ -21,7 +21,7 @@ from .synthetic import make
 
 YARDSTICK = "sage2_8b"
 SLACK = 1.1
-SETTING = {"batch": 1, "heads": 4, "length": 4096, "head_dim": 128, "seed": 0}
+SETTING = {"batch": 1, "heads": 12, "length": 4096, "head_dim": 128, "seed": 0}
 MACHINE_NAMES = ("sm_89", "sm_90a")
 
 Errors = dict[str, dict[str, dict[str, float]]]

@@ -99,7 +99,7 @@ def check_head_dims(q_dim: int, k_dim: int, v_dim: int, shapes: str) -> None:
 
 
 def check_mask(mask: Any, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor | None:
-    """The mask expanded, as a view, to ``shape`` = ``[B, Hq, Nq, Nk]``."""
+    """The mask with four dimensions that broadcast to ``shape`` = ``[B, Hq, Nq, Nk]``; what repeats has size 1."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
@@ -109,12 +109,12 @@ def check_mask(mask: Any, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor
     if mask.device != q.device:
         fail(f"attn_mask is on {mask.device}, q on {q.device}")
     try:
-        expanded: Tensor = mask.expand(shape)
+        expanded: Tensor = mask.expand(shape)  # only to see whether it can be
     except RuntimeError:
         raise InvalidArgumentError(
             f"attn_mask of shape {tuple(mask.shape)} does not broadcast to [B, Hq, Nq, Nk] = {list(shape)}"
         ) from None
-    return expanded
+    return expanded[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in expanded.stride())]
 
 
 def check_cu_seqlens(name: str, cu: Any, total: int, device: torch.device) -> list[int]:

@@ -41,7 +41,7 @@ class Implementation(ABC):
     ) -> Output:
         """Attention of ``[B, H, N, D]`` tensors: output in q's dtype, and lse (float32) if the request asks for it.
 
-        ``mask`` is expanded to ``[B, Hq, Nq, Nk]``.
+        ``mask`` has four dimensions that broadcast to ``[B, Hq, Nq, Nk]``.
         """
 
     def measured_speedup(self, request: Request, recipe: Recipe) -> float | None:
@@ -82,9 +82,8 @@ class TorchSDPA(Implementation):
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=request.dropout_p, is_causal=request.is_causal, scale=sm_scale
         )
-        if mask is not None:  # torch below 2.5 gives NaN for a row that sees no key
-            seen = mask if mask.dtype == torch.bool else mask != -torch.inf
-            out = out.masked_fill(~seen.any(dim=-1, keepdim=True), 0.0)
+        if mask is not None and request.kv_len:  # torch below 2.5 gives NaN for a row that sees no key
+            out = out.masked_fill(_hides_all(mask), 0.0)
         return out, None
 
 
@@ -133,6 +132,13 @@ class Emulation(Implementation):
             )
         limit = torch.finfo(q.dtype).max
         return result.out.clamp(-limit, limit).to(q.dtype), result.lse if request.return_lse else None
+
+
+def _hides_all(mask: Tensor) -> Tensor:
+    """Rows of a mask that hide every key, ``[..., Nq, 1]``; no copy of the mask is made."""
+    if mask.dtype == torch.bool:
+        return ~mask.any(dim=-1, keepdim=True)
+    return mask.amax(dim=-1, keepdim=True) == -torch.inf
 
 
 def _inference_only(request: Request) -> list[str]:

@@ -73,7 +73,8 @@ def _sink(g: torch.Generator, shape: tuple[int, int, int, int]) -> tuple[Tensor,
     q, k, v = (_randn(g, shape) for _ in range(3))
     direction = torch.nn.functional.normalize(_randn(g, (batch, heads, 1, dim)), dim=-1)
     shared = math.sqrt(dim)  # as long as the rest of a query
-    logit = math.log(9 * length) + 0.5  # nine times the mass of `length` keys with N(0, 1) logits, E[eˣ] = e^½
+    # nine times the mass of the other keys: |q|² is 2d, so their logits are N(0, 2) and E[eˣ] = e
+    logit = math.log(9 * length) + 1.0
     q = q + shared * direction
     k[:, :, :1] = logit * math.sqrt(dim) / shared * direction
     v[:, :, :1] = 0.1 * v[:, :, :1]

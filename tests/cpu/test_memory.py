@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +21,15 @@ HEADS, Q_LEN, KV_LEN, DIM = 8, 256, 8192, 8
 # are 2 MiB each. One byte for each pair of query and key, over all heads, would be 16 MiB; nothing may come near.
 LIMIT = 12 * 2**20
 assert HEADS * Q_LEN * KV_LEN == 2**24
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine would make seconds of these sizes into minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class LargestStorage(TorchDispatchMode):

@@ -48,8 +48,9 @@ def emulate(
         means: a kernel's own means, to be used instead of the reference's.
     """
     recipe.check_geometry(machine.geometry)
-    q, k, v = q.float(), k.float(), v.float()
-    packed = pack(q, k, v, recipe, machine.geometry, valid_keys(masking.mask, k.shape[1]), means)
+    # contiguous: the order of a mean's additions, and so its last bit, must not depend on the caller's strides
+    q, k, v = q.float().contiguous(), k.float().contiguous(), v.float().contiguous()
+    packed = pack(q, k, v, recipe, machine.geometry, valid_keys(masking, q, k), means)
     batch, heads, rows = q.shape[:3]
     out = q.new_zeros(batch * heads, rows, v.shape[3])
     lse = q.new_full((batch * heads, rows), -math.inf)
@@ -59,12 +60,12 @@ def emulate(
             part = slice(first, min(first + at_once, batch * heads))
             out[part], lse[part] = _slices(packed, recipe, sm_scale, masking, machine, part)
     out, lse = out.reshape(batch, heads, rows, v.shape[3]), lse.reshape(batch, heads, rows)
-    group = heads // k.shape[1]
+    group = heads // max(1, k.shape[1])
     if packed.v_mean is not None:
         seen = (lse != -math.inf)[..., None]
         out = torch.where(seen, out + packed.v_mean.repeat_interleave(group, dim=1)[:, :, None], out)
     if packed.k_mean is not None:
-        lse = lse + sm_scale * torch.einsum("bhnd,bhd->bhn", q, packed.k_mean.repeat_interleave(group, dim=1))
+        lse = lse + torch.einsum("bhnd,bhd->bhn", q * sm_scale, packed.k_mean.repeat_interleave(group, dim=1))
     return Result(out.clamp(-FP32_MAX, FP32_MAX), lse, packed)
 
 
@@ -100,9 +101,11 @@ def _slices(
         factor = (q_scale[:, seeing, None] * k_scale[:, None, tile]).clamp_(-FP32_MAX, FP32_MAX)
         x = torch.bmm(q[:, seeing], k[:, tile].transpose(1, 2)).mul_(factor)
         if packed.q_mean is not None and packed.k_smooth is not None:
-            delta = _delta_s(packed.q_mean[b, h], packed.k_smooth[b, h_kv, tile], seeing, geometry.b_q)
-            x += delta * (sm_scale * LOG2E)
-        x = masking.hide(x.clamp_(-FP32_MAX, FP32_MAX), (b, h), seeing, tile)
+            mean = packed.q_mean[b, h] * (sm_scale * LOG2E)
+            x += _delta_s(mean, packed.k_smooth[b, h_kv, tile], seeing, geometry.b_q)
+        if recipe.quantises_qk:  # (non-finite Q or K are NaN here, and stay so)
+            x = x.clamp_(-FP32_MAX, FP32_MAX)
+        x = masking.hide(x, (b, h), seeing, tile)
 
         p = softmax.choose_max(seeing, x, fresh)
         step = geometry.b_k if interval is None else min(interval, geometry.b_k)
@@ -128,7 +131,7 @@ def _interval_ends(recipe: Recipe, interval: int | None, b_k: int, tile: int) ->
 
 
 def _delta_s(q_mean: Tensor, k_smooth: Tensor, rows: slice, tile: int) -> Tensor:
-    """ΔS without sm_scale, ``[S, rows, keys]``: each query tile's mean times the unquantised smoothed K."""
+    """ΔS ``[S, rows, keys]``: each query tile's (scaled) mean times the unquantised smoothed K."""
     first = rows.start // tile  # `Masking.first_row` starts at a tile
     per_tile = torch.bmm(q_mean[:, first:], k_smooth.transpose(1, 2))
     return per_tile.repeat_interleave(tile, dim=1)[:, : rows.stop - rows.start]

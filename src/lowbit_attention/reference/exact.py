@@ -68,8 +68,11 @@ def _slices(
         shift = torch.where(new == -math.inf, 0.0, new)
         p = torch.exp(x - shift[..., None])
         old = torch.exp(m[:, seeing] - shift)
-        row_sum[:, seeing] = row_sum[:, seeing] * old + p.sum(dim=-1)
-        out[:, seeing] = out[:, seeing] * old[..., None] + p @ values_of[:, tile].to(dtype)
+        kept = row_sum[:, seeing] * old
+        total = kept + p.sum(dim=-1)
+        share = 1.0 / torch.where(total == 0, 1.0, total)[..., None]
+        # always normalised: the sum of many large values of V would leave the range that their mean is in
+        out[:, seeing] = out[:, seeing] * (kept[..., None] * share) + (p * share) @ values_of[:, tile].to(dtype)
+        row_sum[:, seeing] = total
         m[:, seeing] = new
-    out = out / torch.where(row_sum == 0, 1.0, row_sum)[..., None]
     return out, m + row_sum.log()

@@ -11,14 +11,15 @@ from torch import Tensor
 from .formats import FP32_MAX
 
 LOG2E = math.log2(math.e)
+_ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
 class Masking:
     """Query ``i`` sees key ``j`` if ``j ≤ i + causal_offset`` (when causal) and the mask allows it.
 
-    ``mask`` is bool (True: may see) or floating (added to the logits in natural units; −inf hides), expanded to
-    ``[B, Hq, Nq, Nk]`` as a view.
+    ``mask`` is bool (True: may see) or floating (added to the logits in natural units; −inf hides), of four dimensions
+    that broadcast to ``[B, Hq, Nq, Nk]``; it is expanded tile by tile only.
     """
 
     causal_offset: int | None = None
@@ -36,7 +37,7 @@ class Masking:
         ``heads`` holds the batch and head index of each of the S slices. Finite biases never turn a logit infinite.
         """
         if self.mask is not None:
-            tile = self.mask[heads[0], heads[1], rows, keys]
+            tile = _tile(self.mask, heads, rows, keys)
             if tile.dtype == torch.bool:
                 x = x.masked_fill(~tile, -math.inf)
             else:
@@ -52,18 +53,37 @@ class Masking:
         return x
 
 
-def valid_keys(mask: Tensor | None, kv_heads: int) -> Tensor | None:
+def _tile(mask: Tensor, heads: tuple[Tensor, Tensor], rows: slice, keys: slice) -> Tensor:
+    """``[S or 1, rows or 1, keys or 1]`` of a broadcastable mask."""
+    everything = slice(None)
+    if mask.shape[2] == 1:
+        rows = everything
+    if mask.shape[3] == 1:
+        keys = everything
+    b, h = (index if size > 1 else torch.zeros_like(index) for index, size in zip(heads, mask.shape[:2], strict=True))
+    if mask.shape[:2] == (1, 1):
+        b, h = b[:1], h[:1]
+    return mask[b, h, rows, keys]
+
+
+def valid_keys(masking: Masking, q: Tensor, k: Tensor) -> Tensor | None:
     """Keys that a key-padding mask lets any query see, bool ``[B, Hkv, Nk]``; ``None`` if the mask is not of that kind.
 
-    A mask is key padding if its rows are the same for every query (and not the same for every key). Statistics of K
-    and V leave the other keys out. Query heads that share a K head see the union.
+    A mask is key padding if its rows are the same for every query (and hide anything). Statistics of K and V leave the
+    hidden keys out. Query heads that share a K head see the union.
     """
-    if mask is None or mask.shape[2] == 0 or mask.shape[3] == 0 or mask.shape[1] == 0:
+    mask = masking.mask
+    if mask is None or 0 in mask.shape or 0 in q.shape[:3] or k.shape[2] == 0:
         return None
-    visible = mask if mask.dtype == torch.bool else mask > -math.inf
-    first = visible[:, :, :1]
-    same_for_all_queries = mask.shape[2] == 1 or mask.stride(2) == 0 or bool((visible == first).all())
-    if not same_for_all_queries or bool(first.all()):
+    first = _visible(mask[:, :, :1])
+    if bool(first.all()):
         return None
-    batch, q_heads, _, keys = first.shape
-    return first.reshape(batch, kv_heads, q_heads // kv_heads, keys).any(dim=2)
+    for start in range(1, mask.shape[2], _ROWS_AT_ONCE):  # (all at once would be another N × N)
+        if not bool((_visible(mask[:, :, start : start + _ROWS_AT_ONCE]) == first).all()):
+            return None
+    first = first.expand(q.shape[0], q.shape[1], 1, k.shape[2])
+    return first.reshape(q.shape[0], k.shape[1], -1, k.shape[2]).any(dim=2)
+
+
+def _visible(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask > -math.inf

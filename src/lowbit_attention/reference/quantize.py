@@ -86,8 +86,8 @@ def pack(
         q = q - q_mean.repeat_interleave(geometry.b_q, dim=2)[:, :, : q.shape[2]]
     if recipe.smoothquant_alpha is not None:
         factor = smoothquant_factor(q, k, valid, recipe.smoothquant_alpha)[:, :, None]
-        q = q / factor.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        k = (k * factor).clamp(-FP32_MAX, FP32_MAX)
+        q = q / factor.repeat_interleave(q.shape[1] // max(1, k.shape[1]), dim=1)
+        k = torch.where(k.isfinite(), (k * factor).clamp(-FP32_MAX, FP32_MAX), k)
     if recipe.rotation == "hadamard":
         q, k = rotate(q), rotate(k)
 
@@ -137,8 +137,6 @@ def _pack_values(
     v: Tensor, recipe: Recipe, geometry: Geometry, valid: Tensor | None, mean: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """V̂ in its format, its scale ``[B, Hkv, T or 1, Dv]``, and v̄ if V is smoothed."""
-    if not recipe.quantises_pv:
-        return v, v.new_ones(v.shape[0], v.shape[1], 1, v.shape[3]), None
     tokens = sampled(valid, recipe.v_sample, v)
     if recipe.smooth_v:
         mean = token_mean(v, tokens) if mean is None else mean.float()
@@ -153,7 +151,7 @@ def _pack_values(
     channel_max = padded.reshape(*v.shape[:2], tiles, tile, v.shape[3]).amax(dim=3)
 
     scale, factor = _scale_and_factor(channel_max, recipe.v_max / recipe.v_headroom)
-    if recipe.v_scale_power_of_two:
+    if recipe.v_scale_power_of_two or not recipe.quantises_pv:  # (unrounded, a power of two only keeps sums in range)
         scale = _next_power_of_two(scale)
         factor = torch.where(factor == 0, 0.0, 1.0 / scale)
     expanded = factor.repeat_interleave(tile, dim=2)[:, :, : v.shape[2]]

@@ -33,4 +33,5 @@ def rotate(x: Tensor) -> Tensor:
         a, b = x.reshape(-1, size // (2 * width), 2, width).unbind(dim=2)
         x = torch.stack((a + b, a - b), dim=2)
         width *= 2
-    return (x.reshape(shape) * math.sqrt(size)).clamp(-FP32_MAX, FP32_MAX)
+    x = x.reshape(shape)
+    return torch.where(x.isfinite(), (x * math.sqrt(size)).clamp(-FP32_MAX, FP32_MAX), x)

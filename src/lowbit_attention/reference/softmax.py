@@ -65,7 +65,7 @@ class OnlineSoftmax:
             m = seen
         self.partial_m[:, rows] = m
         shift = torch.where(m == -math.inf, 0.0, m) - math.log2(self.recipe.p_max)
-        return torch.exp2(x - shift[..., None])
+        return _exp2(x - shift[..., None])
 
     def add(self, rows: slice, p: Tensor, v: Tensor) -> None:
         """Add ``p`` (unrounded, ``[S, rows, keys]``) times ``v`` (``[S, keys, columns]``) to the partial sums."""
@@ -103,4 +103,9 @@ class OnlineSoftmax:
 
 def _power(old: Tensor, new: Tensor) -> Tensor:
     """``2^(old − new)``, 0 where ``old`` is −inf: nothing was summed yet."""
-    return torch.exp2(old - torch.where(new == -math.inf, 0.0, new))
+    return _exp2(old - torch.where(new == -math.inf, 0.0, new))
+
+
+def _exp2(x: Tensor) -> Tensor:
+    """``2^x``, rounded once. (torch's float32 exp2 on a CPU differs by an ulp with a number's place in memory.)"""
+    return torch.exp2(x.double()).float()
