@@ -19,7 +19,7 @@ from lowbit_attention.cli.demo import DEFAULT_RECIPES
 from lowbit_attention.demo import study
 from lowbit_attention.demo.minilm import MiniLM
 from lowbit_attention.demo.text import passages
-from lowbit_attention.machine import DEFAULT_MACHINE, MACHINES
+from lowbit_attention.machine import ACCUMULATOR_MODELS, DEFAULT_MACHINE, MACHINES
 from lowbit_attention.recipes import recipe
 from lowbit_attention.reference.attention import emulate
 from lowbit_attention.reference.quantize import pack
@@ -114,8 +114,8 @@ def ablations_page() -> None:
     text = "# Ablations\n\n" + NOTE
     text += (
         f"Relative L1 against exact attention (float64), 1 × {heads} heads × {length} × 128, emulated like sm_89. "
-        "`lowbit evaluate --family all --table NAME` prints the same; the papers' figures come from real CogVideoX "
-        "tensors, so the orders can be compared and the numbers cannot.\n"
+        f"`lowbit evaluate --family all --table NAME --length {length} --heads {heads}` prints the same. The papers' "
+        "figures come from real CogVideoX tensors, so the orders can be compared and the numbers cannot.\n"
     )
     results: dict[tuple[str, str, str], float] = {}
     for family in track(list(FAMILIES), "ablations"):
@@ -134,8 +134,10 @@ def ablations_page() -> None:
 
 def fidelity_page() -> None:
     """docs/fidelity.md: what the faster of the two fidelities leaves out."""
-    text = "# Two fidelities of the accumulators\n\n" + NOTE
+    text = "# The accumulators, and two fidelities of them\n\n" + NOTE
+    text += markdown(("model", "where it comes from"), [[f"`{m}`", m.provenance] for m in ACCUMULATOR_MODELS.values()])
     text += (
+        "\n"
         "`step` multiplies 32 keys at a time exactly and then truncates or rounds the running sum; `instruction` also "
         "truncates every product where the card aligns it. Relative L1 between the two outputs, and for comparison "
         "the recipe's own L1 against exact attention; 1 × 1 head × 512 × 64.\n"

@@ -3,15 +3,18 @@
 from ._version import __version__
 from .api import attention, attention_varlen, explain
 from .errors import InvalidArgumentError, InvalidRecipeError, LowbitError, MissingExtraError, UnsupportedError
+from .granularity import PerBlock, PerChannel, PerChannelAndKeyTile, PerTensor, PerThread, PerToken, PerWarp
 from .machine import AccumulatorModel, Geometry, Machine
 from .metrics import Metrics, compare
 from .recipe import Recipe
+from .recipe_options import AllTokens, RestartedMax, RunningMax, SampledTokens, TileMax
 from .recipes import RECIPES, recipe
 from .sdpa import make_sdpa, sdpa
 
 __all__ = [
     "RECIPES",
     "AccumulatorModel",
+    "AllTokens",
     "Geometry",
     "InvalidArgumentError",
     "InvalidRecipeError",
@@ -19,7 +22,18 @@ __all__ = [
     "Machine",
     "Metrics",
     "MissingExtraError",
+    "PerBlock",
+    "PerChannel",
+    "PerChannelAndKeyTile",
+    "PerTensor",
+    "PerThread",
+    "PerToken",
+    "PerWarp",
     "Recipe",
+    "RestartedMax",
+    "RunningMax",
+    "SampledTokens",
+    "TileMax",
     "UnsupportedError",
     "__version__",
     "attention",

@@ -22,7 +22,8 @@ class Ablation:
         return {label: recipe(spec) for label, spec in self.rows.items()}
 
 
-_4BIT_PLAIN = "sage2_4b:smooth_q=false,smooth_k=false"
+UNSMOOTHED_4B = "sage2_4b:smooth_q=false,smooth_k=false"
+"""What smoothing is compared with."""
 
 ABLATIONS: dict[str, Ablation] = {
     a.name: a
@@ -36,7 +37,7 @@ ABLATIONS: dict[str, Ablation] = {
             "smoothing",
             "INT4 Q·K, FP8 P·V: what is done before rounding",
             {
-                "none": _4BIT_PLAIN,
+                "none": UNSMOOTHED_4B,
                 "Hadamard": "hadamard_attn",
                 "SmoothQuant": "smooth_attn",
                 "smooth K": "sage2_4b:smooth_q=false",

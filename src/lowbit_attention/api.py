@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import checks
-from .dispatch import Explanation, choose, explain_request
+from .dispatch import Choice, Explanation, choose, explain_request
 from .errors import InvalidArgumentError
 from .machine import Machine, resolve_machine
 from .recipe import Recipe
@@ -102,7 +102,7 @@ def attention(
     if layout == "NHD":
         out = out.transpose(1, 2)
     out = out.contiguous()
-    return (out, lse) if return_lse and lse is not None else out
+    return (out, _promised(lse, choice)) if return_lse else out
 
 
 def explain(
@@ -198,7 +198,7 @@ def attention_varlen(
     scale = checks.resolve_scale("sm_scale", sm_scale, q.shape[2])
 
     outs = [q.new_empty(0, q.shape[1], v.shape[2])]
-    lses = [torch.empty(q.shape[1], 0, device=q.device)]
+    lses = [torch.empty(q.shape[1], 0, dtype=torch.float32, device=q.device)]
     for (q0, q1), (k0, k1) in zip(pairwise(starts_q), pairwise(starts_k), strict=True):
         one_q, one_k, one_v = (t[None].transpose(1, 2) for t in (q[q0:q1], k[k0:k1], v[k0:k1]))
         request = make_request(
@@ -208,9 +208,15 @@ def attention_varlen(
         choice = choose(request)
         out, lse = choice.implementation.run(one_q, one_k, one_v, None, scale, request, choice.recipe)
         outs.append(out[0].transpose(0, 1))
-        lses += [] if lse is None else [lse[0]]
+        lses += [_promised(lse, choice)[0]] if return_lse else []
     packed = torch.cat(outs)
     return (packed, torch.cat(lses, dim=1)) if return_lse else packed
+
+
+def _promised(lse: Tensor | None, choice: Choice) -> Tensor:
+    if lse is None:
+        raise RuntimeError(f"{choice.implementation.name} accepted return_lse and gave none: a defect of ours")
+    return lse
 
 
 def _check_options(
@@ -249,7 +255,7 @@ def _attention_request(
     return_lse: bool,
     like: str | Machine | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float, Request]:
-    """Checked tensors as ``[B, H, N, D]`` views, the mask expanded, the scale, and the request."""
+    """Checked tensors as ``[B, H, N, D]`` views, the mask with four dimensions, the scale, and the request."""
     checks.check_choice("layout", layout, checks.LAYOUTS)
     chosen, machine = _check_options(recipe, like, is_causal, causal_alignment, return_lse)
     checks.check_tensors(q, k, v, 4, "[B, H, N, D]" if layout == "HND" else "[B, N, H, D]")
@@ -270,6 +276,8 @@ def make_request(
 ) -> Request:
     if recipe is not None and machine is None:
         recipe.check_geometry(resolve_machine(None).geometry)
+    if options["is_causal"] and (k.shape[2] - q.shape[2] if options["bottom_right"] else 0) >= k.shape[2] - 1:
+        options["is_causal"] = False  # every query sees every key: a single one, as in decoding
     kind: Literal["none", "bool", "float"] = "none" if mask is None else "bool" if mask.dtype == torch.bool else "float"
     return Request(
         recipe=recipe,

@@ -21,7 +21,8 @@ from .synthetic import make
 
 YARDSTICK = "sage2_8b"
 SLACK = 1.1
-SETTING = {"batch": 1, "heads": 12, "length": 4096, "head_dim": 128, "seed": 0}
+SETTING = {"batch": 1, "heads": 24, "length": 2048, "head_dim": 128, "seed": 0}
+"""Many heads: on sinks the error is the luck of rounding one token's V, ± 10 % with four of them."""
 MACHINE_NAMES = ("sm_89", "sm_90a")
 
 Errors = dict[str, dict[str, dict[str, float]]]

@@ -37,7 +37,6 @@ class Choice:
 
     implementation: Implementation
     recipe: Recipe
-    verdicts: tuple[Verdict, ...]
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,19 @@ def choose(request: Request) -> Choice:
     if choice is None:
         raise UnsupportedError(
             f"no implementation can run this call with recipe {request.recipe or 'auto'} ({request})",
-            {verdict.implementation: verdict.reasons for verdict in verdicts},
+            _by_implementation(verdicts),
         )
     return choice
+
+
+def _by_implementation(verdicts: list[Verdict]) -> dict[str, tuple[str, ...]]:
+    """Reasons by implementation; those of several recipes on one kernel are told apart."""
+    names = [verdict.implementation for verdict in verdicts]
+    reasons: dict[str, tuple[str, ...]] = {}
+    for v in verdicts:
+        told = v.reasons if names.count(v.implementation) == 1 else tuple(f"[{v.recipe}] {r}" for r in v.reasons)
+        reasons[v.implementation] = reasons.get(v.implementation, ()) + told
+    return reasons
 
 
 def explain_request(request: Request) -> Explanation:
@@ -89,24 +98,22 @@ def explain_request(request: Request) -> Explanation:
 
 
 def _decide(request: Request) -> tuple[Choice | None, list[Verdict]]:
-    if request.recipe is None:
-        best, verdicts = _fastest_kernel(request)
-        if best is not None:
-            return Choice(*best, tuple(verdicts)), verdicts
-        recipe = EXACT
-    else:
-        recipe, verdicts = request.recipe, []
+    """The choice, if any, and a verdict on every implementation."""
     found: Choice | None = None
+    verdicts: list[Verdict] = []
+    if request.recipe is None:
+        found, verdicts = _fastest_kernel(request)
+    recipe = request.recipe or EXACT
     for implementation in IMPLEMENTATIONS:
         if request.recipe is None and implementation.is_kernel:
             continue  # already judged
         reasons = implementation.not_supported_reasons(request, recipe)
-        if found is None and not reasons:
-            verdicts.append(Verdict(implementation.name, recipe.name, True, (_why(request, implementation),)))
-            found = Choice(implementation, recipe, tuple(verdicts))
-        else:
-            why = reasons or (f"{found.implementation.name} comes first" if found else "",)
-            verdicts.append(Verdict(implementation.name, recipe.name, False, tuple(why)))
+        chosen = found is None and not reasons
+        if chosen:
+            found, reasons = Choice(implementation, recipe), (_why(request, implementation),)
+        elif not reasons and found is not None:
+            reasons = (f"{found.implementation.name} comes first",)
+        verdicts.append(Verdict(implementation.name, recipe.name, chosen, reasons))
     return found, verdicts
 
 
@@ -116,7 +123,7 @@ def _why(request: Request, implementation: Implementation) -> str:
     return "supports the request"
 
 
-def _fastest_kernel(request: Request) -> tuple[tuple[Implementation, Recipe] | None, list[Verdict]]:
+def _fastest_kernel(request: Request) -> tuple[Choice | None, list[Verdict]]:
     """The kernel and recipe ``auto`` picks, if any, and what speaks for and against each."""
     candidates: list[tuple[float, Implementation, Recipe, str]] = []
     against: list[Verdict] = []
@@ -149,4 +156,4 @@ def _fastest_kernel(request: Request) -> tuple[tuple[Implementation, Recipe] | N
         Verdict(c[1].name, c[2].name, c is best, (c[3],) if c is best else (c[3], "another is faster"))
         for c in candidates
     ]
-    return (best[1], best[2]), verdicts + against
+    return Choice(best[1], best[2]), verdicts + against

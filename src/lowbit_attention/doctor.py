@@ -75,8 +75,8 @@ def examine() -> Report:
     problems = nvrtc_problems(nvrtc, driver_cuda)
     if not writable:
         problems.append(f"the cache folder {folder} is not writable: set LOWBIT_CACHE_DIR to one that is")
-    if gpus and torch.version.cuda is None:
-        problems.append("this PyTorch is a CPU build: install one with CUDA to use the GPU")
+    if driver is not None and torch.version.cuda is None:
+        problems.append("there is an NVIDIA driver, but this PyTorch is built without CUDA: install one with it")
     return Report(
         versions=_versions(),
         gpus=gpus,
@@ -105,6 +105,8 @@ def nvrtc_problems(nvrtc: dict[str, str], driver_cuda: str | None) -> list[str]:
     problems = []
     for name, version in nvrtc.items():
         numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+        if numbers >= _MIN_NVRTC and numbers[0] <= major:
+            return []  # one that fits is enough
         if numbers[0] > major:
             problems.append(
                 f"{name} {version} is newer than the driver's CUDA {driver_cuda}: its code may not load; "

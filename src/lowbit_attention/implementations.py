@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from .machine import DEFAULT_MACHINE
 from .recipe import Recipe
-from .recipes import EXACT
 from .reference.attention import emulate
 from .reference.exact import exact
 from .reference.masks import Masking
@@ -61,30 +61,60 @@ class TorchSDPA(Implementation):
             reasons.append(f"it does not quantise, and recipe {recipe} does")
         if request.return_lse:
             reasons.append("it does not return the log-sum-exp")
-        if request.is_causal and request.causal_offset != 0:
-            reasons.append(
-                f"its causality is top-left, and bottom-right differs: Nq={request.q_len}, Nk={request.kv_len}"
-            )
-        if request.is_causal and request.mask != "none":
-            reasons.append("it takes either is_causal or attn_mask, not both")
-        if request.mask == "float" and request.mask_dtype not in (request.dtype, torch.float32):
+        if not _only_torch_can(request):  # (else an explicit mask says what its flags cannot)
+            if request.is_causal and request.causal_offset != 0:
+                reasons.append(
+                    f"its causality is top-left, and bottom-right differs: Nq={request.q_len}, Nk={request.kv_len}"
+                )
+            if request.is_causal and request.mask != "none":
+                reasons.append("it takes either is_causal or attn_mask, not both")
+        if request.mask == "float" and not _takes(request.mask_dtype, request.dtype):
             reasons.append(f"its float mask must have q's dtype {request.dtype}, got {request.mask_dtype}")
         return tuple(reasons)
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sm_scale: float, request: Request, recipe: Recipe
     ) -> Output:
-        group = request.q_heads // max(1, request.kv_heads)
-        if group > 1:  # (enable_gqa came with torch 2.5; an expanded view serves every version)
+        if request.batch == 0 or request.q_heads == 0:  # torch 2.11 divides by the number of heads and dies
+            return q.new_zeros(*q.shape[:3], v.shape[3]), None
+        group = request.q_heads // request.kv_heads
+        if group > 1:  # (enable_gqa came with torch 2.5)
             k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
-        if mask is not None and mask.dtype != torch.bool and mask.dtype != q.dtype:
-            mask = mask.to(q.dtype)
+        is_causal = request.is_causal
+        if is_causal and (mask is not None or request.causal_offset != 0):
+            visible = q.new_ones(request.q_len, request.kv_len, dtype=torch.bool).tril(request.causal_offset or 0)
+            mask, is_causal = _and_visible(mask, visible), False
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=request.dropout_p, is_causal=request.is_causal, scale=sm_scale
+            q, k, v, attn_mask=mask, dropout_p=request.dropout_p, is_causal=is_causal, scale=sm_scale
         )
         if mask is not None and request.kv_len:  # torch below 2.5 gives NaN for a row that sees no key
             out = out.masked_fill(_hides_all(mask), 0.0)
         return out, None
+
+
+def _only_torch_can(request: Request) -> bool:
+    return request.needs_grad or request.dropout_p > 0
+
+
+def _and_visible(mask: Tensor | None, visible: Tensor) -> Tensor:
+    if mask is None:
+        return visible
+    return mask & visible if mask.dtype == torch.bool else mask.masked_fill(~visible, -torch.inf)
+
+
+@lru_cache(maxsize=8)
+def _takes(mask_dtype: torch.dtype | None, dtype: torch.dtype) -> bool:
+    """Whether this torch takes a float mask beside q's dtype (float32 beside 16 bits came after 2.4)."""
+    if mask_dtype == dtype:
+        return True
+    if mask_dtype != torch.float32 or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    q = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16)
+    try:
+        F.scaled_dot_product_attention(q, q, q, attn_mask=torch.zeros(1, 1, dtype=mask_dtype))
+    except RuntimeError:
+        return False
+    return True
 
 
 class TiledExact(Implementation):
@@ -152,5 +182,3 @@ def _inference_only(request: Request) -> list[str]:
 
 IMPLEMENTATIONS: list[Implementation] = [TorchSDPA(), TiledExact(), Emulation()]
 """In the order they are tried for a named recipe; kernels go in front."""
-
-__all__ = ["EXACT", "IMPLEMENTATIONS", "MAX_HEAD_DIM", "Emulation", "Implementation", "TiledExact", "TorchSDPA"]

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from . import checks
 from .errors import InvalidArgumentError
 from .synthetic import make
 
+_SAFE_TORCH = Version("2.10")  # the first whose restricted unpickler has no known hole
 _ROLES = {"q": "q", "query": "q", "k": "k", "key": "k", "v": "v", "value": "v"}
 
 
@@ -50,7 +52,11 @@ def from_file(path: Path, layout: str = "HND") -> list[Inputs]:
     for name, tensor in tensors.items():
         prefix, _, last = name.rpartition(".")
         if last in _ROLES and isinstance(tensor, Tensor):
-            sets.setdefault(prefix, {})[_ROLES[last]] = tensor
+            if _ROLES[last] in sets.setdefault(prefix, {}):
+                raise InvalidArgumentError(
+                    f"{path}: {name} and another tensor are both {prefix or path.name}'s {last[0]}"
+                )
+            sets[prefix][_ROLES[last]] = tensor
     incomplete = [f"{prefix or path.name} has only {', '.join(sorted(s))}" for prefix, s in sets.items() if len(s) < 3]
     if not sets or incomplete:
         why = "; ".join(incomplete) or f"its tensors are {', '.join(map(str, list(tensors)[:8])) or 'none'}"
@@ -59,6 +65,8 @@ def from_file(path: Path, layout: str = "HND") -> list[Inputs]:
 
 
 def _hnd(t: Tensor, layout: str) -> Tensor:
+    if not t.is_floating_point() or t.dim() not in (3, 4) or t.numel() == 0:
+        raise InvalidArgumentError(f"expected floating tensors of 3 or 4 dimensions, got {t.dtype} {tuple(t.shape)}")
     t = t[None] if t.dim() == 3 else t
     return t.transpose(1, 2) if layout == "NHD" and t.dim() == 4 else t
 
@@ -73,6 +81,11 @@ def _load(path: Path) -> Mapping[str, Any]:
         except (SafetensorError, OSError) as error:
             raise InvalidArgumentError(f"{path} is no safetensors file: {error}") from None
     if path.suffix in (".pt", ".pth"):
+        if Version(torch.__version__) < _SAFE_TORCH:
+            raise InvalidArgumentError(
+                f"{path}: such a file can make PyTorch {torch.__version__} execute code, even with weights_only "
+                f"(CVE-2025-32434, CVE-2026-24747): use .safetensors, or PyTorch {_SAFE_TORCH} or newer"
+            )
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # unpickling fails in many ways, each of them the file's

@@ -44,18 +44,21 @@ class Geometry:
 class AccumulatorModel:
     """What the tensor core does to the sum of an FP8 P·V product.
 
+    ``fp8_align_bits``: inside one instruction, the accumulator and all products are truncated toward zero at this many
+    bits below the largest exponent among them; a product's exponent is the sum of its operands' exponents.
     ``f32_fraction_bits``: fraction bits that an FP32-typed accumulator keeps after each instruction, the rest being
     truncated toward zero; ``None`` means a true FP32 accumulator.
-    ``align_fraction_bits``: inside one instruction, the accumulator and all products are truncated toward zero at
-    this many bits below the largest exponent among them (seen only in the ``instruction`` fidelity).
+    ``fp8_by_fp16``: the instruction is not native: two FP16 MMAs sum its products from zero, and an ordinary addition
+    adds that to the accumulator.
     ``lossless``: sums lose nothing at all; what is left is the rounding of the operands.
     """
 
     name: str
-    f32_fraction_bits: int | None
-    align_fraction_bits: int | None
-    lossless: bool
     provenance: str
+    fp8_align_bits: int | None = None
+    f32_fraction_bits: int | None = None
+    fp8_by_fp16: bool = False
+    lossless: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -63,32 +66,22 @@ class AccumulatorModel:
 
 ADA_FP22 = AccumulatorModel(
     "ada_fp22",
+    "the papers' description (1 + 8 + 13 bits, low bits truncated), taken to work as sm90_wgmma; not probed on a card",
+    fp8_align_bits=13,
     f32_fraction_bits=13,
-    align_fraction_bits=13,
-    lossless=False,
-    provenance="the papers' description (1 + 8 + 13 bits, low bits truncated); not probed on an Ada card",
 )
 SM90_WGMMA = AccumulatorModel(
     "sm90_wgmma",
+    "an H200's wgmma e4m3 to f16 and f32, bit for bit, chains included (tests/cpu/reference/test_h200.py)",
+    fp8_align_bits=13,
     f32_fraction_bits=13,
-    align_fraction_bits=13,
-    lossless=False,
-    provenance="single-instruction probes on an H200; chains of instructions not probed yet",
 )
 SM90_MMA = AccumulatorModel(
     "sm90_mma",
-    f32_fraction_bits=None,
-    align_fraction_bits=None,
-    lossless=False,
-    provenance="mma.sync on an H200, which emulates FP8 with FP16: no truncation seen in f32, one rounding in f16",
+    "an H200's mma.sync e4m3 to f16 and f32, bit for bit, chains included (tests/cpu/reference/test_h200.py)",
+    fp8_by_fp16=True,
 )
-EXACT_SUMS = AccumulatorModel(
-    "exact",
-    f32_fraction_bits=None,
-    align_fraction_bits=None,
-    lossless=True,
-    provenance="sums in float64: only the operands are rounded",
-)
+EXACT_SUMS = AccumulatorModel("exact", "sums in float64: only the operands are rounded", lossless=True)
 
 ACCUMULATOR_MODELS: dict[str, AccumulatorModel] = {m.name: m for m in (ADA_FP22, SM90_WGMMA, SM90_MMA, EXACT_SUMS)}
 
@@ -116,11 +109,11 @@ _HOPPER_TILES = Geometry(b_q=64, b_k=128, warp_rows=16)  # one warpgroup: 4 warp
 MACHINES: dict[str, Machine] = {
     m.name: m
     for m in (
-        Machine("sm_80", _ADA_TILES, SM90_MMA),  # no FP8 here; FP16 and INT8 sums have no FP22 in them
+        Machine("sm_80", _ADA_TILES, SM90_MMA),  # no FP8 here: where a recipe wants it, FP16 MMAs do it as on sm_90
         Machine("sm_86", _ADA_TILES, SM90_MMA),
         Machine("sm_89", _ADA_TILES, ADA_FP22),
         Machine("sm_90a", _HOPPER_TILES, SM90_WGMMA),
-        Machine("sm_120a", _ADA_TILES, SM90_MMA),  # accumulates in true FP32
+        Machine("sm_120a", _ADA_TILES, SM90_MMA),  # not probed; its FP32 sums are true FP32, as these are
     )
 }
 DEFAULT_MACHINE = MACHINES["sm_89"]

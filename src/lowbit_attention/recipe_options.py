@@ -1,12 +1,18 @@
-"""Which maximum the softmax subtracts, and which tokens the statistics are taken over: small option types."""
+"""The small option types of a recipe: formats, accumulators, softmax maxima, token samples."""
 
 from __future__ import annotations
 
 import math
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from .errors import InvalidArgumentError
+
+Rotation = Literal["none", "hadamard"]
+PVFormat = Literal["e4m3", "e5m2", "int8", "u8", "fp16", "fp32"]
+Accumulator = Literal["fp32", "fp8_f32", "fp8_f16", "fp16", "int32"]
+RowSum = Literal["unrounded", "rounded", "accumulator"]
 
 
 @dataclass(frozen=True)

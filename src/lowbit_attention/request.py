@@ -17,10 +17,10 @@ MaskKind = Literal["none", "bool", "float"]
 
 @dataclass(frozen=True)
 class Request:
-    """One call. Lengths are tokens; with ``varlen`` they are those of the longest sequence and ``batch`` counts them.
+    """One call; lengths are tokens.
 
     ``recipe`` is ``None`` for "auto". ``causal_offset``: query i sees key j if ``j ≤ i + causal_offset``; it is the
-    bottom-right alignment's ``Nk − Nq`` or the top-left's 0; ``bottom_right`` tells which (they differ per sequence).
+    bottom-right alignment's ``Nk − Nq`` or the top-left's 0; ``bottom_right`` tells which.
     """
 
     recipe: Recipe | None
@@ -41,7 +41,6 @@ class Request:
     return_lse: bool = False
     needs_grad: bool = False
     dropout_p: float = 0.0
-    varlen: bool = False
 
     @property
     def causal_offset(self) -> int | None:
@@ -59,7 +58,6 @@ class Request:
         if self.is_causal:
             words.append("causal, bottom-right" if self.bottom_right else "causal, top-left")
         words += [f"{self.mask} mask"] if self.mask != "none" else []
-        words += ["variable length"] if self.varlen else []
         words += ["with lse"] if self.return_lse else []
         words += ["needs gradients"] if self.needs_grad else []
         words += [f"dropout {self.dropout_p}"] if self.dropout_p else []

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .errors import InvalidArgumentError
 
+Make = Callable[[torch.Generator, tuple[int, int, int, int]], tuple[Tensor, Tensor, Tensor]]
+
 
 @dataclass(frozen=True)
 class Family:
@@ -21,18 +23,18 @@ class Family:
 
     name: str
     summary: str
-    make: Callable[[torch.Generator, tuple[int, int, int, int]], tuple[Tensor, Tensor, Tensor]]
+    make: Make
 
 
 def _randn(g: torch.Generator, shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape, generator=g)
+    return torch.randn(shape, generator=g, dtype=torch.float32)
 
 
 def _bias(g: torch.Generator, shape: tuple[int, int, int, int], size: float) -> Tensor:
     """``±size`` on 1 / 16 of the channels of each head, ``[B, H, 1, D]``."""
     batch, heads, _, dim = shape
-    order = torch.rand((batch, heads, 1, dim), generator=g).argsort(dim=-1)
-    sign = torch.randint(0, 2, (batch, heads, 1, dim), generator=g) * 2.0 - 1.0
+    order = torch.rand((batch, heads, 1, dim), generator=g, dtype=torch.float32).argsort(dim=-1)
+    sign = torch.randint(0, 2, (batch, heads, 1, dim), generator=g).float() * 2 - 1
     return torch.where(order < max(1, dim // 16), size * sign, 0.0)
 
 
@@ -42,13 +44,14 @@ def rope(x: Tensor, base: float = 10000.0) -> Tensor:
     if dim % 2:
         raise InvalidArgumentError(f"rotary embedding needs an even head_dim, got {dim}")
     half = dim // 2
-    angle = torch.arange(length)[:, None] * base ** (-torch.arange(half) / half)
+    turns = torch.arange(half, dtype=x.dtype) / half
+    angle = torch.arange(length, dtype=x.dtype)[:, None] * base**-turns
     cos, sin = angle.cos(), angle.sin()
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-def _biased(q_bias: float, k_bias: float, v_bias: float, rotary: bool = False):  # type: ignore[no-untyped-def]
+def _biased(q_bias: float, k_bias: float, v_bias: float, rotary: bool = False) -> Make:
     def make(g: torch.Generator, shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (_randn(g, shape) + _bias(g, shape, size) for size in (q_bias, k_bias, v_bias))
         return (rope(q), rope(k), v) if rotary else (q, k, v)
@@ -58,7 +61,7 @@ def _biased(q_bias: float, k_bias: float, v_bias: float, rotary: bool = False): 
 
 def _outlier_tokens(g: torch.Generator, shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (_randn(g, shape) for _ in range(3))
-    order = torch.rand((*shape[:3], 1), generator=g).argsort(dim=2)
+    order = torch.rand((*shape[:3], 1), generator=g, dtype=torch.float32).argsort(dim=2)
     factor = torch.where(order < max(1, shape[2] // 500), 10.0, 1.0)
     return q, k * factor, v * factor
 
@@ -90,7 +93,7 @@ def _local(g: torch.Generator, shape: tuple[int, int, int, int]) -> tuple[Tensor
     q, k, v = (_randn(g, shape) for _ in range(3))
     dim = shape[3]
     carried = max(2, dim // 4 * 2)  # half of the channels carry the position
-    slow = torch.zeros(*shape[:3], carried)
+    slow = torch.zeros(*shape[:3], carried, dtype=torch.float32)
     slow[..., : carried // 2] = 1.0
     position = rope(slow, base=500.0) * math.sqrt(16.0 * math.sqrt(dim) / (carried // 2))  # logit 16 at distance 0
     q[..., :carried] = 0.25 * q[..., :carried] + position

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -37,6 +40,13 @@ SMALL = ("--length", "128", "--heads", "1", "--head-dim", "32")
         (["evaluate", "--like", "sm_1"], "like='sm_1' names no machine"),
         (["demo", "-r", "sage2_8b:colour=red"], "unknown option 'colour'"),
         (["recipes", "sage9"], "unknown name"),
+        (["evaluate", "--plot", "a.xyz"], "a plot ends in .png"),
+        (["evaluate", "--csv", "."], ". is a folder"),
+        (["evaluate", "--csv", "/dev/null/x/a.csv"], "/dev/null"),
+        (["evaluate", "--seed", "-1"], "--seed"),
+        (["evaluate", "x.pt", "--length", "5", "-f", "sink"], "--family, --length does nothing"),
+        (["evaluate", "-f", "normal", "--layout", "NHD"], "--layout NHD"),
+        (["evaluate", "-r", "sage2_8b:name=x"], "name is no option"),
         (["frobnicate"], "No such command 'frobnicate'"),
         (["doctor", "--frobnicate"], "No such option: --frobnicate"),
     ],
@@ -55,6 +65,39 @@ def test_help_teaches(capsys, command):
     code, out, _ = run(capsys, *command, "--help")
     assert code == 0
     assert len(out.split()) > 25
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    code, out, err = run(capsys)
+    assert code == 2
+    assert "evaluate" in out
+    assert err == ""
+
+
+def test_output_that_cannot_show_every_character_is_no_failure():
+    run = subprocess.run(
+        [sys.executable, "-c", "from lowbit_attention.cli import main; main(['recipes'])"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "sage2_8b" in run.stdout
+
+
+def test_rows_that_see_no_key_do_not_count(capsys, tmp_path):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, n, 32, generator=g) for n in (256, 64, 64))
+    save_file({"q": q, "k": k, "v": v}, tmp_path / "a.safetensors")
+    save_file({"q": q[:, :, 192:].clone(), "k": k, "v": v}, tmp_path / "b.safetensors")
+    rmse = []
+    for name in ("a", "b"):
+        files = (str(tmp_path / f"{name}.safetensors"), "--csv", str(tmp_path / f"{name}.csv"))
+        assert run(capsys, "evaluate", *files, "-r", "int8_fp16", "--causal")[0] == 0
+        (row,) = csv.DictReader((tmp_path / f"{name}.csv").open())
+        rmse.append(float(row["rmse"]))
+    assert rmse[0] == pytest.approx(rmse[1], rel=0.2)  # (other tiles, other scales); with the 192 rows: half
 
 
 def test_version(capsys):

@@ -57,7 +57,7 @@ class _Boom:
         ("a.pt", lambda p: torch.save({"x": Q}, p), "its tensors are x"),
         ("a.pt", lambda p: torch.save(Q, p), "holds a Tensor"),
         ("a.pt", lambda p: p.write_bytes(b"not a file"), "cannot be read as plain tensors"),
-        ("a.pt", lambda p: p.write_bytes(pickle.dumps(_Boom())), "cannot be read as plain tensors"),
+        ("a.pt", lambda p: p.write_bytes(pickle.dumps(_Boom(), protocol=2)), "cannot be read as plain tensors"),
         ("a.pt", lambda p: torch.save({"q": _Boom()}, p), "cannot be read as plain tensors"),
         ("a.safetensors", lambda p: p.write_bytes(b"no"), "no safetensors file"),
         ("a.npz", lambda p: p.write_bytes(b"no"), "readable are"),

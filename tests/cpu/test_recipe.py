@@ -17,8 +17,9 @@ import pytest
 from lowbit_attention.errors import InvalidArgumentError, InvalidRecipeError
 from lowbit_attention.granularity import PerBlock, PerChannelAndKeyTile, PerThread, PerToken, PerWarp
 from lowbit_attention.machine import Geometry
-from lowbit_attention.recipe import SCHEMA_VERSION, Recipe, largest_rounded
+from lowbit_attention.recipe import SCHEMA_VERSION, Recipe
 from lowbit_attention.recipe_options import AllTokens, RestartedMax, RunningMax, SampledTokens, TileMax
+from lowbit_attention.recipe_rules import largest_rounded
 from lowbit_attention.recipes import EXACT, RECIPES, recipe
 
 SAGE2 = {"qk_bits": 8, "q_granularity": PerThread(), "k_granularity": PerThread(), "smooth_q": False, "smooth_k": True,
@@ -92,9 +93,11 @@ ODD = Recipe(
     smooth_q=True, k_sample=SampledTokens(7), rotation="hadamard", smoothquant_alpha=0.1 + 0.2, pv_format="e5m2",
     p_max=4 / 3, v_max=7 + 2.0**-20, v_granularity=PerChannelAndKeyTile(), v_headroom=1.1 + 0.1,
     v_scale_power_of_two=True,
-    smooth_v=True, v_sample=SampledTokens(1), softmax_max=TileMax(), accumulator="fp8_f16", row_sum="accumulator",
+    smooth_v=True, softmax_max=TileMax(), accumulator="fp8_f16", row_sum="accumulator",
 )  # fmt: skip
-RESTARTED = Recipe(name="r", softmax_max=RestartedMax(12.5), keys_per_promotion=96, promote_first_tile=True)
+RESTARTED = Recipe(
+    name="r", softmax_max=RestartedMax(12.5), keys_per_promotion=96, promote_first_tile=True, v_sample=SampledTokens(1)
+)
 EVERY = [*RECIPES.values(), ODD, RESTARTED]
 
 

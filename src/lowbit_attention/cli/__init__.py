@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Any
 
@@ -49,12 +50,19 @@ def _root(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; wrong input gives one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console or file that has no ≤ shows a question mark, and goes on
+            stream.reconfigure(errors="replace")
     try:
         code = app(args=arguments, standalone_mode=False)
     except LowbitError as error:
         _fail(" ".join(str(error).split()), 2)
     except _UsageError as error:
-        _fail(error.format_message().replace("\n", " ") + " (see --help)", 2)
+        if message := error.format_message().replace("\n", " "):
+            _fail(message + " (see --help)", 2)
+        sys.exit(2)  # no command: the help was shown
+    except OSError as error:
+        _fail(f"{error.filename or 'file'}: {error.strerror or error}", 2)
     except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
     sys.exit(code if isinstance(code, int) else 0)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..errors import InvalidArgumentError
 from ..machine import MACHINES, Machine, resolve_machine
 from ..recipe import Recipe
 from ..recipes import RECIPES, recipe
+from ..report.plots import check_plot
 
 console = Console()
 LIKE_HELP = f"Whose numbers to emulate: {', '.join(MACHINES)}. Default: sm_89 (an RTX 4090)."
@@ -45,6 +48,21 @@ def progress() -> Progress:
         console=Console(stderr=True),
         transient=True,
     )
+
+
+def check_outputs(csv: Path | None, json: Path | None, plot: Path | None) -> None:
+    """Find out before the work, not after it, that a result cannot be written.
+
+    Raises:
+        InvalidArgumentError: a folder, or a plot's unknown ending. MissingExtraError: a plot without matplotlib.
+    """
+    for path in (csv, json, plot):
+        if path is not None:
+            if path.is_dir():
+                raise InvalidArgumentError(f"{path} is a folder, not a file to write")
+            path.parent.mkdir(parents=True, exist_ok=True)
+    if plot is not None:
+        check_plot(plot)
 
 
 def new_table(title: str, first: str, *others: str) -> Table:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from ..ablations import UNSMOOTHED_4B
 from ..demo import study
 from ..demo.minilm import MiniLM
 from ..demo.study import Study
@@ -17,6 +18,7 @@ from ..report.files import Row, write_csv, write_json
 from .common import (
     LIKE_HELP,
     RECIPE_HELP,
+    check_outputs,
     console,
     new_table,
     parse_like,
@@ -27,7 +29,6 @@ from .common import (
     show,
 )
 
-UNSMOOTHED_4B = "sage2_4b:smooth_q=false,smooth_k=false"
 DEFAULT_RECIPES = (
     "int8_fp16", "sage1", "int8_u8", "fast_8b", "sage2pp_8b", "sage2_8b", "rotated_4b", "sage2pp_4b", "sage2_4b",
     UNSMOOTHED_4B,
@@ -52,6 +53,7 @@ def command(
     """
     chosen = parse_recipes(recipes, DEFAULT_RECIPES)
     machine = parse_like(like)
+    check_outputs(csv, json, plot)
     with progress() as bar:
         task = bar.add_task("loading MiniLM", total=None)
         model = MiniLM()

@@ -76,16 +76,17 @@ def run(model: MiniLM, recipes: list[Recipe], like: Machine | None, advance: Adv
     chunks = model.tokenize(passages(CHUNKS), length=CHUNK_TOKENS)
     short = model.tokenize(sentences(SENTENCES))
     layers: list[LayerResult] = []
+    exact: dict[str, Tensor] = {}
     for subject, batch in (("chunks", chunks), ("sentences", short)):
         rows = batch["attention_mask"].bool()[:, None]
         judge = _Judge(subject, recipes, like, rows, advance)
         with model.attention_by(judge):
-            exact = model.embed(batch)
+            exact[subject] = model.embed(batch)
         layers += judge.results
     embeddings = []
     for recipe in recipes:
         with model.attention_by(_by(recipe, like)):
-            embeddings.append(_compare_embeddings(recipe.name, exact, model.embed(short)))
+            embeddings.append(_compare_embeddings(recipe.name, exact["sentences"], model.embed(short)))
         advance(f"{recipe.name}: embeddings")
     return Study(tuple(r.name for r in recipes), tuple(layers), tuple(embeddings))
 

@@ -1,7 +1,17 @@
-"""Sums of P·V as the tensor cores make them (algorithm notes, "The accumulators").
+"""Sums of P·V as the tensor cores make them.
 
 `accumulate` adds the product of a few keys to a running sum. What the sum loses on the way depends on the recipe's
 accumulator and on the machine's `AccumulatorModel`.
+
+On an H200 (bit for bit, see tests/cpu/reference/test_h200.py):
+
+- FP8 wgmma: the accumulator and the 32 products are truncated toward zero at 13 bits below the largest exponent among
+  them and added exactly; a product's exponent is the sum of its operands' exponents, so 1.75 · 1.75 counts as 2⁰. The
+  f32 result keeps 13 fraction bits (truncated), the f16 result is rounded to nearest even.
+- FP8 mma.sync is two FP16 MMAs and an addition: one sums from zero the keys whose number mod 4 is 0 or 1, the next adds
+  those with 2 or 3, and an ordinary FADD or HADD2 adds that to the accumulator.
+- FP16 MMA: the same alignment at 25 bits below the largest exponent; the f32 result keeps 23 fraction bits (truncated),
+  the f16 result is rounded to nearest even.
 """
 
 from __future__ import annotations
@@ -10,22 +20,33 @@ import torch
 from torch import Tensor
 
 from ..machine import AccumulatorModel, Fidelity
-from ..recipe import Accumulator
+from ..recipe_options import Accumulator
+from ..recipe_rules import MMA_DEPTH
 from .formats import truncate_fraction
 
-FP8_MMA_DEPTH = 32
-"""Keys one FP8 MMA sums (``m16n8k32``; a wgmma's k is 32, too)."""
 FP16_MMA_DEPTH = 16
+FP16_MMA_ALIGN_BITS = 25
+
+E4M3_MIN_EXPONENT = -6
+"""Exponent of E4M3's subnormals; FP16's and E5M2's is −14."""
+FP16_MIN_EXPONENT = -14
 
 _EXACT_INT_KEYS = 512
 """Keys whose integer sum float32 holds exactly: 512 · 255 · 127 < 2^24."""
-
-_CHUNK_ELEMENTS = 1 << 24
-"""Products held at once by the instruction fidelity: 64 MiB of float32."""
+_CHUNK_ELEMENTS = 1 << 23
+"""Products held at once by the instruction fidelity: 64 MiB of float64."""
+_NO_EXPONENT = -(1 << 14)
+"""Below every exponent: that of a zero."""
 
 
 def accumulate(
-    acc: Tensor, p: Tensor, v: Tensor, kind: Accumulator, model: AccumulatorModel, fidelity: Fidelity
+    acc: Tensor,
+    p: Tensor,
+    v: Tensor,
+    kind: Accumulator,
+    model: AccumulatorModel,
+    fidelity: Fidelity,
+    min_exponent: int = E4M3_MIN_EXPONENT,
 ) -> None:
     """Add ``p @ v`` to ``acc``, in place, in the accumulator's arithmetic.
 
@@ -33,6 +54,7 @@ def accumulate(
         acc: the running sum, ``[S, R, Dv]``; float64 if the model is lossless, else float32.
         p: ``[S, R, keys]`` float32, numbers of P's format.
         v: ``[S, keys, Dv]`` float32, numbers of V's format.
+        min_exponent: the exponent of the operands' subnormals.
     """
     if model.lossless:
         acc.baddbmm_(p.double(), v.double())
@@ -41,19 +63,13 @@ def accumulate(
     elif kind in ("fp32", "int32"):
         acc.baddbmm_(p, v)
     else:
-        depth = FP16_MMA_DEPTH if kind == "fp16" else FP8_MMA_DEPTH
-        align = None if kind == "fp16" else model.align_fraction_bits
+        depth = FP16_MMA_DEPTH if kind == "fp16" else MMA_DEPTH
         for start in range(0, p.shape[-1], depth):
             operands = p[..., start : start + depth], v[..., start : start + depth, :]
             if fidelity == "instruction":
-                acc.copy_(_write_back(_instruction(acc, *operands, align), kind, model))
-            elif kind in ("fp8_f16", "fp16"):
-                acc.baddbmm_(*operands)
-                acc.copy_(acc.half())
+                acc.copy_(_instruction(acc, *operands, kind, model, min_exponent))
             else:
-                acc.baddbmm_(*operands)
-                if model.f32_fraction_bits is not None:
-                    truncate_fraction(acc, model.f32_fraction_bits)
+                _step(acc, *operands, kind, model)
 
 
 def round_to_accumulator(x: Tensor, kind: Accumulator, model: AccumulatorModel) -> Tensor:
@@ -63,40 +79,85 @@ def round_to_accumulator(x: Tensor, kind: Accumulator, model: AccumulatorModel) 
     return x
 
 
-def _write_back(total: Tensor, kind: Accumulator, model: AccumulatorModel) -> Tensor:
-    """What an instruction writes of its exact (float64) sum: FP16 to nearest even, or f32 with its kept bits."""
+def _step(acc: Tensor, p: Tensor, v: Tensor, kind: Accumulator, model: AccumulatorModel) -> None:
+    """One instruction, its products summed in float32, then truncated or rounded as its result is."""
+    if kind == "fp8_f16" and model.fp8_by_fp16:
+        total = torch.zeros_like(acc)
+        for keys in _fp16_halves(p.shape[-1], p.device):
+            total = total.baddbmm(p[..., keys], v[..., keys, :]).half().float()
+        acc.copy_((acc + total).half())
+        return
+    acc.baddbmm_(p, v)
     if kind in ("fp8_f16", "fp16"):
-        return total.to(torch.float16)
-    if model.f32_fraction_bits is None:
-        return total.float()
-    mantissa, exponent = torch.frexp(total)  # ½ ≤ |mantissa| < 1: one bit more than the fraction's
-    bits = model.f32_fraction_bits + 1
-    return torch.ldexp(torch.trunc(torch.ldexp(mantissa, torch.tensor(bits))), exponent - bits).float()
+        acc.copy_(acc.half())
+    elif model.f32_fraction_bits is not None:
+        truncate_fraction(acc, model.f32_fraction_bits)
 
 
-def _instruction(acc: Tensor, p: Tensor, v: Tensor, align_bits: int | None) -> Tensor:
-    """One instruction, product by product, before its result is written back; float64.
+def _instruction(
+    acc: Tensor, p: Tensor, v: Tensor, kind: Accumulator, model: AccumulatorModel, min_exponent: int
+) -> Tensor:
+    """One instruction, product by product; the new accumulator as float32 (holding FP16 numbers for FP16 sums)."""
+    f16 = kind in ("fp8_f16", "fp16")
+    if kind == "fp16":
+        return _fp16_mma(acc, p, v, f16, FP16_MIN_EXPONENT)
+    if model.fp8_by_fp16:
+        total = torch.zeros_like(acc)
+        for keys in _fp16_halves(p.shape[-1], p.device):
+            total = _fp16_mma(total, p[..., keys], v[..., keys, :], f16, FP16_MIN_EXPONENT)
+        return _to_fp16(acc.double() + total.double()) if f16 else acc + total
+    if model.fp8_align_bits is None:
+        raise ValueError(f"{model} says nothing about FP8 instructions")
+    exact = _aligned_sum(acc, p, v, model.fp8_align_bits, min_exponent)
+    return _to_fp16(exact) if f16 else _truncate(exact, model.f32_fraction_bits or 23)
 
-    The accumulator and all products are truncated toward zero at ``2^(e_max − align_bits)``, ``e_max`` being the
-    largest (normalised) exponent among them, and added exactly.
-    """
-    if align_bits is None:
-        return acc.double() + p.double() @ v.double()
+
+def _fp16_halves(keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The keys that the two FP16 MMAs of an emulated FP8 MMA sum: registers unpack to bytes 0, 1 and bytes 2, 3."""
+    number = torch.arange(keys, device=device)
+    return number[number % 4 < 2], number[number % 4 >= 2]
+
+
+def _fp16_mma(acc: Tensor, p: Tensor, v: Tensor, f16: bool, min_exponent: int) -> Tensor:
+    exact = _aligned_sum(acc, p, v, FP16_MMA_ALIGN_BITS, min_exponent)
+    return _to_fp16(exact) if f16 else _truncate(exact, 23)
+
+
+def _aligned_sum(acc: Tensor, p: Tensor, v: Tensor, align_bits: int, min_exponent: int) -> Tensor:
+    """``acc + p @ v`` in float64, every term truncated toward zero at ``2^(e_max − align_bits)``; ``[S, R, Dv]``."""
     out = torch.empty(acc.shape, dtype=torch.float64, device=acc.device)
+    p_exponent, v_exponent = _exponent(p, min_exponent), _exponent(v, min_exponent)
+    acc_exponent = _exponent(acc, None)
     rows = max(1, _CHUNK_ELEMENTS // max(1, v.shape[-2] * v.shape[-1]))
     for s in range(acc.shape[0]):
         for start in range(0, acc.shape[1], rows):
             part = slice(start, start + rows)
-            products = p[s, part, :, None] * v[s, None]  # 4 + 4 significant bits: exact in float32
-            terms = torch.cat([acc[s, part, None], products], dim=1)
-            out[s, part] = _align_and_add(terms, align_bits)
+            products = p[s, part, :, None].double() * v[s].double()
+            exponents = (p_exponent[s, part, :, None] + v_exponent[s]).amax(dim=1)
+            exponents = torch.maximum(exponents, acc_exponent[s, part]).clamp_(min=-1000)  # (all terms are zero)
+            quantum = torch.ldexp(torch.ones_like(out[s, part]), exponents - align_bits)
+            total = torch.trunc(products.div_(quantum[:, None])).sum(dim=1)
+            out[s, part] = (total + torch.trunc(acc[s, part].double() / quantum)) * quantum
     return out
 
 
-def _align_and_add(terms: Tensor, align_bits: int) -> Tensor:
-    """Sum over dim 1 of terms truncated toward zero at ``2^(e_max − align_bits)``."""
-    largest = terms.abs().amax(dim=1, keepdim=True)
-    exponent = torch.frexp(largest).exponent - 1  # largest = m · 2^(exponent), 1 ≤ m < 2
-    terms = terms.double()
-    quantum = torch.ldexp(torch.ones_like(largest, dtype=torch.float64), exponent - align_bits)
-    return (torch.trunc(terms / quantum) * quantum).sum(dim=1)
+def _exponent(x: Tensor, min_exponent: int | None) -> Tensor:
+    """``⌊log2 |x|⌋``, at least ``min_exponent``; far below every exponent for zeros."""
+    exponent = torch.frexp(x).exponent - 1
+    if min_exponent is not None:
+        exponent = exponent.clamp(min=min_exponent)
+    return torch.where(x == 0, _NO_EXPONENT, exponent)
+
+
+def _to_fp16(x: Tensor) -> Tensor:
+    """float64 to the nearest FP16 number, ties to even, as float32. (torch's own cast rounds to float32 on the way.)"""
+    exponent = (torch.frexp(x).exponent - 1).clamp(min=FP16_MIN_EXPONENT)
+    quantum = torch.ldexp(torch.ones_like(x), exponent - 10)
+    return (torch.round(x / quantum) * quantum).half().float()
+
+
+def _truncate(x: Tensor, fraction_bits: int) -> Tensor:
+    """float64 to float32 that keeps ``fraction_bits``, truncated toward zero."""
+    mantissa, exponent = torch.frexp(x)  # ½ ≤ |mantissa| < 1: one bit more than the fraction's
+    bits = fraction_bits + 1
+    return torch.ldexp(torch.trunc(torch.ldexp(mantissa, torch.full_like(exponent, bits))), exponent - bits).float()

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..granularity import PerChannelAndKeyTile
 from ..machine import DEFAULT_MACHINE, Machine
 from ..recipe import Recipe
+from .arithmetic import plain_arithmetic
 from .formats import FP32_MAX
 from .masks import LOG2E, Masking, valid_keys
 from .quantize import Means, Packed, pack
@@ -48,6 +49,20 @@ def emulate(
         means: a kernel's own means, to be used instead of the reference's.
     """
     recipe.check_geometry(machine.geometry)
+    with plain_arithmetic(q.device):
+        return _emulate(q, k, v, recipe, sm_scale, masking, machine, means)
+
+
+def _emulate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    recipe: Recipe,
+    sm_scale: float,
+    masking: Masking,
+    machine: Machine,
+    means: Means | None,
+) -> Result:
     # contiguous: the order of a mean's additions, and so its last bit, must not depend on the caller's strides
     q, k, v = q.float().contiguous(), k.float().contiguous(), v.float().contiguous()
     packed = pack(q, k, v, recipe, machine.geometry, valid_keys(masking, q, k), means)
@@ -83,12 +98,14 @@ def _slices(
     q_scale = packed.q_scale[b, h][:, packed.q_group] * (sm_scale * LOG2E)
     k, v = packed.k[b, h_kv], packed.v[b, h_kv]
     k_scale = packed.k_scale[b, h_kv][:, packed.k_group]
-    v_scale = packed.v_scale[b, h_kv]
+    tile_scale = packed.v_scale[b, h_kv]
+    v_scale = tile_scale.amax(dim=1, keepdim=True)  # taken out of the sums, which so stay in range
+    tile_scale = tile_scale / v_scale
     rows, keys = q.shape[1], k.shape[1]
     softmax = OnlineSoftmax((len(index), rows, v.shape[2]), recipe, machine, q.device)
     if softmax.sum_in_mma:
         v = torch.cat([v, v.new_ones(*v.shape[:2], 1)], dim=2)
-        v_scale = torch.cat([v_scale, v_scale.new_ones(*v_scale.shape[:2], 1)], dim=2)
+        tile_scale = torch.cat([tile_scale, tile_scale.new_ones(*tile_scale.shape[:2], 1)], dim=2)
     scaled_by_tile = isinstance(recipe.v_granularity, PerChannelAndKeyTile)
 
     interval = recipe.promotion_keys(geometry)
@@ -113,13 +130,11 @@ def _slices(
             softmax.add(seeing, p[..., first : first + step], v[:, start + first : min(start + first + step, keys)])
             fresh = _interval_ends(recipe, interval, geometry.b_k, number)
             if fresh:
-                softmax.promote(seeing, v_scale[:, number, None] if scaled_by_tile else None)
+                softmax.promote(seeing, tile_scale[:, number, None] if scaled_by_tile else None)
     if not scaled_by_tile:  # (a scale per tile promotes at every tile)
         softmax.promote(slice(0, rows))
     out, m, row_sum = softmax.finish()
-    if not scaled_by_tile:
-        out = out * v_scale[..., : out.shape[2]]
-    return out, m / LOG2E + row_sum.log()
+    return out * v_scale, m / LOG2E + row_sum.log()
 
 
 def _interval_ends(recipe: Recipe, interval: int | None, b_k: int, tile: int) -> bool:

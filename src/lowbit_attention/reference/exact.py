@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from .arithmetic import plain_arithmetic
 from .masks import Masking
 
 _TILE_KEYS = 512
@@ -39,9 +40,10 @@ def exact(
     lse = q.new_full((batch * heads, rows), -math.inf, dtype=dtype)
     if lse.numel():
         at_once = max(1, _TILE_ELEMENTS // (rows * _TILE_KEYS))
-        for first in range(0, batch * heads, at_once):
-            part = slice(first, min(first + at_once, batch * heads))
-            out[part], lse[part] = _slices(q, k, v, sm_scale, masking, dtype, part)
+        with plain_arithmetic(q.device):
+            for first in range(0, batch * heads, at_once):
+                part = slice(first, min(first + at_once, batch * heads))
+                out[part], lse[part] = _slices(q, k, v, sm_scale, masking, dtype, part)
     return out.reshape(batch, heads, rows, v.shape[3]), lse.reshape(batch, heads, rows)
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .formats import FP32_MAX
-
 LOG2E = math.log2(math.e)
 _ROWS_AT_ONCE = 256
+_HIDING_BIAS = 9000.0
+"""e^−9000 is zero in every format; −10000 becomes −9984 in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Masking:
             if tile.dtype == torch.bool:
                 x = x.masked_fill(~tile, -math.inf)
             else:
-                limit = FP32_MAX if x.dtype == torch.float32 else torch.finfo(x.dtype).max
+                limit = torch.finfo(x.dtype).max
                 bias = tile.to(x.dtype)
                 shifted = x + (bias * unit).clamp(-limit, limit)
                 finite = x.isfinite() & bias.isfinite()
@@ -75,15 +75,23 @@ def valid_keys(masking: Masking, q: Tensor, k: Tensor) -> Tensor | None:
     mask = masking.mask
     if mask is None or 0 in mask.shape or 0 in q.shape[:3] or k.shape[2] == 0:
         return None
-    first = _visible(mask[:, :, :1])
+    first = _counts(mask[:, :, :1])
     if bool(first.all()):
         return None
     for start in range(1, mask.shape[2], _ROWS_AT_ONCE):  # (all at once would be another N × N)
-        if not bool((_visible(mask[:, :, start : start + _ROWS_AT_ONCE]) == first).all()):
+        if not bool((_counts(mask[:, :, start : start + _ROWS_AT_ONCE]) == first).all()):
             return None
     first = first.expand(q.shape[0], q.shape[1], 1, k.shape[2])
     return first.reshape(q.shape[0], k.shape[1], -1, k.shape[2]).any(dim=2)
 
 
-def _visible(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask > -math.inf
+def _counts(rows: Tensor) -> Tensor:
+    """Keys that a row's mask lets count.
+
+    A bias far below the row's largest (−10000, or a dtype's lowest number, as some models mark padding) hides a key
+    from softmax as −∞ does.
+    """
+    if rows.dtype == torch.bool:
+        return rows
+    bias = rows.double()
+    return (bias > -math.inf) & (bias >= bias.amax(dim=-1, keepdim=True) - _HIDING_BIAS)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..granularity import PerChannelAndKeyTile
 from ..machine import Geometry
-from ..recipe import PVFormat, Recipe
+from ..recipe import Recipe
+from ..recipe_options import AllTokens, PVFormat
 from .formats import FP32_MAX, round_e4m3, round_e5m2, round_fp16, round_int
 from .rotation import rotate
 from .smoothing import sampled, smoothquant_factor, tile_mean, token_mean
@@ -79,7 +80,7 @@ def pack(
 
     k_mean = q_mean = k_smooth = None
     if recipe.smooth_k:
-        k_mean = token_mean(k, sampled(valid, recipe.k_sample, k)) if means.k is None else means.k.float()
+        k_mean = token_mean(k, sampled(valid, recipe.k_sample, k), valid) if means.k is None else means.k.float()
         k = k - k_mean[:, :, None]
     if recipe.smooth_q:
         q_mean, k_smooth = tile_mean(q, geometry.b_q), k
@@ -139,7 +140,7 @@ def _pack_values(
     """V̂ in its format, its scale ``[B, Hkv, T or 1, Dv]``, and v̄ if V is smoothed."""
     tokens = sampled(valid, recipe.v_sample, v)
     if recipe.smooth_v:
-        mean = token_mean(v, tokens) if mean is None else mean.float()
+        mean = token_mean(v, tokens, valid) if mean is None else mean.float()
         v = v - mean[:, :, None]
     else:
         mean = None
@@ -151,9 +152,11 @@ def _pack_values(
     channel_max = padded.reshape(*v.shape[:2], tiles, tile, v.shape[3]).amax(dim=3)
 
     scale, factor = _scale_and_factor(channel_max, recipe.v_max / recipe.v_headroom)
+    if recipe.v_sample != AllTokens():
+        factor = torch.where(channel_max < TINY, 1.0, factor)  # a channel of zeros in the sample only: δ = 1
     if recipe.v_scale_power_of_two or not recipe.quantises_pv:  # (unrounded, a power of two only keeps sums in range)
         scale = _next_power_of_two(scale)
-        factor = torch.where(factor == 0, 0.0, 1.0 / scale)
+        factor = torch.where(factor == 0, 0.0, torch.ones_like(scale) / scale)
     expanded = factor.repeat_interleave(tile, dim=2)[:, :, : v.shape[2]]
     scaled = (v * expanded).clamp(-recipe.v_max, recipe.v_max)
     scaled = torch.where(v.isfinite(), scaled, torch.nan)  # a token outside the sample must not saturate silently

@@ -33,17 +33,20 @@ def sampled(valid: Tensor | None, sample: TokenSample, like: Tensor) -> Tensor |
     return chosen & usable
 
 
-def token_mean(x: Tensor, tokens: Tensor | None) -> Tensor:
-    """Mean over the chosen tokens (``None``: all) of ``x`` ``[B, H, N, D]``, float32 ``[B, H, D]``."""
+def token_mean(x: Tensor, tokens: Tensor | None, valid: Tensor | None = None) -> Tensor:
+    """Mean over the chosen tokens (``None``: all) of ``x`` ``[B, H, N, D]``, float32 ``[B, H, D]``.
+
+    ``valid``: tokens that the mean will be subtracted from and that count, ``None`` for all.
+    """
     if x.shape[2] == 0:
         return x.new_zeros(x.shape[0], x.shape[1], x.shape[3])
     if tokens is None:
-        mean, largest = x.mean(dim=2, dtype=torch.float64), x.abs().amax(dim=2)
+        mean = x.mean(dim=2, dtype=torch.float64)
     else:
         chosen = torch.where(tokens[..., None], x, 0.0)
         count = tokens.sum(dim=-1).clamp(min=1)
         mean = chosen.sum(dim=2, dtype=torch.float64) / count[..., None]
-        largest = torch.where(tokens.any(dim=-1)[..., None], x.abs().amax(dim=2), 0.0)
+    largest = (x if valid is None else torch.where(valid[..., None], x, 0.0)).abs().amax(dim=2)
     return torch.where(largest >= _LARGEST_SMOOTHED, 0.0, mean.float())
 
 

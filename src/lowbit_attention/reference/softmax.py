@@ -14,7 +14,7 @@ from torch import Tensor
 from ..machine import Machine
 from ..recipe import Recipe
 from ..recipe_options import RestartedMax, TileMax
-from .accumulate import accumulate, round_to_accumulator
+from .accumulate import E4M3_MIN_EXPONENT, FP16_MIN_EXPONENT, accumulate, round_to_accumulator
 from .quantize import round_probabilities
 
 
@@ -33,12 +33,12 @@ class OnlineSoftmax:
         partial_dtype = torch.float64 if machine.accumulators.lossless else torch.float32
 
         def rows_of(value: float) -> Tensor:
-            return torch.full((slices, rows), value, device=device)
+            return torch.full((slices, rows), value, dtype=torch.float32, device=device)
 
         self.seen = rows_of(-math.inf)  # M, the maximum of all keys so far
         self.partial = torch.zeros(slices, rows, columns, dtype=partial_dtype, device=device)
         self.partial_m, self.partial_l = rows_of(-math.inf), rows_of(0.0)
-        self.out = torch.zeros(slices, rows, columns, device=device)
+        self.out = torch.zeros(slices, rows, columns, dtype=torch.float32, device=device)
         self.out_m, self.out_l = rows_of(-math.inf), rows_of(0.0)
 
     def choose_max(self, rows: slice, x: Tensor, fresh: bool) -> Tensor:
@@ -64,8 +64,9 @@ class OnlineSoftmax:
         else:
             m = seen
         self.partial_m[:, rows] = m
-        shift = torch.where(m == -math.inf, 0.0, m) - math.log2(self.recipe.p_max)
-        return _exp2(x - shift[..., None])
+        # (x − m) + log2 P_r, never x − (m − log2 P_r): that loses P_r's digits beside a large m, and P exceeds P_r
+        below = x - torch.where(m == -math.inf, 0.0, m)[..., None]
+        return _exp2(below + math.log2(self.recipe.p_max))
 
     def add(self, rows: slice, p: Tensor, v: Tensor) -> None:
         """Add ``p`` (unrounded, ``[S, rows, keys]``) times ``v`` (``[S, keys, columns]``) to the partial sums."""
@@ -74,7 +75,13 @@ class OnlineSoftmax:
             summed = p if self.recipe.row_sum == "unrounded" else rounded
             self.partial_l[:, rows] += summed.sum(dim=-1)
         accumulate(
-            self.partial[:, rows], rounded, v, self.recipe.accumulator, self.machine.accumulators, self.machine.fidelity
+            self.partial[:, rows],
+            rounded,
+            v,
+            self.recipe.accumulator,
+            self.machine.accumulators,
+            self.machine.fidelity,
+            E4M3_MIN_EXPONENT if self.recipe.pv_format == "e4m3" else FP16_MIN_EXPONENT,
         )
 
     def promote(self, rows: slice, scale: Tensor | None = None) -> None:

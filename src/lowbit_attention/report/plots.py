@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingExtraError
+from ..errors import InvalidArgumentError, MissingExtraError
+
+_ENDINGS = (".png", ".svg", ".pdf")
+
+
+def check_plot(path: Path) -> None:
+    """Whether a plot can be written there.
+
+    Raises:
+        InvalidArgumentError: an unknown ending. MissingExtraError: matplotlib is not installed.
+    """
+    if path.suffix not in _ENDINGS:
+        raise InvalidArgumentError(f"a plot ends in {', '.join(_ENDINGS)}, not {path.suffix!r}: {path}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtraError("a plot", "plot", "matplotlib")
 
 
 def figure(width: float, height: float, **options: Any) -> tuple[Any, Any]:
-    """A matplotlib figure and its axes, drawn without a display.
+    """A matplotlib figure and its axes, drawn without a display; `check_plot` says whether there is matplotlib."""
+    import matplotlib
 
-    Raises:
-        MissingExtraError: if matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise MissingExtraError("a plot", "plot", "matplotlib") from None
     matplotlib.use("agg")
     from matplotlib import pyplot
 

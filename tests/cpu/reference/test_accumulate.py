@@ -1,8 +1,10 @@
 """Sums as the tensor cores make them.
 
-The probes of an H200 are repeated case by case. An oracle in exact rational arithmetic then follows the model in
-words: align the accumulator and the instruction's products to the largest exponent among them, truncate each toward
-zero at 2^(e_max − 13), add exactly, and keep 13 fraction bits (f32) or round to FP16 (ties to even).
+The probes of an H200 are repeated case by case (random operands: test_h200.py). An oracle in exact rational arithmetic
+then follows the model in words: align the accumulator and the instruction's products (a product's
+exponent is the sum of its operands') to the largest exponent among them, truncate each toward zero at 2^(e_max − 13),
+add exactly, and keep 13 fraction bits (f32) or round to FP16 (ties to even). An emulated mma.sync is two FP16 MMAs (25
+bits, 23 fraction bits) and an addition.
 """
 
 from __future__ import annotations
@@ -86,30 +88,42 @@ def to_fp32(x: Fraction) -> Fraction:
     return round(x / quantum) * quantum
 
 
-def one_instruction(d: Fraction, products: list[Fraction], kind: str, truncates: bool) -> Fraction:
-    terms = [t for t in [d, *products] if t != 0]
+Pairs = list[tuple[Fraction, Fraction]]
+
+
+def aligned(d: Fraction, pairs: Pairs, bits: int, f16: bool, kept: int) -> Fraction:
+    """One MMA, aligned at ``bits`` below the largest exponent; keeps ``kept`` fraction bits or rounds to FP16."""
+    terms = [(exponent(a) + exponent(b), a * b) for a, b in pairs if a * b]  # normal numbers: no subnormals here
+    terms += [(exponent(d), d)] if d else []
     if not terms:
         return Fraction(0)
-    if truncates:
-        quantum = Fraction(2) ** (max(exponent(t) for t in terms) - 13)
-        terms = [toward_zero(t, quantum) for t in terms]
-    total = sum(terms, Fraction(0))
-    if kind != "fp8_f32":
+    quantum = Fraction(2) ** (max(e for e, _ in terms) - bits)
+    total = sum((toward_zero(t, quantum) for _, t in terms), Fraction(0))
+    if f16:
         return to_fp16(total)
-    if not truncates:
-        return to_fp32(total)
-    return toward_zero(total, Fraction(2) ** (exponent(total) - 13)) if total else total
+    return toward_zero(total, Fraction(2) ** (exponent(total) - kept)) if total else total
 
 
-def oracle(acc: torch.Tensor, p: torch.Tensor, v: torch.Tensor, kind: str, truncates: bool, depth: int) -> list[float]:
+def one_instruction(d: Fraction, pairs: Pairs, kind: str, model: AccumulatorModel) -> Fraction:
+    f16 = kind != "fp8_f32"
+    if kind == "fp16":
+        return aligned(d, pairs, 25, f16, 23)
+    if model is not SM90_MMA:
+        return aligned(d, pairs, 13, f16, 13)
+    first = aligned(Fraction(0), [x for n, x in enumerate(pairs) if n % 4 in (0, 1)], 25, f16, 23)
+    both = aligned(first, [x for n, x in enumerate(pairs) if n % 4 in (2, 3)], 25, f16, 23)
+    return to_fp16(d + both) if f16 else to_fp32(d + both)
+
+
+def oracle(
+    acc: torch.Tensor, p: torch.Tensor, v: torch.Tensor, kind: str, model: AccumulatorModel, depth: int
+) -> list[float]:
     out = []
     for s, row, column in np.ndindex(*acc.shape):
         total = Fraction(acc[s, row, column].item())
-        products = [
-            Fraction(a) * Fraction(b) for a, b in zip(p[s, row].tolist(), v[s, :, column].tolist(), strict=True)
-        ]
-        for start in range(0, len(products), depth):
-            total = one_instruction(total, products[start : start + depth], kind, truncates)
+        pairs = [(Fraction(a), Fraction(b)) for a, b in zip(p[s, row].tolist(), v[s, :, column].tolist(), strict=True)]
+        for start in range(0, len(pairs), depth):
+            total = one_instruction(total, pairs[start : start + depth], kind, model)
         out.append(float(total))
     return out
 
@@ -130,7 +144,7 @@ def test_instruction_fidelity_is_the_model_in_rational_arithmetic(
     generator = np.random.default_rng(keys)
     p, v = e4m3_numbers((2, 3, keys), exponents, generator), e4m3_numbers((2, keys, 4), (-6, -3), generator)
     acc = torch.from_numpy(generator.integers(-512, 513, (2, 3, 4)).astype(np.float32))
-    expected = oracle(acc, p, v, kind, model in (SM90_WGMMA, ADA_FP22), 32)
+    expected = oracle(acc, p, v, kind, model, 32)
     accumulate(acc, p, v, kind, model, "instruction")
     assert acc.flatten().tolist() == expected
 
@@ -142,7 +156,7 @@ def test_fp16_mma_rounds_to_fp16_after_every_16_keys(model: AccumulatorModel, fi
     p = torch.from_numpy(generator.integers(0, 1025, (1, 4, 48)) / 1024).float()  # FP16 numbers
     v = torch.from_numpy(generator.integers(-64, 65, (1, 48, 5)) / 16).float()
     acc = torch.zeros(1, 4, 5)  # sums are multiples of 2^-14 below 2^8: exact in float32 before they are rounded
-    expected = oracle(acc, p, v, "fp16", False, 16)
+    expected = oracle(acc, p, v, "fp16", model, 16)
     accumulate(acc, p, v, "fp16", model, fidelity)
     assert acc.flatten().tolist() == expected
     assert expected != (p.double() @ v.double()).flatten().tolist()  # there was something to round
