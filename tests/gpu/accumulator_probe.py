@@ -8,7 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cuda.core import Device, LaunchConfig, Program, ProgramOptions, launch
+from cuda.core import Device, LaunchConfig, ObjectCode, launch
+
+from lowbit_attention.jit.cache import KernelCache
+from lowbit_attention.jit.compiler import Options
+from lowbit_attention.jit.source import read_source
 
 KERNELS = ("wgmma_f16", "wgmma_f32", "mma_f16", "mma_f32")
 FAMILIES = ("uniform", "mid", "big_mantissa", "subnormal", "sparse", "positive", "few")
@@ -55,8 +59,9 @@ class Probe:
     def __init__(self):
         self._device = Device()
         self._device.set_current()
-        source = Path(__file__).with_suffix(".cu").read_text(encoding="utf-8")
-        code = Program(source, "c++", ProgramOptions(arch="sm_90a", std="c++17")).compile("cubin")
+        here = Path(__file__)
+        source = read_source(here.parent, here.with_suffix(".cu").name)
+        code = ObjectCode.from_cubin(KernelCache().get(source, Options.of("sm_90a")).cubin)
         self._kernels = {name: code.get_kernel(name) for name in KERNELS}
 
     def run(self, kernel, a, b, c):

@@ -1,0 +1,159 @@
+"""Source to machine code, by NVRTC."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from ..errors import InvalidArgumentError, LowbitError, MissingExtraError
+from .source import Source
+
+SCHEMA = 1
+"""Raise it when the same key would now give other machine code, or a cache entry another form."""
+
+MIN_NVRTC = (12, 8)
+"""Older compilers build a trap for the FP8 MMA with an FP16 accumulator."""
+
+_ARCH = re.compile(r"sm_\d{2,3}[af]?")
+
+
+class CompileError(LowbitError):
+    """NVRTC refused a source; the message holds its diagnostics."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything besides the source that changes the machine code.
+
+    arch: ``sm_89``, ``sm_90a``, …; defines: preprocessor macros.
+    """
+
+    arch: str
+    defines: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not _ARCH.fullmatch(self.arch):
+            raise InvalidArgumentError(f"arch={self.arch!r} is none like 'sm_89' or 'sm_90a'")
+
+    @classmethod
+    def of(cls, arch: str, defines: Mapping[str, int | str] | None = None) -> Options:
+        """Options with macros given as a mapping; their order does not matter."""
+        return cls(arch, tuple(sorted((name, str(value)) for name, value in (defines or {}).items())))
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas says one kernel uses: registers a thread, and bytes of stack, spills and static shared memory."""
+
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Machine code for one architecture, what its kernels use (by name), and the compiler's other remarks."""
+
+    cubin: bytes
+    resources: dict[str, Resources]
+    remarks: tuple[str, ...]
+
+
+@lru_cache(maxsize=1)
+def nvrtc_version() -> tuple[int, int]:
+    """NVRTC's version.
+
+    Raises:
+        MissingExtraError: the run-time compiler is not installed.
+    """
+    _core()
+    from cuda.bindings import nvrtc
+
+    result, major, minor = nvrtc.nvrtcVersion()
+    if int(result) != 0:
+        raise CompileError(f"NVRTC does not say its version: {result}")
+    return int(major), int(minor)
+
+
+def cache_key(source: Source, options: Options) -> str:
+    """A name (64 hexadecimal digits) that is another as soon as the machine code could be."""
+    everything = {
+        "schema": SCHEMA,
+        "nvrtc": nvrtc_version(),
+        "arch": options.arch,
+        "defines": options.defines,
+        "name": source.name,
+        "text": source.text,
+        "headers": source.headers,
+    }
+    return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
+
+
+def compile_source(source: Source, options: Options) -> Compiled:
+    """Compile, without a GPU.
+
+    Raises:
+        CompileError: with NVRTC's diagnostics, or for an NVRTC below `MIN_NVRTC`.
+        MissingExtraError: the run-time compiler is not installed.
+    """
+    core = _core()
+    if nvrtc_version() < MIN_NVRTC:
+        raise CompileError(
+            f"NVRTC {_dotted(nvrtc_version())} is older than {_dotted(MIN_NVRTC)}, which the FP8 kernels need: "
+            "pip install -U nvidia-cuda-nvrtc (or nvidia-cuda-nvrtc-cu12)"
+        )
+    log = io.StringIO()
+    program_options = core.ProgramOptions(
+        name=source.name,
+        arch=options.arch,
+        std="c++17",
+        define_macro=[*options.defines] or None,
+        include_path=None if source.root is None else str(source.root),
+        ptxas_options=["-v"],  # its report of registers and spills
+    )
+    try:
+        code = core.Program(source.text, "c++", program_options).compile("cubin", logs=log)
+    except Exception as error:  # cuda-core raises its own private types
+        raise CompileError(f"{source.name} does not compile for {options.arch}: {error}\n{log.getvalue()}") from None
+    resources, remarks = read_report(log.getvalue().replace("\0", ""))  # (NVRTC ends its texts as C does)
+    return Compiled(bytes(code.code), resources, remarks)
+
+
+def read_report(text: str) -> tuple[dict[str, Resources], tuple[str, ...]]:
+    """Resources by kernel from ptxas's verbose report, and the lines that are not of that report (warnings, say)."""
+    resources: dict[str, Resources] = {}
+    remarks = []
+    name: str | None = None
+    frame = (0, 0, 0)
+    for line in text.splitlines():
+        if match := re.search(r"Compiling entry function '([^']+)'", line):
+            name = match[1]
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            frame = int(match[1]), int(match[2]), int(match[3])
+        elif (match := re.search(r"Used (\d+) registers", line)) and name is not None:
+            shared = re.search(r"(\d+) bytes smem", line)
+            resources[name] = Resources(int(match[1]), *frame, shared=int(shared[1]) if shared else 0)
+        elif line.strip() and not line.startswith("ptxas info"):
+            remarks.append(line.strip())
+    return resources, tuple(remarks)
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
+
+
+def _core() -> Any:
+    try:
+        import cuda.core
+    except ImportError as error:
+        missing = error.name or "cuda-core"
+        raise MissingExtraError("compiling kernels", "cuda13", missing) from None
+    return cuda.core

@@ -1,0 +1,101 @@
+"""NVRTC without a GPU: machine code for every architecture, its resources, and diagnostics that help."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowbit_attention import InvalidArgumentError, MissingExtraError
+from lowbit_attention.jit import compiler
+from lowbit_attention.jit.compiler import CompileError, Options, Resources, cache_key, compile_source, read_report
+from lowbit_attention.jit.source import Source, read_source
+
+ADD = Source("add.cu", 'extern "C" __global__ void add(float* x) { x[threadIdx.x] += AMOUNT; }\n')
+GPU_TESTS = Path(__file__).resolve().parents[2] / "gpu"
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100a", "sm_120a"])
+def test_every_architecture_compiles(arch):
+    compiled = compile_source(ADD, Options.of(arch, {"AMOUNT": "1.0f"}))
+    assert compiled.cubin.startswith(b"\x7fELF")
+    assert set(compiled.resources) == {"add"}
+    assert compiled.resources["add"].registers > 0
+    assert compiled.resources["add"].spill_stores == 0
+
+
+def test_the_accumulator_probe_compiles_for_hopper_without_spills():
+    compiled = compile_source(read_source(GPU_TESTS, "accumulator_probe.cu"), Options.of("sm_90a"))
+    assert set(compiled.resources) == {"wgmma_f16", "wgmma_f32", "mma_f16", "mma_f32"}
+    assert all(r.spill_stores == r.spill_loads == 0 for r in compiled.resources.values())
+    assert compiled.resources["wgmma_f32"].shared == 8 * 32  # B, 8 columns × 32 keys
+    assert compiled.remarks == ()
+
+
+def test_headers_are_compiled_from_the_root(tmp_path):
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "two.cuh").write_text("constexpr int kTwo = 2;\n")
+    (tmp_path / "a.cu").write_text('#include "inner/two.cuh"\nextern "C" __global__ void f(int* x) { *x = kTwo; }\n')
+    assert "f" in compile_source(read_source(tmp_path, "a.cu"), Options.of("sm_89")).resources
+
+
+def test_an_error_shows_the_line():
+    with pytest.raises(CompileError, match=r"add\.cu does not compile for sm_89(.|\n)*add\.cu\(1\)(.|\n)*AMOUNT"):
+        compile_source(ADD, Options.of("sm_89"))
+
+
+def test_warnings_are_kept():
+    source = Source("w.cu", 'extern "C" __global__ void f() { int unused; }\n')
+    compiled = compile_source(source, Options.of("sm_89"))
+    assert any("unused" in remark for remark in compiled.remarks)
+
+
+@pytest.mark.parametrize("arch", ["89", "sm89", "compute_90", "sm_90x", ""])
+def test_a_wrong_architecture_is_refused(arch):
+    with pytest.raises(InvalidArgumentError, match="arch="):
+        Options.of(arch)
+
+
+def test_spills_are_read_from_the_report():
+    report = """ptxas info    : Compiling entry function 'f' for 'sm_89'
+ptxas info    : Function properties for f
+    16 bytes stack frame, 28 bytes spill stores, 72 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 16 bytes cumulative stack size, 1024 bytes smem, 400 bytes cmem[0]
+ptxas warning : Potential Performance Loss: wgmma.mma_async instructions are serialized (C7514)
+"""
+    resources, remarks = read_report(report)
+    assert resources == {"f": Resources(registers=255, stack=16, spill_stores=28, spill_loads=72, shared=1024)}
+    assert len(remarks) == 1
+    assert "C7514" in remarks[0]
+
+
+def test_the_key_changes_with_everything_that_changes_the_code(monkeypatch):
+    headers = (("h.cuh", "int h;"),)
+    base = Source("a.cu", "int a;", headers)
+    keys = {
+        cache_key(base, Options.of("sm_89")),
+        cache_key(base, Options.of("sm_90a")),
+        cache_key(base, Options.of("sm_89", {"N": 1})),
+        cache_key(base, Options.of("sm_89", {"N": 2})),
+        cache_key(Source("a.cu", "int b;", headers), Options.of("sm_89")),
+        cache_key(Source("b.cu", "int a;", headers), Options.of("sm_89")),
+        cache_key(Source("a.cu", "int a;", (("h.cuh", "int i;"),)), Options.of("sm_89")),
+        cache_key(Source("a.cu", "int a;"), Options.of("sm_89")),
+    }
+    assert len(keys) == 8
+    assert cache_key(base, Options.of("sm_89", {"A": 1, "B": 2})) == cache_key(
+        base, Options.of("sm_89", {"B": 2, "A": 1})
+    )
+    monkeypatch.setattr(compiler, "nvrtc_version", lambda: (12, 9))
+    assert cache_key(base, Options.of("sm_89")) not in keys
+
+
+def test_an_old_compiler_is_named(monkeypatch):
+    monkeypatch.setattr(compiler, "nvrtc_version", lambda: (12, 4))
+    with pytest.raises(CompileError, match=r"NVRTC 12\.4 is older than 12\.8"):
+        compile_source(ADD, Options.of("sm_89", {"AMOUNT": 1}))
+
+
+def test_a_missing_compiler_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    with pytest.raises(MissingExtraError, match=r"lowbit-attention\[cuda13\]"):
+        compile_source(ADD, Options.of("sm_89", {"AMOUNT": 1}))
