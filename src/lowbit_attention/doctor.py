@@ -16,11 +16,9 @@ import torch
 from ._version import __version__
 from .env import cache_dir
 from .implementations import IMPLEMENTATIONS
+from .jit.compiler import MIN_NVRTC, installed_nvrtc
 from .recipes import RECIPES
 from .request import Request, device_name
-
-_NVRTC_WHEELS = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
-_MIN_NVRTC = (12, 8)  # older compilers build a trap for the FP8 MMA with an FP16 accumulator
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def examine() -> Report:
     """Look at this machine. Nothing is compiled, allocated on a GPU, or written."""
     gpus = tuple(_gpus())
     driver, driver_cuda = _driver()
-    nvrtc = {name: v for name in _NVRTC_WHEELS if (v := _version(name)) is not None}
+    nvrtc = installed_nvrtc()
     folder = cache_dir()
     existing = folder
     while not existing.exists() and existing != existing.parent:
@@ -105,15 +103,15 @@ def nvrtc_problems(nvrtc: dict[str, str], driver_cuda: str | None) -> list[str]:
     problems = []
     for name, version in nvrtc.items():
         numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
-        if numbers >= _MIN_NVRTC and numbers[0] <= major:
+        if numbers >= MIN_NVRTC and numbers[0] <= major:
             return []  # one that fits is enough
         if numbers[0] > major:
             problems.append(
                 f"{name} {version} is newer than the driver's CUDA {driver_cuda}: its code may not load; "
                 f'update the driver or pip install "lowbit-attention[cuda12]"'
             )
-        elif numbers < _MIN_NVRTC:
-            needed = ".".join(map(str, _MIN_NVRTC))
+        elif numbers < MIN_NVRTC:
+            needed = ".".join(map(str, MIN_NVRTC))
             problems.append(
                 f"{name} {version} is older than {needed}, which the FP8 kernels need: pip install -U {name}"
             )

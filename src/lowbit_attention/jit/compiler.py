@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -9,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import metadata
 from typing import Any
 
 from ..errors import InvalidArgumentError, LowbitError, MissingExtraError
@@ -19,6 +21,9 @@ SCHEMA = 1
 
 MIN_NVRTC = (12, 8)
 """Older compilers build a trap for the FP8 MMA with an FP16 accumulator."""
+
+NVRTC_WHEELS = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
+"""The packages that bring NVRTC, of CUDA 13 and of CUDA 12."""
 
 _ARCH = re.compile(r"sm_\d{2,3}[af]?")
 
@@ -83,11 +88,32 @@ def nvrtc_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def installed_nvrtc() -> dict[str, str]:
+    """Versions of the installed packages that bring NVRTC."""
+    found = {}
+    for name in NVRTC_WHEELS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+@lru_cache(maxsize=1)
+def compiler_identity() -> tuple[str, ...]:
+    """Which compiler this is, for the cache key. Where a package says, it is not loaded: that takes a third of a second.
+
+    Raises:
+        MissingExtraError: the run-time compiler is not installed.
+    """
+    if packages := installed_nvrtc():
+        return tuple(f"{name} {version}" for name, version in packages.items())
+    return (f"nvrtc {_dotted(nvrtc_version())}",)
+
+
 def cache_key(source: Source, options: Options) -> str:
     """A name (64 hexadecimal digits) that is another as soon as the machine code could be."""
     everything = {
         "schema": SCHEMA,
-        "nvrtc": nvrtc_version(),
+        "compiler": compiler_identity(),
         "arch": options.arch,
         "defines": options.defines,
         "name": source.name,
@@ -118,6 +144,7 @@ def compile_source(source: Source, options: Options) -> Compiled:
         define_macro=[*options.defines] or None,
         include_path=None if source.root is None else str(source.root),
         ptxas_options=["-v"],  # its report of registers and spills
+        no_cache=True,  # NVRTC's own cache, where there is a driver, gives the code without that report
     )
     try:
         code = core.Program(source.text, "c++", program_options).compile("cubin", logs=log)

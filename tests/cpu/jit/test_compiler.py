@@ -1,5 +1,6 @@
 """NVRTC without a GPU: machine code for every architecture, its resources, and diagnostics that help."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -85,8 +86,23 @@ def test_the_key_changes_with_everything_that_changes_the_code(monkeypatch):
     assert cache_key(base, Options.of("sm_89", {"A": 1, "B": 2})) == cache_key(
         base, Options.of("sm_89", {"B": 2, "A": 1})
     )
-    monkeypatch.setattr(compiler, "nvrtc_version", lambda: (12, 9))
+    monkeypatch.setattr(compiler, "compiler_identity", lambda: ("nvidia-cuda-nvrtc 99.0",))
     assert cache_key(base, Options.of("sm_89")) not in keys
+
+
+def test_a_key_does_not_load_the_compiler():
+    program = (
+        "import sys\nfrom lowbit_attention.jit.compiler import Options, cache_key\n"
+        "from lowbit_attention.jit.source import Source\n"
+        "cache_key(Source('a.cu', ''), Options.of('sm_89'))\n"
+        "sys.exit('cuda.core' in sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_without_a_package_the_compiler_is_asked(monkeypatch):
+    monkeypatch.setattr(compiler, "installed_nvrtc", dict)
+    assert compiler.compiler_identity.__wrapped__() == (f"nvrtc {'.'.join(map(str, compiler.nvrtc_version()))}",)
 
 
 def test_an_old_compiler_is_named(monkeypatch):
