@@ -99,7 +99,7 @@ def installed_nvrtc() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def compiler_identity() -> tuple[str, ...]:
-    """Which compiler this is, for the cache key. Where a package says, it is not loaded: that takes a third of a second.
+    """Which compiler this is, for the cache key. A package that says spares loading it, a third of a second.
 
     Raises:
         MissingExtraError: the run-time compiler is not installed.
