@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +27,7 @@ MIN_NVRTC = (12, 8)
 NVRTC_WHEELS = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 """The packages that bring NVRTC, of CUDA 13 and of CUDA 12."""
 
+_importing = threading.Lock()
 _ARCH = re.compile(r"sm_\d{2,3}[af]?")
 
 
@@ -79,10 +82,7 @@ def nvrtc_version() -> tuple[int, int]:
     Raises:
         MissingExtraError: the run-time compiler is not installed.
     """
-    _core()
-    from cuda.bindings import nvrtc
-
-    result, major, minor = nvrtc.nvrtcVersion()
+    result, major, minor = _import("cuda.bindings.nvrtc").nvrtcVersion()
     if int(result) != 0:
         raise CompileError(f"NVRTC does not say its version: {result}")
     return int(major), int(minor)
@@ -178,9 +178,13 @@ def _dotted(version: tuple[int, int]) -> str:
 
 
 def _core() -> Any:
-    try:
-        import cuda.core
-    except ImportError as error:
-        missing = error.name or "cuda-core"
-        raise MissingExtraError("compiling kernels", "cuda13", missing) from None
-    return cuda.core
+    return _import("cuda.core")
+
+
+def _import(name: str) -> Any:
+    """A module of the run-time compiler's packages; threads that come together wait until it is whole."""
+    with _importing:
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            raise MissingExtraError("compiling kernels", "cuda13", error.name or name) from None

@@ -138,6 +138,20 @@ def test_processes_that_want_the_same_make_it_once(tmp_path):
     assert entry(tmp_path)
 
 
+def test_threads_of_a_fresh_process_may_all_be_the_first(tmp_path):
+    program = (
+        "from lowbit_attention.jit.cache import KernelCache\n"
+        "from lowbit_attention.jit.compiler import Options\n"
+        "from lowbit_attention.jit.source import Source\n"
+        f"source = Source({SOURCE.name!r}, {SOURCE.text!r})\n"
+        "KernelCache().get_all([(source, Options.of('sm_89', {'N': n})) for n in range(8)], workers=8)\n"
+    )
+    environment = {**os.environ, CACHE_DIR_VARIABLE: str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert len(list(tmp_path.rglob("*.bin"))) == 8
+
+
 def test_several_are_made_in_order(tmp_path):
     jobs = [(SOURCE, Options.of(arch)) for arch in ("sm_80", "sm_89", "sm_90a")]
     compiled = KernelCache(tmp_path).get_all(jobs)
