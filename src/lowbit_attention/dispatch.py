@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from .budget import outside_reasons
 from .errors import UnsupportedError
 from .implementations import IMPLEMENTATIONS, Implementation
-from .machine import DEFAULT_MACHINE
 from .recipe import Recipe
 from .recipes import EXACT
 from .request import Request, device_name
@@ -110,17 +109,11 @@ def _decide(request: Request) -> tuple[Choice | None, list[Verdict]]:
         reasons = implementation.not_supported_reasons(request, recipe)
         chosen = found is None and not reasons
         if chosen:
-            found, reasons = Choice(implementation, recipe), (_why(request, implementation),)
+            found, reasons = Choice(implementation, recipe), (implementation.remark(request),)
         elif not reasons and found is not None:
             reasons = (f"{found.implementation.name} comes first",)
         verdicts.append(Verdict(implementation.name, recipe.name, chosen, reasons))
     return found, verdicts
-
-
-def _why(request: Request, implementation: Implementation) -> str:
-    if implementation.name == "emulation":
-        return f"no kernel runs it here: emulated as {request.machine or DEFAULT_MACHINE}"
-    return "supports the request"
 
 
 def _fastest_kernel(request: Request) -> tuple[Choice | None, list[Verdict]]:

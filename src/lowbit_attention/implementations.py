@@ -44,6 +44,11 @@ class Implementation(ABC):
         ``mask`` has four dimensions that broadcast to ``[B, Hq, Nq, Nk]``.
         """
 
+    def remark(self, request: Request) -> str:
+        """What `explain` says when this implementation is chosen for ``request``."""
+        del request
+        return "supports the request"
+
     def measured_speedup(self, request: Request, recipe: Recipe) -> float | None:
         """Torch's time over this implementation's, from measurements on this card; ``None`` if it was not timed."""
         del request, recipe
@@ -142,6 +147,9 @@ class Emulation(Implementation):
 
     name = "emulation"
 
+    def remark(self, request: Request) -> str:
+        return f"no kernel runs it here: emulated as {request.machine or DEFAULT_MACHINE}"
+
     def not_supported_reasons(self, request: Request, recipe: Recipe) -> tuple[str, ...]:
         reasons = []
         if recipe.is_exact:
@@ -160,7 +168,7 @@ class Emulation(Implementation):
             result = emulate(
                 q, k, v, recipe, sm_scale=sm_scale, masking=Masking(request.causal_offset, mask), machine=machine
             )
-        limit = torch.finfo(q.dtype).max
+        limit = torch.finfo(q.dtype).max  # rounding P up must not push the largest V over the edge
         return result.out.clamp(-limit, limit).to(q.dtype), result.lse if request.return_lse else None
 
 

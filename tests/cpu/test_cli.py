@@ -60,11 +60,22 @@ def test_wrong_input_gives_one_line_and_exit_code_2(capsys, arguments, words):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["evaluate"], ["recipes"], ["doctor"]])
-def test_help_teaches(capsys, command):
+@pytest.mark.parametrize(
+    ("command", "taught"),
+    [
+        ([], ["demo", "evaluate", "recipes", "doctor", "layer by layer"]),
+        (["demo"], ["three chunks of 512 tokens", "--recipe", "sage2pp_8b", "sm_90a", "About a minute"]),
+        (["evaluate"], ["lowbit evaluate -f qk_bias -t smoothing", "prefix.q", "rope_bias", "granularity"]),
+        (["recipes"], ["sage2_4b:smooth_q=false", "--json"]),
+        (["doctor"], ["why the others cannot", "--json"]),
+    ],
+)
+def test_help_teaches(capsys, command, taught):
     code, out, _ = run(capsys, *command, "--help")
     assert code == 0
-    assert len(out.split()) > 25
+    words = " ".join(out.replace("│", " ").split())
+    for phrase in taught:
+        assert phrase in words
 
 
 def test_without_a_command_the_help_is_shown(capsys):

@@ -28,7 +28,7 @@ def errors(family, specs, *, like="sm_89", length=1024, heads=2):
 def test_smoothing_none_then_k_then_q_and_k(like):
     rows = ABLATIONS["smoothing"].rows
     none, smooth_k, smooth_qk = errors("qk_bias", [rows["none"], rows["smooth K"], rows["smooth Q+K"]], like=like)
-    assert none > 1.5 * smooth_k  # measured: .69, .33, .20
+    assert none > 1.5 * smooth_k  # measured: .67, .32, .20
     assert smooth_k > 1.3 * smooth_qk
 
 
@@ -46,14 +46,14 @@ def test_signed_int8_probabilities_are_the_worst_where_one_key_dwarfs_the_rest(f
     # INT8 Q·K, so that P·V's error is not hidden behind Q·K's
     specs = [spec.replace("sage2_4b", "sage2_8b") for spec in (rows["INT8"], rows["E5M2"], rows["E4M3"], rows["FP16"])]
     int8, e5m2, e4m3, fp16 = errors(family, specs, length=length, heads=1)
-    assert int8 > 2 * e5m2  # measured: .0226 / .0082 (biased Q, K and V), .159 / .051 (sink)
+    assert int8 > 2 * e5m2  # measured: .0226 / .0082 (biased Q, K and V), .121 / .045 (sink)
     assert e5m2 > e4m3 > fp16
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_e4m3_beats_e5m2_everywhere(family):
     e5m2, e4m3 = errors(family, ["sage2_8b:pv_format=e5m2,p_max=57344,v_max=57344", "sage2_8b"])
-    assert e5m2 > 1.3 * e4m3  # measured: 1.4 (outlier tokens) to 3.1
+    assert e5m2 > 1.3 * e4m3  # measured: 1.45 (outlier tokens) to 3.0 (V with a large mean)
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "sink"])
