@@ -1,5 +1,6 @@
 # make demo   the main job: MiniLM with quantised attention, compared layer by layer
 # make test   the tests
+# make kernels  compile every kernel (no GPU needed) and check its machine code
 # make lint / make types / make check   style, types, everything CI runs
 # make tables regenerate the generated tables and pictures in docs/
 
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint types check tables setup clean
+.PHONY: demo test kernels kernels-all lint types check tables setup clean
 
 setup: $(STAMP)
 
@@ -27,6 +28,11 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto
 
+kernels: $(STAMP)
+	$(BIN)/python tools/check_kernels.py
+
+kernels-all: kernels  # (every instance is in the manifest so far)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,7 +40,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-check: lint types test
+check: lint types kernels test
 
 tables: $(STAMP)
 	$(BIN)/python tools/make_tables.py

@@ -61,6 +61,8 @@ def outside_reasons(recipe: Recipe, errors: Errors | None = None) -> tuple[str, 
         return ("its errors were not measured: it is no named recipe",)
     reasons = []
     for machine, by_recipe in (errors or measured()).items():
+        if recipe.name not in by_recipe:
+            return (f"its errors were not measured on {machine}",)
         for family, yardstick in by_recipe[YARDSTICK].items():
             ratio = by_recipe[recipe.name][family] / yardstick
             if ratio > SLACK:

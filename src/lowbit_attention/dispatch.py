@@ -7,12 +7,14 @@ default error budget and is not slower than what torch would run, and otherwise 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import is_
 
 from .budget import outside_reasons
 from .errors import UnsupportedError
-from .implementations import IMPLEMENTATIONS, Implementation
+from .implementations import Implementation
 from .recipe import Recipe
 from .recipes import EXACT
+from .registry import IMPLEMENTATIONS
 from .request import Request, device_name
 
 AUTO_MIN_LENGTH = 4096
@@ -65,13 +67,29 @@ def choose(request: Request) -> Choice:
     Raises:
         UnsupportedError: with every implementation's every reason, if none can run it.
     """
+    known = _known.get(id(request))
+    if known is not None and known[0] is request and _same(known[1]):
+        return known[2]
     choice, verdicts = _decide(request)
     if choice is None:
         raise UnsupportedError(
             f"no implementation can run this call with recipe {request.recipe or 'auto'} ({request})",
             _by_implementation(verdicts),
         )
+    if all(i.decides_by_request for i in IMPLEMENTATIONS):
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[id(request)] = request, tuple(IMPLEMENTATIONS), choice
     return choice
+
+
+_MOST_KNOWN = 4096
+_known: dict[int, tuple[Request, tuple[Implementation, ...], Choice]] = {}
+"""Choices by the identity of the request, which `api` keeps for calls that are alike."""
+
+
+def _same(implementations: tuple[Implementation, ...]) -> bool:
+    return len(implementations) == len(IMPLEMENTATIONS) and all(map(is_, implementations, IMPLEMENTATIONS))
 
 
 def _by_implementation(verdicts: list[Verdict]) -> dict[str, tuple[str, ...]]:

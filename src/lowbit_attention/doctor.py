@@ -15,9 +15,9 @@ import torch
 
 from ._version import __version__
 from .env import cache_dir
-from .implementations import IMPLEMENTATIONS
 from .jit.compiler import MIN_NVRTC, installed_nvrtc
 from .recipes import RECIPES
+from .registry import IMPLEMENTATIONS
 from .request import Request, device_name
 
 

@@ -1,4 +1,4 @@
-"""The implementations: who can run a request, and how. Kernels register themselves here, too."""
+"""The implementations: who can run a request, and how. (`registry` holds them all, kernels in front.)"""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ class Implementation(ABC):
     is_kernel: ClassVar[bool] = False
     auto_recipes: ClassVar[tuple[Recipe, ...]] = ()
     """For a kernel: the recipes ``auto`` may run on it, the fastest first."""
+    decides_by_request: ClassVar[bool] = True
+    """Whether its answers depend on the request and recipe alone, so that a choice may be remembered."""
 
     @abstractmethod
     def not_supported_reasons(self, request: Request, recipe: Recipe) -> tuple[str, ...]:
@@ -131,7 +133,7 @@ class TiledExact(Implementation):
         reasons = []
         if not recipe.is_exact:
             reasons.append(f"it does not quantise, and recipe {recipe} does")
-        return (*reasons, *_inference_only(request))
+        return (*reasons, *inference_only(request))
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sm_scale: float, request: Request, recipe: Recipe
@@ -158,7 +160,7 @@ class Emulation(Implementation):
             reasons.append("quantised attention computes in float32 and would lose float64's digits; cast the inputs")
         if max(request.head_dim, request.v_head_dim) > MAX_HEAD_DIM:
             reasons.append(f"head_dim {max(request.head_dim, request.v_head_dim)} is above {MAX_HEAD_DIM}")
-        return (*reasons, *_inference_only(request))
+        return (*reasons, *inference_only(request))
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sm_scale: float, request: Request, recipe: Recipe
@@ -179,14 +181,11 @@ def _hides_all(mask: Tensor) -> Tensor:
     return mask.amax(dim=-1, keepdim=True) == -torch.inf
 
 
-def _inference_only(request: Request) -> list[str]:
+def inference_only(request: Request) -> list[str]:
+    """Why a call that wants gradients or dropout is refused."""
     reasons = []
     if request.needs_grad:
         reasons.append("it has no gradient: call it under torch.no_grad(), or use recipe='exact'")
     if request.dropout_p:
         reasons.append(f"it has no dropout, and dropout_p={request.dropout_p}")
     return reasons
-
-
-IMPLEMENTATIONS: list[Implementation] = [TorchSDPA(), TiledExact(), Emulation()]
-"""In the order they are tried for a named recipe; kernels go in front."""

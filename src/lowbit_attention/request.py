@@ -20,7 +20,8 @@ class Request:
     """One call; lengths are tokens.
 
     ``recipe`` is ``None`` for "auto". ``causal_offset``: query i sees key j if ``j ≤ i + causal_offset``; it is the
-    bottom-right alignment's ``Nk − Nq`` or the top-left's 0; ``bottom_right`` tells which.
+    bottom-right alignment's ``Nk − Nq`` or the top-left's 0; ``bottom_right`` tells which. ``layout`` is the order in
+    which the caller wants the output to lie in memory.
     """
 
     recipe: Recipe | None
@@ -41,6 +42,7 @@ class Request:
     return_lse: bool = False
     needs_grad: bool = False
     dropout_p: float = 0.0
+    layout: Literal["HND", "NHD"] = "HND"
 
     @property
     def causal_offset(self) -> int | None:

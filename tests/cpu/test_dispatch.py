@@ -27,10 +27,11 @@ from lowbit_attention import (
     sdpa,
 )
 from lowbit_attention.dispatch import AUTO_MIN_LENGTH
-from lowbit_attention.implementations import IMPLEMENTATIONS, Implementation, Output
+from lowbit_attention.implementations import Implementation, Output
+from lowbit_attention.registry import IMPLEMENTATIONS
 from lowbit_attention.request import Request
 
-REAL = ["torch_sdpa", "tiled_exact", "emulation"]
+REAL = ["attention_wgmma", "torch_sdpa", "tiled_exact", "emulation"]
 FAST, ACCURATE = recipe("fast_8b"), recipe("sage2_8b")
 
 
@@ -44,6 +45,7 @@ class FakeKernel(Implementation):
     speedups: dict[str, float] = field(default_factory=dict)
     against: tuple[str, ...] = ()
     is_kernel = True
+    decides_by_request = False
     calls: list[str] = field(default_factory=list)
 
     def not_supported_reasons(self, request: Request, recipe: Recipe) -> tuple[str, ...]:

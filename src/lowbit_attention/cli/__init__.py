@@ -10,7 +10,7 @@ import typer
 
 from .. import __version__
 from ..errors import LowbitError
-from . import demo, doctor, evaluate, recipes
+from . import bench, demo, doctor, evaluate, recipes, warmup
 
 app = typer.Typer(
     name="lowbit",
@@ -22,14 +22,18 @@ app = typer.Typer(
 
     * `lowbit demo` — a real model, every recipe, layer by layer
     * `lowbit evaluate` — your own tensors, or synthetic inputs that break things
+    * `lowbit bench` — how fast whole calls are here, ours and others'
     * `lowbit recipes` — what the recipes are
     * `lowbit doctor` — what is installed here and what can run
+    * `lowbit warmup` — compile the kernels before they are needed
     """,
 )
 app.command("demo")(demo.command)
 app.command("evaluate")(evaluate.command)
 app.command("recipes")(recipes.command)
 app.command("doctor")(doctor.command)
+app.command("bench")(bench.command)
+app.command("warmup")(warmup.command)
 
 # typer carries its own copy of click since 0.25: the errors' base classes are reached through typer's public name.
 _UsageError: Any = typer.BadParameter.__mro__[1]

@@ -82,7 +82,7 @@ def nvrtc_version() -> tuple[int, int]:
     Raises:
         MissingExtraError: the run-time compiler is not installed.
     """
-    result, major, minor = _import("cuda.bindings.nvrtc").nvrtcVersion()
+    result, major, minor = import_bindings("cuda.bindings.nvrtc").nvrtcVersion()
     if int(result) != 0:
         raise CompileError(f"NVRTC does not say its version: {result}")
     return int(major), int(minor)
@@ -168,7 +168,7 @@ def read_report(text: str) -> tuple[dict[str, Resources], tuple[str, ...]]:
         elif (match := re.search(r"Used (\d+) registers", line)) and name is not None:
             shared = re.search(r"(\d+) bytes smem", line)
             resources[name] = Resources(int(match[1]), *frame, shared=int(shared[1]) if shared else 0)
-        elif line.strip() and not line.startswith("ptxas info"):
+        elif line.strip() and (not line.startswith("ptxas info") or re.search(r"\(C\d+\)", line)):
             remarks.append(line.strip())
     return resources, tuple(remarks)
 
@@ -178,10 +178,10 @@ def _dotted(version: tuple[int, int]) -> str:
 
 
 def _core() -> Any:
-    return _import("cuda.core")
+    return import_bindings("cuda.core")
 
 
-def _import(name: str) -> Any:
+def import_bindings(name: str) -> Any:
     """A module of the run-time compiler's packages; threads that come together wait until it is whole."""
     with _importing:
         try:

@@ -1,0 +1,102 @@
+"""What a provider is: someone who can run attention, and whom the benchmark times."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ..errors import LowbitError
+from .shapes import Shape
+
+Part = Literal["whole", "kernel"]
+"""``whole``: floating-point tensors in, floating-point tensors out. ``kernel``: the attention kernel alone, on inputs
+that are quantised already."""
+
+Call = Callable[[], object]
+
+
+class Unsupported(LowbitError):
+    """A provider cannot do this shape on this machine; the message is the reason."""
+
+
+class Provider(ABC):
+    """One way to run attention, under a name."""
+
+    name: str
+
+    @abstractmethod
+    def version(self) -> str:
+        """The version of what runs; only asked if it is available."""
+
+    def not_available_reason(self) -> str | None:
+        """Why it cannot run here at all, whatever the shape; ``None`` if it can."""
+        return None
+
+    @abstractmethod
+    def prepare(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> dict[Part, Call]:
+        """Everything that is done once, and what is then timed.
+
+        Args:
+            q: ``[B, Hq, Nq, D]``, contiguous; k, v: ``[B, Hkv, Nk, D]``.
+        Returns:
+            Functions that queue one call on the current stream; their first tensor is the output.
+
+        Raises:
+            Unsupported: not this shape, or not on this machine.
+        """
+
+
+def is_installed(module: str) -> bool:
+    """Whether a top-level module can be found; it is not imported."""
+    return importlib.util.find_spec(module) is not None
+
+
+def load(module: str) -> Any:
+    """An optional package, untyped."""
+    return importlib.import_module(module)
+
+
+def import_problem(module: str, how: str) -> str | None:
+    """Why an optional package cannot be used: not installed (and how it can be), or its own error when imported."""
+    if not is_installed(module):
+        return f"not installed: {how}"
+    try:
+        load(module)
+    except Exception as error:  # a package built for other libraries can raise anything here
+        return f"{module} does not import: {first_line(error)}"
+    return None
+
+
+def package_version(*names: str) -> str:
+    """The version of the first of these distributions that is installed."""
+    for name in names:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def first_line(error: BaseException, limit: int = 600) -> str:
+    """An error as one line of a report."""
+    text = " ".join(str(error).strip().partition("\n")[0].split()) or "no message"
+    text = text if len(text) <= limit else text[: limit - 1] + "…"
+    return text if isinstance(error, LowbitError) else f"{type(error).__name__}: {text}"
+
+
+def need_cuda(q: Tensor) -> None:
+    """Refuse tensors that are not on a GPU."""
+    if q.device.type != "cuda":
+        raise Unsupported("it runs on CUDA devices only")
+
+
+def need_square_causal(shape: Shape) -> None:
+    """Refuse causality between different lengths, for those whose alignment is top-left or undefined."""
+    if shape.is_causal and shape.q_len != shape.kv_len:
+        raise Unsupported(f"its causality needs as many queries as keys, got {shape.q_len} and {shape.kv_len}")

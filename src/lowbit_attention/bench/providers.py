@@ -1,0 +1,172 @@
+"""The providers by name: ours, PyTorch's own, and those of other packages."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from packaging.version import Version
+from torch import Tensor
+
+from .. import __version__
+from ..api import attention, explain
+from ..errors import InvalidArgumentError, UnsupportedError
+from ..implementations import Emulation
+from ..recipe import Recipe
+from ..recipes import RECIPES
+from ..recipes import recipe as find_recipe
+from .base import Call, Part, Provider, Unsupported, first_line, need_cuda, need_square_causal
+from .cudnn_fp8 import CudnnFp8
+from .peers import ComfyKitchen, FlashAttention3, SageAttention, Xformers
+from .shapes import Shape
+
+DEFAULT_RECIPES = ("sage2_8b", "sage2pp_8b")
+_OURS = "ours:"
+
+
+class Ours(Provider):
+    """This package with one recipe: the whole call and, where a kernel can be had alone, that."""
+
+    def __init__(self, recipe: str | Recipe) -> None:
+        self.recipe = find_recipe(recipe)
+        self.name = _OURS + self.recipe.name
+
+    def version(self) -> str:
+        return __version__
+
+    def prepare(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> dict[Part, Call]:
+        recipe, causal = self.recipe, shape.is_causal
+        chosen = explain(q, k, v, recipe=recipe, is_causal=causal)
+        if chosen.implementation is None:
+            raise Unsupported("; ".join(f"{v.implementation}: {r}" for v in chosen.verdicts for r in v.reasons))
+        parts: dict[Part, Call] = {"whole": lambda: attention(q, k, v, recipe=recipe, is_causal=causal)}
+        if q.device.type != "cuda":
+            return parts
+        if chosen.implementation == Emulation.name:
+            why = [f"{v.implementation}: {'; '.join(v.reasons)}" for v in chosen.verdicts if not v.chosen]
+            raise Unsupported("no kernel here, only the emulation" + (f" ({' | '.join(why)})" if why else ""))
+        if kernel := _kernel_alone(q, k, v, recipe, causal):
+            parts["kernel"] = kernel
+        return parts
+
+
+def _kernel_alone(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, is_causal: bool) -> Call | None:
+    """Our attention kernel on inputs that are packed here, once; ``None`` where there is no such kernel."""
+    try:
+        kernels: Any = importlib.import_module("..cuda.hopper", __package__)
+        call: Call = kernels.kernel_alone(q, k, v, recipe, is_causal)
+    except (ImportError, UnsupportedError):
+        return None
+    return call
+
+
+class TorchSdpa(Provider):
+    """``scaled_dot_product_attention`` with one of its backends, or (``None``) whichever it picks itself."""
+
+    def __init__(self, name: str, backend: str | None) -> None:
+        self.name, self.backend = name, backend
+
+    def version(self) -> str:
+        cudnn: Any = torch.backends.cudnn
+        return f"{torch.__version__}" + (f", cuDNN {cudnn.version()}" if self.backend == "cudnn" else "")
+
+    def not_available_reason(self) -> str | None:
+        cudnn: Any = torch.backends.cudnn
+        return "this PyTorch has no cuDNN" if self.backend == "cudnn" and not cudnn.is_available() else None
+
+    def prepare(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> dict[Part, Call]:
+        need_square_causal(shape)  # torch's is top-left
+        if self.backend == "cudnn":
+            need_cuda(q)
+        options: dict[str, Any] = {"is_causal": shape.is_causal}
+        if shape.q_heads != shape.kv_heads:
+            if Version(torch.__version__) < Version("2.5"):
+                raise Unsupported(f"torch {torch.__version__} has no enable_gqa; 2.5 or newer has")
+            options["enable_gqa"] = True
+        call = _only(self.backend, lambda: F.scaled_dot_product_attention(q, k, v, **options))
+        with warnings.catch_warnings(record=True) as caught:  # torch warns why a backend cannot run, and then raises
+            warnings.simplefilter("always")
+            try:
+                call()
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                why = dict.fromkeys(str(w.message).partition(" (Triggered")[0].strip() for w in caught)
+                raise Unsupported("; ".join(why) or first_line(error)) from error
+        return {"whole": call}
+
+
+def _only(backend: str | None, call: Call) -> Call:
+    """``call`` with every other of torch's attention backends switched off.
+
+    The switches cost half a microsecond of host time a call; ``torch.nn.attention.sdpa_kernel``, which does the same,
+    costs nine, and the host's time is reported, too.
+    """
+    if backend is None:
+        return call
+    b: Any = torch.backends.cuda
+    switches: dict[str, tuple[Callable[[bool], None], bool]] = {
+        "flash": (b.enable_flash_sdp, b.flash_sdp_enabled()),
+        "cudnn": (b.enable_cudnn_sdp, b.cudnn_sdp_enabled()),
+        "math": (b.enable_math_sdp, b.math_sdp_enabled()),
+        "mem_efficient": (b.enable_mem_efficient_sdp, b.mem_efficient_sdp_enabled()),
+    }
+    during = [(switch, name == backend) for name, (switch, _) in switches.items()]
+    after = list(switches.values())
+
+    def run() -> object:
+        for switch, on in during:
+            switch(on)
+        try:
+            return call()
+        finally:
+            for switch, on in after:
+                switch(on)
+
+    return run
+
+
+_MAKERS: dict[str, Callable[[], Provider]] = {
+    "torch_fa2": lambda: TorchSdpa("torch_fa2", "flash"),
+    "torch_cudnn": lambda: TorchSdpa("torch_cudnn", "cudnn"),
+    "torch_default": lambda: TorchSdpa("torch_default", None),
+    "cudnn_fp8": CudnnFp8,
+    "fa3": FlashAttention3,
+    "sageattention": SageAttention,
+    "comfy_kitchen": ComfyKitchen,
+    "xformers": Xformers,
+}
+NAMES = tuple(_MAKERS)
+"""Every provider but ours, which are ``ours:`` and a recipe."""
+
+
+def default_names() -> list[str]:
+    """Ours, torch's FlashAttention-2 and cuDNN, cuDNN's FP8, and those of the peers that are installed here."""
+    peers = [FlashAttention3(), SageAttention(), ComfyKitchen(), Xformers()]
+    ours = [_OURS + name for name in DEFAULT_RECIPES]
+    return [*ours, "torch_fa2", "torch_cudnn", "cudnn_fp8", *(p.name for p in peers if p.is_installed())]
+
+
+def resolve_providers(names: Sequence[str]) -> list[Provider]:
+    """The providers of these names, each once.
+
+    Raises:
+        InvalidArgumentError: an unknown name. InvalidRecipeError: an unknown recipe behind ``ours:``.
+    """
+    found: dict[str, Provider] = {}
+    for name in names:
+        if name.startswith(_OURS):
+            provider: Provider = Ours(name.removeprefix(_OURS))
+        elif name in _MAKERS:
+            provider = _MAKERS[name]()
+        else:
+            raise InvalidArgumentError(
+                f"unknown provider {name!r}; known: {', '.join(NAMES)}, and ours:<recipe> with one of "
+                f"{', '.join(RECIPES)}"
+            )
+        found.setdefault(provider.name, provider)
+    return list(found.values())

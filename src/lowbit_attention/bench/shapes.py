@@ -1,0 +1,125 @@
+"""The shapes that are timed: a grid, real models' calls, a quick handful, and any other by its text."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ..errors import InvalidArgumentError
+
+_TEXT = re.compile(r"(\d+)x(\d+)(?:/(\d+))?x(\d+)(?:,(\d+))?x(\d+)(:causal)?")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention call; lengths are tokens, causality is bottom-right."""
+
+    name: str
+    batch: int
+    q_heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    is_causal: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = (self.batch, self.q_heads, self.kv_heads, self.q_len, self.kv_len, self.head_dim)
+        if min(sizes) < 1:
+            raise InvalidArgumentError(f"shape {self.name!r}: every size must be at least 1, got {sizes}")
+        if self.q_heads % self.kv_heads:
+            raise InvalidArgumentError(
+                f"shape {self.name!r}: {self.q_heads} query heads are not a multiple of {self.kv_heads} key heads"
+            )
+
+    @property
+    def visible_pairs(self) -> int:
+        """Pairs of a query and a key that it sees, in one head."""
+        if not self.is_causal:
+            return self.q_len * self.kv_len
+        first = max(1, self.kv_len - self.q_len + 1)  # keys that the first query with any key sees; the last sees all
+        return (first + self.kv_len) * (self.kv_len - first + 1) // 2
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of Q·Kᵀ and P·V over the visible pairs."""
+        return 4 * self.batch * self.q_heads * self.visible_pairs * self.head_dim
+
+    @property
+    def label(self) -> str:
+        """What `parse_shape` reads."""
+        heads = f"{self.q_heads}" if self.q_heads == self.kv_heads else f"{self.q_heads}/{self.kv_heads}"
+        length = f"{self.q_len}" if self.q_len == self.kv_len else f"{self.q_len},{self.kv_len}"
+        return f"{self.batch}x{heads}x{length}x{self.head_dim}" + (":causal" if self.is_causal else "")
+
+
+def parse_shape(text: str) -> Shape:
+    """A shape from ``batch x heads x tokens x head_dim``.
+
+    >>> parse_shape("1x24x4608x128").flops
+    260919263232
+    >>> parse_shape("4x32/8x8192x128:causal").kv_heads
+    8
+    >>> parse_shape("1x40x32760,512x128").kv_len
+    512
+
+    Raises:
+        InvalidArgumentError: another text, a size of 0, or heads that do not divide.
+    """
+    match = _TEXT.fullmatch(text.strip())
+    if match is None:
+        raise InvalidArgumentError(
+            f"shape {text!r} is not batch x heads x tokens x head_dim, such as 1x24x4608x128; with query/key heads, "
+            f"query,key tokens and causality: 4x32/8x8192x128:causal, 1x40x32760,512x128"
+        )
+    batch, q_heads, kv_heads, q_len, kv_len, head_dim = (int(n) if n else 0 for n in match.groups()[:6])
+    if match[3] is None:
+        kv_heads = q_heads
+    if match[5] is None:
+        kv_len = q_len
+    found = Shape(text.strip(), batch, q_heads, kv_heads, q_len, kv_len, head_dim, match[7] is not None)
+    return Shape(found.label, *(batch, q_heads, kv_heads, q_len, kv_len, head_dim), found.is_causal)
+
+
+def _square(name: str, batch: int, heads: int, tokens: int, head_dim: int, causal: bool = False) -> Shape:
+    return Shape(name, batch, heads, heads, tokens, tokens, head_dim, causal)
+
+
+def _grid(head_dim: int, kilo: int, causal: bool = False) -> Shape:
+    batch = {16: 2, 32: 1}.get(kilo, 4)  # the longest would need more memory than they need batches to fill a GPU
+    name = f"d{head_dim} {kilo}K" + (" causal" if causal else "")
+    return _square(name, batch, 32, 1024 * kilo, head_dim, causal)
+
+
+_FLUX = _square("Flux", 1, 24, 4608, 128)
+
+SETS: dict[str, tuple[Shape, ...]] = {
+    "quick": (_grid(128, 1), _grid(128, 2), _grid(128, 8), _grid(128, 8, True), _grid(64, 8), _FLUX),
+    "grid": tuple(_grid(d, k, c) for d in (128, 64) for c in (False, True) for k in (1, 2, 4, 8, 16, 32)),
+    "models": (
+        _FLUX,
+        _square("SD3.5-L", 2, 38, 4429, 64),
+        _square("CogVideoX-2B", 2, 30, 17776, 64),
+        _square("Wan 1.3B 480p", 1, 12, 32760, 128),
+        Shape("Wan cross", 1, 40, 40, 32760, 512, 128),
+        _square("Mochi", 1, 24, 44520, 128),
+        _square("Wan 14B 720p", 1, 40, 75600, 128),
+        _square("HunyuanVideo 720p", 1, 24, 119056, 128),
+        Shape("Llama-3.1-8B 8K", 1, 32, 8, 8192, 8192, 128, True),
+        Shape("Llama-3.1-8B 32K", 1, 32, 8, 32768, 32768, 128, True),
+        _square("1x8x512x64", 1, 8, 512, 64),
+        _square("ViT", 16, 12, 197, 64),
+    ),
+}
+"""Sets of shapes, by name."""
+
+
+def shape_set(name: str) -> tuple[Shape, ...]:
+    """The shapes of a set.
+
+    Raises:
+        InvalidArgumentError: no such set.
+    """
+    if name not in SETS:
+        raise InvalidArgumentError(f"unknown set {name!r}; known: {', '.join(SETS)}")
+    return SETS[name]

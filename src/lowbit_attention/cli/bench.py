@@ -1,0 +1,169 @@
+"""``lowbit bench``: how fast, against whom."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from ..bench.pictures import bars, markdown, microseconds, number, tops_text
+from ..bench.providers import DEFAULT_RECIPES, NAMES, default_names, resolve_providers
+from ..bench.results import Row, append_csv, check_csv
+from ..bench.run import DTYPES, Note, Result, Settings, run, split_available
+from ..bench.shapes import SETS, Shape, parse_shape, shape_set
+from ..bench.timing import Limits
+from ..errors import InvalidArgumentError
+from ..report.files import write_json
+from .common import RECIPE_HELP, check_outputs, console, new_table, progress
+
+_SHAPE_HELP = (
+    "batch x heads x tokens x head_dim, repeatable: 1x24x4608x128, 4x32/8x8192x128:causal, 1x40x32760,512x128."
+)
+_PROVIDER_HELP = (
+    f"Whom to time, repeatable: `ours:<recipe>`, {', '.join(NAMES)}. Default: "
+    f"{', '.join('ours:' + name for name in DEFAULT_RECIPES)}, torch_fa2, torch_cudnn, cudnn_fp8, and those of the "
+    "others that are installed, but for torch_default."
+)
+
+
+def command(
+    which: Annotated[
+        str | None, typer.Option("--set", help=f"A set of shapes: {', '.join(SETS)} (quick, unless --shape is given).")
+    ] = None,
+    shape: Annotated[list[str] | None, typer.Option("--shape", "-s", help=_SHAPE_HELP)] = None,
+    provider: Annotated[list[str] | None, typer.Option("--provider", "-p", help=_PROVIDER_HELP)] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option("--recipe", "-r", help=f"Ours with this recipe, besides. {RECIPE_HELP}")
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds-per-shape", min=0.0, help="How long the rounds of a shape may take.")
+    ] = 4.0,
+    max_seconds: Annotated[
+        float | None, typer.Option(min=0.0, help="Begin no further shape after this many seconds.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, …, or cpu for a trial with tiny shapes.")] = "cuda",
+    dtype: Annotated[str, typer.Option(help=f"Of the inputs: {', '.join(DTYPES)}.")] = "bf16",
+    csv: Annotated[Path | None, typer.Option(help="Append a row per measurement to this file, shape by shape.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write rows and notes to this file.")] = None,
+    table: Annotated[Path | None, typer.Option("--markdown", help="Write a Markdown table to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the TOPS (.png, .svg, .pdf).")] = None,
+) -> None:
+    """Time attention on this GPU, ours against others, whole calls and kernels alone.
+
+    * `lowbit bench` — a handful of shapes, a minute or two
+    * `lowbit bench --set models --csv speed.csv` — real models' calls; the file grows from run to run
+    * `lowbit bench -s 1x24x4608x128 -p torch_cudnn -r fast_8b` — one shape, one peer, one recipe
+    * `lowbit bench --device cpu -s 1x2x256x64 -p torch_default` — only to see that it works
+
+    Providers take turns, round by round, with a cold L2 cache: compare times of one run only. `whole` is 16-bit
+    tensors in and out, `kernel` the attention kernel on inputs that are quantised already. `×cuDNN` is how many
+    times faster than torch's cuDNN; `host µs` is what queueing a whole call takes; `MiB` what it needs beyond its
+    output; `MHz` the SM clock meanwhile.
+    """
+    where = _device(device)
+    if dtype not in DTYPES:
+        raise InvalidArgumentError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    shapes = _shapes(which, shape, where)
+    providers = resolve_providers([*(provider or default_names()), *(f"ours:{name}" for name in recipe or ())])
+    check_outputs(csv, json, plot)
+    check_outputs(table, None, None)
+    if csv:
+        check_csv(csv)
+    available, notes = split_available(providers)
+    rows: list[Row] = []
+    settings = Settings(where, dtype, Limits(seconds), max_seconds)
+    try:
+        with progress() as bar:
+            task = bar.add_task("", total=len(shapes))
+            say = lambda s, what: bar.update(task, description=f"{escape(s.name)}: {what}")  # noqa: E731
+            for result in run(shapes, available, settings, say) if available else ():
+                rows += result.rows
+                notes += result.notes
+                if csv:
+                    append_csv(csv, result.rows)
+                if result.rows:
+                    bar.stop()  # the bar is on stderr, often the same terminal
+                    console.print(_table(result))
+                    bar.start()
+                bar.advance(task)
+    finally:  # what was measured is kept, whatever ended the run
+        _report(rows, notes, json, table, plot)
+        if csv and rows:
+            console.print(f"appended {len(rows)} rows to {csv}")
+    if not rows:
+        raise typer.Exit(1)
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise InvalidArgumentError(f"--device {text!r} is no device: cuda, cuda:1, …, or cpu") from None
+    if device.type not in ("cuda", "cpu"):
+        raise InvalidArgumentError(f"--device {text!r}: only cuda and cpu can be timed")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise InvalidArgumentError(
+                "PyTorch sees no CUDA device to time (`lowbit doctor` says more); to try the benchmark on the CPU: "
+                "--device cpu --shape 1x2x256x64"
+            )
+        if (device.index or 0) >= count:
+            raise InvalidArgumentError(f"--device {text!r}: there are only {count} CUDA devices")
+        return torch.device("cuda", device.index or 0)
+    return torch.device("cpu")
+
+
+def _shapes(which: str | None, texts: list[str] | None, device: torch.device) -> list[Shape]:
+    if device.type == "cpu" and not texts:
+        raise InvalidArgumentError("the sets of shapes are for GPUs; on the CPU give a tiny one: --shape 1x2x256x64")
+    chosen = shape_set(which or "quick") if which or not texts else ()
+    return list(dict.fromkeys([*chosen, *map(parse_shape, texts or [])]))
+
+
+def _table(result: Result) -> Table:
+    shape, rows = result.shape, result.rows
+    title = shape.name if shape.name == shape.label else f"{shape.name}: {shape.label}"
+    columns = ("part", "µs", "p20–p80", "TOPS", "×cuDNN", "host µs", "MiB", "MHz")
+    table = new_table(escape(title), "provider", *columns)
+    table.collapse_padding, table.pad_edge = True, False  # nine columns in a console of 80
+    table.columns[1].justify = "left"
+    best = max(row.tops for row in rows)
+    for row in rows:
+        table.add_row(
+            row.provider,
+            row.part,
+            microseconds(row.median_us),
+            f"{microseconds(row.p20_us)}–{microseconds(row.p80_us)}",
+            f"[bold]{tops_text(row.tops)}[/]" if row.tops == best else tops_text(row.tops),
+            number(row.ratio_to_cudnn, 2),
+            number(row.host_us),
+            number(row.extra_mib),
+            number(row.sm_mhz),
+        )
+    table.caption = f"{rows[0].rounds} rounds" + (f"; {result.reading}" if str(result.reading) else "")
+    return table
+
+
+def _report(rows: list[Row], notes: list[Note], json: Path | None, table: Path | None, plot: Path | None) -> None:
+    """What was not measured, and the files but the CSV one."""
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for note in notes:
+        grouped.setdefault((note.provider, note.reason), []).append(note.shape)
+    for (who, reason), shapes in grouped.items():
+        at = ", ".join(name for name in shapes if name)
+        console.print(f"[yellow]not measured:[/] {escape(who)}{escape(f' at {at}' if at else '')}: {escape(reason)}")
+    if json:
+        write_json(json, {"rows": [asdict(row) for row in rows], "notes": [asdict(note) for note in notes]})
+    if table:
+        table.write_text(markdown(rows), encoding="utf-8")
+    if plot and rows:
+        bars(plot, rows)
+    for path in (json, table, plot if rows else None):
+        if path:
+            console.print(f"wrote {path}")

@@ -1,0 +1,61 @@
+"""``lowbit warmup``: compile kernels before they are needed."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated
+
+import torch
+import typer
+
+from ..cuda.instances import MANIFEST
+from ..cuda.launch import cache
+from ..errors import InvalidArgumentError
+from .common import console, progress
+
+
+def command(
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Compile for this architecture, repeatable: {', '.join(sorted({i.arch for i in MANIFEST}))}."
+        ),
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="Only kernels whose name or options hold this text.")] = "",
+) -> None:
+    """Compile the kernels into the cache folder, without a GPU if need be, so that no first call waits.
+
+    * `lowbit warmup` — for this machine's GPUs
+    * `lowbit warmup --arch sm_90a` — for a Hopper GPU, on any machine (an image built elsewhere, say)
+
+    The folder is `LOWBIT_CACHE_DIR`, or the user's cache folder (`lowbit doctor` shows it).
+    """
+    known = sorted({instance.arch for instance in MANIFEST})
+    wanted = arch or _present()
+    if unknown := [a for a in wanted if a not in known]:
+        raise InvalidArgumentError(f"no kernels for {', '.join(unknown)}; there are kernels for {', '.join(known)}")
+    instances = [i for i in MANIFEST if i.arch in wanted and recipe in str(i)]
+    if not instances:
+        raise InvalidArgumentError(f"no kernel's name or options hold {recipe!r}")
+    began = time.perf_counter()
+    with progress() as bar, ThreadPoolExecutor(max_workers=None) as pool:
+        task = bar.add_task("compiling", total=len(instances))
+        for _ in pool.map(lambda i: cache().get(i.source(), i.options()), instances):
+            bar.advance(task)
+    seconds = time.perf_counter() - began
+    console.print(f"{len(instances)} kernels for {', '.join(wanted)} ready in {seconds:.1f} s, in {cache().folder}")
+
+
+def _present() -> list[str]:
+    """Architectures of this machine's GPUs that there are kernels for."""
+    known = {instance.arch for instance in MANIFEST}
+    found = set()
+    for device in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        found |= {name for name in (f"sm_{major}{minor}", f"sm_{major}{minor}a") if name in known}
+    if not found:
+        raise InvalidArgumentError(
+            f"no GPU here that there are kernels for; say which with --arch ({', '.join(sorted(known))})"
+        )
+    return sorted(found)

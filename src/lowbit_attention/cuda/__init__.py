@@ -1,0 +1,1 @@
+"""The Python side of the CUDA kernels: which instances exist, their arguments, their launches."""

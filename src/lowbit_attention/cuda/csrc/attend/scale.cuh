@@ -1,0 +1,30 @@
+// Scales of a group of numbers: δ = max / largest and its inverse, each one correctly rounded division.
+#pragma once
+#include "ptx/convert.cuh"
+#include "ptx/math.cuh"
+
+constexpr float kTiny = 1.9259299443872359e-34f;  // 2^-112: below it 1 / δ overflows, and a group counts as zeros
+constexpr float kLargestSmoothed = 8.507059173023462e37f;  // 2^126: |a − mean| ≤ 2 · max|a| must stay below 2^128
+
+struct Scale {
+  float delta, inverse;
+};
+
+__device__ inline Scale scale_of(float max_magnitude, float largest) {
+  if (max_magnitude < kTiny) return {1.0f, 0.0f};
+  if (!(max_magnitude < kInfinity)) return {kNaN, 0.0f};  // an input that is NaN or infinite must show
+  return {__fdiv_rn(max_magnitude, largest), __fdiv_rn(largest, max_magnitude)};
+}
+
+__device__ inline float shuffle_max_nan(float x, int lanes) {  // over `lanes` neighbouring lanes, a power of two
+#pragma unroll
+  for (int step = 1; step < lanes; step *= 2) x = max_nan_f32(x, __shfl_xor_sync(0xFFFFFFFF, x, step));
+  return x;
+}
+
+// Four numbers to four INT8 bytes. |x · inverse| ≤ 127 (1 + 2⁻²³), which rounds to at most 127.
+__device__ inline u32 int8x4(float a, float b, float c, float d, float inverse) {
+  const u32 low = u32(cvt_s32_f32(__fmul_rn(a, inverse)) & 0xFF) | u32(cvt_s32_f32(__fmul_rn(b, inverse)) & 0xFF) << 8;
+  const u32 high = u32(cvt_s32_f32(__fmul_rn(c, inverse)) & 0xFF) | u32(cvt_s32_f32(__fmul_rn(d, inverse)) & 0xFF) << 8;
+  return low | high << 16;
+}

@@ -1,0 +1,29 @@
+// Conversions, one instruction a function. Saturating where the format has no infinity.
+#pragma once
+#include "ptx/types.cuh"
+
+__device__ inline u16 cvt_e4m3x2_f32(float high, float low) {  // rounds to nearest even, saturates to ±448
+  u16 out;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(out) : "f"(high), "f"(low));
+  return out;
+}
+__device__ inline u32 cvt_f16x2_f32(float high, float low) {
+  u32 out;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+__device__ inline u32 cvt_bf16x2_f32(float high, float low) {
+  u32 out;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+__device__ inline float cvt_f32_f16(u16 half) {
+  float out;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(half));
+  return out;
+}
+__device__ inline i32 cvt_s32_f32(float x) {  // to nearest even; NaN gives 0
+  i32 out;
+  asm("cvt.rni.s32.f32 %0, %1;" : "=r"(out) : "f"(x));
+  return out;
+}

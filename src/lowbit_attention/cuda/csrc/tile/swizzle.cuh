@@ -1,0 +1,28 @@
+// How the tiles that the tensor cores read lie in memory, packed and shared alike.
+//
+// A tile is rows of 128 or 64 bytes (both K-major for the MMA), their 16-byte chunks exchanged so that eight rows'
+// equal chunks lie in different banks. tests/cpu/cuda/test_layout.py proves these maps against the MMA's own order.
+#pragma once
+#include "ptx/types.cuh"
+
+constexpr int kTileKeys = 128;  // keys a tile: the widest wgmma whose 64 sums a thread leave room for O and P·V's sums
+
+template <int kRowBytes>
+__device__ constexpr int swizzled(int row, int chunk) {  // byte offset of a row's 16-byte chunk
+  static_assert(kRowBytes == 128 || kRowBytes == 64, "the wgmma swizzles that fit 8-bit rows of 128 or 64 channels");
+  const int moved = kRowBytes == 128 ? chunk ^ (row % 8) : chunk ^ (row / 2 % 4);
+  return row * kRowBytes + moved * 16;
+}
+
+// The descriptor of a swizzled tile; add 2 for the next 32 bytes of every row.
+template <int kRowBytes>
+__device__ u64 wgmma_descriptor(const void* tile) {
+  constexpr u64 kLayout = kRowBytes == 128 ? 1 : 2;  // 128-byte or 64-byte swizzle
+  constexpr u64 kEightRows = 8 * kRowBytes / 16;     // from one group of eight rows to the next, in 16 bytes
+  return u64(shared_address(tile) & 0x3FFFF) >> 4 | u64(1) << 16 | kEightRows << 32 | kLayout << 62;
+}
+constexpr u64 kDescriptorStep = 2;
+
+// P's registers hold, of 16 keys, the quad's keys 2q, 2q+1, 8+2q, 8+2q+1 where the FP8 MMA expects 4q … 4q+3. So V's
+// tokens are stored in this order: position p holds token kTokenOrder[p].
+__device__ constexpr int kTokenOrder[16] = {0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15};

@@ -1,0 +1,259 @@
+"""`attention_wgmma`: the Hopper kernel as an implementation (csrc/kernels/attention_wgmma.cu)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidRecipeError, UnsupportedError
+from ..granularity import PerChannel, PerThread
+from ..implementations import Implementation, Output, inference_only
+from ..recipe import Recipe
+from ..recipe_options import AllTokens, RunningMax
+from ..recipes import RECIPES
+from ..recipes import recipe as find_recipe
+from ..reference.masks import LOG2E
+from ..request import Request
+from .instances import DTYPE_CODES, HEAD_DIMS, WgmmaConfig, pack_instance, wgmma_config
+from .launch import Arguments, Kernel, cache, load
+from .packing import Packer, PackPlan, loadable, packer
+
+_LARGEST_LENGTH = 1 << 30
+"""Tokens; so that sums of two lengths stay in 32 bits."""
+_MOST_HEADS = 65535
+"""Batch × heads: CUDA's limit of a grid's second dimension."""
+
+ARGUMENTS = Arguments("P3q P3q P 6P 4f 12i 0q".replace(" ", ""))
+"""``AttentionArgs``."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One call's launches, but for addresses and strides."""
+
+    request: Request
+    recipe: Recipe
+    pack: PackPlan
+    packer: Packer
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    log2_p_max: float
+    integers: tuple[int, ...]
+    v_head_dim: int
+
+
+class HopperAttention(Implementation):
+    """INT8 Q·K and FP8 P·V by wgmma on a Hopper GPU."""
+
+    name = "attention_wgmma"
+    is_kernel = True
+    auto_recipes = (RECIPES["sage2_8b"], RECIPES["sage2pp_8b"])
+
+    def __init__(self) -> None:
+        self._plans: dict[tuple[object, ...], _Plan] = {}
+
+    def remark(self, request: Request) -> str:
+        return f"runs it, with tiles of {WgmmaConfig.geometry}"
+
+    def not_supported_reasons(self, request: Request, recipe: Recipe) -> tuple[str, ...]:
+        reasons = list(_device_reasons(request.device))
+        reasons += _recipe_reasons(recipe)
+        if request.dtype not in DTYPE_CODES:
+            reasons.append(f"it takes float16, bfloat16 and float32, not {request.dtype}")
+        if request.mask != "none":
+            reasons.append(f"it takes no {request.mask} mask yet")
+        if max(request.head_dim, request.v_head_dim) > HEAD_DIMS[-1]:
+            reasons.append(f"head_dim {max(request.head_dim, request.v_head_dim)} is above {HEAD_DIMS[-1]}")
+        if request.machine is not None:
+            reasons.append(f"like={request.machine.name!r} asks for an emulation")
+        if 0 in (request.batch, request.q_heads, request.kv_heads, request.q_len, request.kv_len, request.v_head_dim):
+            reasons.append("the call is empty")
+        if max(request.q_len, request.kv_len) > _LARGEST_LENGTH:
+            reasons.append(f"it takes up to {_LARGEST_LENGTH} tokens")
+        if request.batch * request.kv_heads > _MOST_HEADS:
+            reasons.append(f"batch × kv heads {request.batch * request.kv_heads} is above {_MOST_HEADS}")
+        return (*reasons, *inference_only(request))
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sm_scale: float, request: Request, recipe: Recipe
+    ) -> Output:
+        index = q.device.index
+        if index != torch.cuda.current_device():
+            with torch.cuda.device(index):
+                return self.run(q, k, v, mask, sm_scale, request, recipe)
+        q, k, v = loadable(q), loadable(k), loadable(v)
+        plan = self._plan(request, recipe, index)
+        workspace = torch.empty(plan.pack.workspace_bytes, dtype=torch.uint8, device=q.device)
+        address = workspace.data_ptr()
+        plan.packer(k, v, plan.pack, address, index)
+        out, lse = self._attend(q, plan, address, sm_scale, index)
+        return (out if out.shape[3] == plan.v_head_dim else out[..., : plan.v_head_dim]), lse
+
+    def _attend(self, q: Tensor, plan: _Plan, workspace: int, sm_scale: float, index: int) -> Output:
+        request, pack = plan.request, plan.pack
+        batch, heads, length, _ = q.shape
+        if request.layout == "NHD":
+            out = q.new_empty(batch, length, heads, pack.v_head_dim).transpose(1, 2)
+        else:
+            out = q.new_empty(batch, heads, length, pack.v_head_dim)
+        lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device) if request.return_lse else None
+        arguments = ARGUMENTS.pointer(
+            (
+                q.data_ptr(), *q.stride()[:3],
+                out.data_ptr(), *out.stride()[:3],
+                0 if lse is None else lse.data_ptr(),
+                workspace + pack.k_tiles, workspace + pack.k_scales, workspace + pack.v_tiles,
+                workspace + pack.k_mean, workspace + pack.v_scale, workspace + pack.v_mean,
+                sm_scale, abs(sm_scale) * LOG2E, plan.log2_p_max, plan.recipe.p_max,
+                *plan.integers,
+            )
+        )  # fmt: skip
+        plan.kernel(plan.grid, index, arguments)
+        return out, lse
+
+    def _plan(self, request: Request, recipe: Recipe, index: int) -> _Plan:
+        key = (id(request), id(recipe))
+        found = self._plans.get(key)
+        if found is None or found.request is not request or found.recipe is not recipe:
+            if len(self._plans) > 1024:
+                self._plans.clear()
+            found = self._plans[key] = _make_plan(request, recipe, index)
+        return found
+
+
+def _make_plan(request: Request, recipe: Recipe, index: int) -> _Plan:
+    head_dim, v_head_dim = (-(-d // 8) * 8 for d in (request.head_dim, request.v_head_dim))
+    pack = PackPlan.of(request.batch, request.kv_heads, request.kv_len, head_dim, v_head_dim, recipe)
+    config = wgmma_config(recipe, pack.dim)
+    instances = (pack_instance(pack.dim, request.dtype, "sm_90a"), config.instance())
+    cache().get_all((i.source(), i.options()) for i in instances)  # (side by side, the first time)
+    q_blocks = -(-request.q_len // config.q_rows)
+    items = q_blocks * request.q_heads * request.batch
+    offset = request.kv_len if request.causal_offset is None else request.causal_offset
+    integers = (
+        request.q_heads, request.kv_heads, request.q_len, request.kv_len, head_dim, v_head_dim,
+        offset, pack.tiles, q_blocks, items, DTYPE_CODES[request.dtype], 0,
+    )  # fmt: skip
+    log2_p_max = torch.tensor(math.log2(recipe.p_max), dtype=torch.float32)
+    if float(log2_p_max) > math.log2(recipe.p_max):  # rounded down, so that P never exceeds P_r
+        log2_p_max = torch.nextafter(log2_p_max, torch.tensor(-math.inf))
+    return _Plan(
+        request=request,
+        recipe=recipe,
+        pack=pack,
+        packer=packer(pack.dim, request.dtype, index),
+        kernel=_kernel(config, index),
+        grid=(min(items, _multiprocessors(index)), 1, 1),
+        log2_p_max=float(log2_p_max),
+        integers=integers,
+        v_head_dim=request.v_head_dim,
+    )
+
+
+@lru_cache(maxsize=64)
+def _kernel(config: WgmmaConfig, device: int) -> Kernel:
+    del device
+    return load(config.instance(), "attention_wgmma", config.threads, config.shared_bytes)
+
+
+@lru_cache(maxsize=16)
+def _multiprocessors(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@lru_cache(maxsize=16)
+def _device_reasons(device: torch.device) -> tuple[str, ...]:
+    if device.type != "cuda":
+        return (f"it runs on Hopper GPUs, not on {device.type}",)
+    reasons = []
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        reasons.append(
+            f"it runs on Hopper GPUs (compute capability 9.0), and this one has {'.'.join(map(str, capability))}"
+        )
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None or find_spec("cuda.core") is None:
+        reasons.append('the run-time compiler is not installed: pip install "lowbit-attention[cuda13]" (or cuda12)')
+    return tuple(reasons)
+
+
+@lru_cache(maxsize=256)
+def _recipe_reasons(recipe: Recipe) -> tuple[str, ...]:
+    """What of a recipe the kernel does not do."""
+    if recipe.is_exact:
+        return ("it quantises, and recipe exact does not",)
+    wanted = {
+        "qk_bits": 8,
+        "q_granularity": PerThread(),
+        "k_granularity": PerThread(),
+        "smooth_q": False,
+        "k_sample": AllTokens(),
+        "rotation": "none",
+        "smoothquant_alpha": None,
+        "pv_format": "e4m3",
+        "v_granularity": PerChannel(),
+        "v_headroom": 1.0,
+        "v_scale_power_of_two": False,
+        "v_sample": AllTokens(),
+        "softmax_max": RunningMax(),
+        "row_sum": "unrounded",
+        "promote_first_tile": False,
+    }
+    reasons = [
+        f"it has no {name}={getattr(recipe, name)} (only {value})"
+        for name, value in wanted.items()
+        if getattr(recipe, name) != value
+    ]
+    keys = recipe.promotion_keys(WgmmaConfig.geometry)
+    if (recipe.accumulator, keys) not in (("fp8_f32", 128), ("fp8_f16", 64), ("fp8_f16", 128)):
+        reasons.append(
+            f"it has no {recipe.accumulator} sums promoted after {keys or 'all'} keys "
+            "(only fp8_f32 after 128, fp8_f16 after 64 or 128)"
+        )
+    try:
+        recipe.check_geometry(WgmmaConfig.geometry)
+    except InvalidRecipeError as error:
+        reasons += error.reasons
+    return tuple(reasons)
+
+
+def kernel_alone(
+    q: Tensor, k: Tensor, v: Tensor, recipe: str | Recipe, is_causal: bool = False, sm_scale: float | None = None
+) -> Callable[[], object]:
+    """A call of the attention kernel alone on K and V packed once (for benchmarks).
+
+    Args:
+        q, k, v: ``[B, H, N, D]`` on a Hopper GPU.
+
+    Raises:
+        UnsupportedError: the kernel cannot run it, with every reason.
+    """
+    from ..api import make_request
+
+    chosen = find_recipe(recipe)
+    request = make_request(
+        q, k, v, None, chosen, None, is_causal=is_causal, bottom_right=True, return_lse=False, layout="HND"
+    )
+    if reasons := KERNEL.not_supported_reasons(request, chosen):
+        raise UnsupportedError(f"{KERNEL.name} cannot run this call ({request})", {KERNEL.name: reasons})
+    scale = sm_scale if sm_scale is not None else 1.0 / math.sqrt(q.shape[3])
+    q, k, v = loadable(q), loadable(k), loadable(v)
+    index = q.device.index
+    with torch.cuda.device(index):
+        plan = KERNEL._plan(request, chosen, index)
+        workspace = torch.empty(plan.pack.workspace_bytes, dtype=torch.uint8, device=q.device)
+        plan.packer(k, v, plan.pack, workspace.data_ptr(), index)
+
+    def call() -> object:
+        with torch.cuda.device(index):
+            return KERNEL._attend(q, plan, workspace.data_ptr(), scale, index)[0]
+
+    return call
+
+
+KERNEL = HopperAttention()

@@ -1,0 +1,96 @@
+"""Loading machine code and launching it on PyTorch's current stream, with little work on the host."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ..errors import LowbitError
+from ..jit.cache import KernelCache
+from ..jit.compiler import Compiled, import_bindings
+from .instances import Instance
+
+
+class LaunchError(LowbitError):
+    """The driver refused to load or launch a kernel."""
+
+
+@lru_cache(maxsize=1)
+def cache() -> KernelCache:
+    """The process's kernel cache."""
+    return KernelCache()
+
+
+class Arguments:
+    """A C struct by its `struct` format, with each thread's own buffer; the driver copies it at the launch."""
+
+    def __init__(self, layout: str) -> None:
+        self._struct = struct.Struct("@" + layout)
+        self._local = threading.local()
+
+    def pointer(self, values: Sequence[Any]) -> int:
+        """The address of the array of one pointer to the struct that a launch takes."""
+        local = self._local
+        try:
+            buffer = local.buffer
+        except AttributeError:
+            buffer = local.buffer = ctypes.create_string_buffer(self._struct.size)
+            local.array = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
+            local.address = ctypes.addressof(local.array)
+        self._struct.pack_into(buffer, 0, *values)
+        address: int = local.address
+        return address
+
+
+class Kernel:
+    """One entry of a compiled instance, ready to launch on any device of its architecture."""
+
+    def __init__(self, compiled: Compiled, name: str, threads: int, shared_bytes: int = 0) -> None:
+        driver = self._driver = import_bindings("cuda.bindings.driver")
+        self._name, self._threads, self._shared_bytes = name, threads, shared_bytes
+        torch.cuda.current_stream().cuda_stream  # noqa: B018  (the device's context exists and is current from here on)
+        self._library = self._checked(driver.cuLibraryLoadData(compiled.cubin, [], [], 0, [], [], 0))
+        kernel = self._checked(driver.cuLibraryGetKernel(self._library, name.encode()))
+        if shared_bytes:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            for device in range(torch.cuda.device_count()):
+                if torch.cuda.get_device_capability(device) == torch.cuda.get_device_capability():
+                    self._checked(driver.cuKernelSetAttribute(attribute, shared_bytes, kernel, device))
+        self._function = driver.CUfunction(int(kernel))
+        self._success = driver.CUresult.CUDA_SUCCESS
+        self._launch = driver.cuLaunchKernel
+
+    def __call__(self, grid: tuple[int, int, int], device: int, arguments: int) -> None:
+        """Launch on the current stream of ``device``, which must be current."""
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        launch, x, y, z = self._launch, *grid
+        result = launch(self._function, x, y, z, self._threads, 1, 1, self._shared_bytes, stream, arguments, 0)[0]
+        if result != self._success:
+            if result == self._driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread's first use of CUDA
+                torch.cuda.set_device(device)
+                torch.cuda.synchronize(device)
+                result = launch(self._function, x, y, z, self._threads, 1, 1, self._shared_bytes, stream, arguments, 0)[
+                    0
+                ]
+            self._checked((result,))
+
+    def _checked(self, answer: tuple[Any, ...]) -> Any:
+        if int(answer[0]) != 0:
+            _, text = self._driver.cuGetErrorString(answer[0])
+            what = text.decode() if text else str(answer[0])
+            raise LaunchError(
+                f"{self._name}: the driver says {what!r} (error {int(answer[0])}); `lowbit doctor` looks whether the "
+                "driver and the run-time compiler fit together"
+            )
+        return answer[1] if len(answer) > 1 else None
+
+
+def load(instance: Instance, name: str, threads: int, shared_bytes: int = 0) -> Kernel:
+    """Compile (or read from the cache) and load."""
+    return Kernel(cache().get(instance.source(), instance.options()), name, threads, shared_bytes)

@@ -1,0 +1,44 @@
+"""How packed tiles lie in memory (csrc/tile/swizzle.cuh), in PyTorch: for tests, and for looking inside."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .instances import TILE_KEYS
+
+TOKEN_ORDER = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
+"""Position p of every 16 tokens of a packed V row holds token ``TOKEN_ORDER[p]``: the order of P's registers."""
+
+_CHUNK = 16
+
+
+def swizzled_offsets(rows: int, row_bytes: int) -> Tensor:
+    """Byte offset of every 16-byte chunk of a tile, int64 ``[rows, row_bytes / 16]``."""
+    row = torch.arange(rows)[:, None]
+    chunk = torch.arange(row_bytes // _CHUNK)
+    moved = chunk ^ (row % 8) if row_bytes == 128 else chunk ^ (row // 2 % 4)
+    return row * row_bytes + moved * _CHUNK
+
+
+def unswizzle(tiles: Tensor, rows: int, row_bytes: int) -> Tensor:
+    """Tiles ``[..., rows · row_bytes]`` of bytes to their rows ``[..., rows, row_bytes]``."""
+    offsets = swizzled_offsets(rows, row_bytes).flatten()[:, None] + torch.arange(_CHUNK)
+    flat = tiles[..., offsets.flatten().to(tiles.device)]
+    return flat.reshape(*tiles.shape[:-1], rows, row_bytes)
+
+
+def unpack_keys(k_tiles: Tensor, head_dim: int) -> Tensor:
+    """Packed K, uint8 ``[..., T, 128 · head_dim]``, to INT8 ``[..., T · 128, head_dim]``."""
+    rows = unswizzle(k_tiles, TILE_KEYS, head_dim).view(torch.int8)
+    return rows.flatten(-3, -2)
+
+
+def unpack_values(v_tiles: Tensor, head_dim: int) -> Tensor:
+    """Packed V, uint8 ``[..., T, head_dim · 128]``, to E4M3 ``[..., T · 128, head_dim]``."""
+    rows = unswizzle(v_tiles, head_dim, TILE_KEYS)  # [..., T, head_dim, 128 positions]
+    place = torch.empty(_CHUNK, dtype=torch.int64)
+    place[torch.tensor(TOKEN_ORDER)] = torch.arange(_CHUNK)  # token → position
+    groups = rows.reshape(*rows.shape[:-1], -1, _CHUNK)[..., place.to(rows.device)]
+    tokens = groups.flatten(-2).transpose(-1, -2).contiguous()
+    return tokens.flatten(-3, -2).view(torch.float8_e4m3fn)
