@@ -33,34 +33,40 @@ class TileMax:
 
 @dataclass(frozen=True)
 class RestartedMax:
-    """The running maximum, restarted at each promotion at ``max(tile maximum, M − slack)``.
+    """The running maximum, restarted at each promotion at ``max(M − slack, min(M, tile maximum + headroom))``.
 
     M is the maximum of all keys seen so far, in base-2 logits; ``slack`` (also base 2) bounds by ``2^slack`` the
-    factor that the promoted sum is rescaled by. It keeps small terms apart from an attention sink's.
+    factor that the promoted sum is rescaled by. It keeps small terms apart from an attention sink's. With ``headroom``
+    an interval that begins not far below M keeps M, which later tiles seldom exceed: fewer rescales.
     """
 
     slack: float = 20.0
+    headroom: float = 0.0
 
     def __post_init__(self) -> None:
+        if not (math.isfinite(self.headroom) and 0 <= self.headroom <= self.slack):
+            raise InvalidArgumentError(f"headroom={self.headroom}: a base-2 exponent in [0, slack={self.slack}]")
         if not (math.isfinite(self.slack) and 0 < self.slack <= 60):
             raise InvalidArgumentError(f"slack={self.slack}: a base-2 exponent in (0, 60], or sums leave FP32's range")
 
     def __str__(self) -> str:
-        short = f"{self.slack:g}"
-        return f"restarted({short if float(short) == self.slack else repr(self.slack)})"
+        numbers = (self.slack, self.headroom) if self.headroom else (self.slack,)
+        short = (f"{x:g}" if float(f"{x:g}") == x else repr(x) for x in numbers)
+        return f"restarted({';'.join(short)})"
 
 
 SoftmaxMax = RunningMax | TileMax | RestartedMax
 
 
 def parse_softmax_max(text: str) -> SoftmaxMax:
-    """``running``, ``tile``, ``restarted`` or ``restarted(20)``."""
+    """``running``, ``tile``, ``restarted``, ``restarted(20)`` or ``restarted(20;4)``."""
     if text == "running":
         return RunningMax()
     if text == "tile":
         return TileMax()
-    if match := re.fullmatch(r"restarted(?:\(([0-9.]+(?:e[+-]?[0-9]+)?)\))?", text):
-        return RestartedMax(float(match[1])) if match[1] else RestartedMax()
+    number = r"([0-9.]+(?:e[+-]?[0-9]+)?)"
+    if match := re.fullmatch(rf"restarted(?:\({number}(?:;{number})?\))?", text):
+        return RestartedMax(*(float(x) for x in match.groups() if x))
     raise InvalidArgumentError(f"{text!r} is no softmax maximum: 'running', 'tile' or 'restarted(20)'")
 
 

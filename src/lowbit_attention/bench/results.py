@@ -87,10 +87,10 @@ def with_ratios(rows: Sequence[Row]) -> list[Row]:
     return [replace(r, ratio_to_cudnn=round(reference[0] / r.median_us, 4) if r.median_us else None) for r in rows]
 
 
-def collect_facts(device: torch.device, driver: str) -> Facts:
+def collect_facts(device: torch.device, driver: str, commit: str | None = None) -> Facts:
     """This machine, these versions, this commit."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    commit = commit_of(Path(__file__).parents[1] / "__init__.py")
+    commit = commit if commit is not None else commit_of(Path(__file__).parents[1] / "__init__.py")
     return Facts(name, driver, torch.version.cuda or "", str(torch.__version__), __version__, commit)
 
 

@@ -25,13 +25,14 @@ _HOST_SECONDS, _HOST_CALLS = 0.25, 50
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run is made. No shape is begun after ``max_seconds``."""
+    """How a run is made. No shape is begun after ``max_seconds``; ``commit`` is recorded instead of what git tells."""
 
     device: torch.device
     dtype: str = "bf16"
     limits: Limits = Limits()
     max_seconds: float | None = None
     seed: int = 0
+    commit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def run(
             settings=settings,
             timer=make_timer(device),
             sensors=sensors,
-            facts=collect_facts(device, sensors.driver),
+            facts=collect_facts(device, sensors.driver, settings.commit),
             versions={p.name: _version(p) for p in providers},
             say=say,
         )

@@ -52,6 +52,9 @@ def command(
     json: Annotated[Path | None, typer.Option(help="Write rows and notes to this file.")] = None,
     table: Annotated[Path | None, typer.Option("--markdown", help="Write a Markdown table to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the TOPS (.png, .svg, .pdf).")] = None,
+    commit: Annotated[
+        str | None, typer.Option(help="The commit to record in the rows, where git cannot tell (a copied tree).")
+    ] = None,
 ) -> None:
     """Time attention on this GPU, ours against others, whole calls and kernels alone.
 
@@ -76,7 +79,7 @@ def command(
         check_csv(csv)
     available, notes = split_available(providers)
     rows: list[Row] = []
-    settings = Settings(where, dtype, Limits(seconds), max_seconds)
+    settings = Settings(where, dtype, Limits(seconds), max_seconds, commit=commit)
     try:
         with progress() as bar:
             task = bar.add_task("", total=len(shapes))

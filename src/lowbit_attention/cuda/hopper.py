@@ -15,7 +15,7 @@ from ..errors import InvalidRecipeError, UnsupportedError
 from ..granularity import PerChannel, PerThread
 from ..implementations import Implementation, Output, inference_only
 from ..recipe import Recipe
-from ..recipe_options import AllTokens, RunningMax
+from ..recipe_options import AllTokens, RestartedMax, RunningMax
 from ..recipes import RECIPES
 from ..recipes import recipe as find_recipe
 from ..reference.masks import LOG2E
@@ -29,7 +29,7 @@ _LARGEST_LENGTH = 1 << 30
 _MOST_HEADS = 65535
 """Batch × heads: CUDA's limit of a grid's second dimension."""
 
-ARGUMENTS = Arguments("P3q P3q P 6P 4f 12i 0q".replace(" ", ""))
+ARGUMENTS = Arguments("P3q P3q P 7P 6f 12i 0q".replace(" ", ""))
 """``AttentionArgs``."""
 
 
@@ -44,6 +44,7 @@ class _Plan:
     kernel: Kernel
     grid: tuple[int, int, int]
     log2_p_max: float
+    max_options: tuple[float, float]
     integers: tuple[int, ...]
     v_head_dim: int
 
@@ -53,7 +54,7 @@ class HopperAttention(Implementation):
 
     name = "attention_wgmma"
     is_kernel = True
-    auto_recipes = (RECIPES["sage2_8b"], RECIPES["sage2pp_8b"])
+    auto_recipes = (RECIPES["fast_8b"], RECIPES["sage2pp_8b"], RECIPES["sage2_8b"])
 
     def __init__(self) -> None:
         self._plans: dict[tuple[object, ...], _Plan] = {}
@@ -109,8 +110,9 @@ class HopperAttention(Implementation):
                 out.data_ptr(), *out.stride()[:3],
                 0 if lse is None else lse.data_ptr(),
                 workspace + pack.k_tiles, workspace + pack.k_scales, workspace + pack.v_tiles,
-                workspace + pack.k_mean, workspace + pack.v_scale, workspace + pack.v_mean,
-                sm_scale, abs(sm_scale) * LOG2E, plan.log2_p_max, plan.recipe.p_max,
+                workspace + pack.k_mean, workspace + pack.k_largest_scale,
+                workspace + pack.v_scale, workspace + pack.v_mean,
+                sm_scale, abs(sm_scale) * LOG2E, plan.log2_p_max, plan.recipe.p_max, *plan.max_options,
                 *plan.integers,
             )
         )  # fmt: skip
@@ -140,6 +142,7 @@ def _make_plan(request: Request, recipe: Recipe, index: int) -> _Plan:
         request.q_heads, request.kv_heads, request.q_len, request.kv_len, head_dim, v_head_dim,
         offset, pack.tiles, q_blocks, items, DTYPE_CODES[request.dtype], 0,
     )  # fmt: skip
+    kind = recipe.softmax_max
     log2_p_max = torch.tensor(math.log2(recipe.p_max), dtype=torch.float32)
     if float(log2_p_max) > math.log2(recipe.p_max):  # rounded down, so that P never exceeds P_r
         log2_p_max = torch.nextafter(log2_p_max, torch.tensor(-math.inf))
@@ -151,6 +154,7 @@ def _make_plan(request: Request, recipe: Recipe, index: int) -> _Plan:
         kernel=_kernel(config, index),
         grid=(min(items, _multiprocessors(index)), 1, 1),
         log2_p_max=float(log2_p_max),
+        max_options=(kind.slack, kind.headroom) if isinstance(kind, RestartedMax) else (0.0, 0.0),
         integers=integers,
         v_head_dim=request.v_head_dim,
     )
@@ -200,9 +204,6 @@ def _recipe_reasons(recipe: Recipe) -> tuple[str, ...]:
         "v_headroom": 1.0,
         "v_scale_power_of_two": False,
         "v_sample": AllTokens(),
-        "softmax_max": RunningMax(),
-        "row_sum": "unrounded",
-        "promote_first_tile": False,
     }
     reasons = [
         f"it has no {name}={getattr(recipe, name)} (only {value})"
@@ -210,11 +211,17 @@ def _recipe_reasons(recipe: Recipe) -> tuple[str, ...]:
         if getattr(recipe, name) != value
     ]
     keys = recipe.promotion_keys(WgmmaConfig.geometry)
-    if (recipe.accumulator, keys) not in (("fp8_f32", 128), ("fp8_f16", 64), ("fp8_f16", 128)):
-        reasons.append(
-            f"it has no {recipe.accumulator} sums promoted after {keys or 'all'} keys "
-            "(only fp8_f32 after 128, fp8_f16 after 64 or 128)"
-        )
+    if recipe.accumulator not in ("fp8_f32", "fp8_f16"):
+        reasons.append(f"it has no {recipe.accumulator} sums")
+    if keys is None or (keys % WgmmaConfig.geometry.b_k and (keys != 64 or recipe.accumulator != "fp8_f16")):
+        multiple = f"a multiple of {WgmmaConfig.geometry.b_k} keys, or 64 with fp8_f16"
+        reasons.append(f"it promotes after {multiple}, not after {keys or 'all'} with {recipe.accumulator}")
+    if not isinstance(recipe.softmax_max, RunningMax | RestartedMax):
+        reasons.append(f"it has no softmax_max={recipe.softmax_max}")
+    if recipe.row_sum == "rounded" or (recipe.row_sum == "accumulator" and recipe.accumulator != "fp8_f16"):
+        reasons.append(f"it has no row_sum={recipe.row_sum} with {recipe.accumulator} sums")
+    if recipe.row_sum == "unrounded" and isinstance(recipe.softmax_max, RestartedMax):
+        reasons.append("it has no restarted maximum with row_sum=unrounded")
     try:
         recipe.check_geometry(WgmmaConfig.geometry)
     except InvalidRecipeError as error:

@@ -10,8 +10,10 @@ import torch
 
 from ..jit.compiler import Options
 from ..jit.source import Source, read_source
-from ..machine import Geometry
+from ..machine import MACHINES
 from ..recipe import Recipe
+from ..recipe_options import RestartedMax
+from ..recipes import RECIPES
 
 CSRC = Path(__file__).parent / "csrc"
 
@@ -63,19 +65,31 @@ def pack_instance(head_dim: int, dtype: torch.dtype, arch: str) -> Instance:
 
 @dataclass(frozen=True)
 class WgmmaConfig:
-    """What the Hopper attention kernel is compiled for.
+    """What the Hopper attention kernel is compiled for; the macros of csrc/kernels/attention_wgmma.cu.
 
     ``sums_f16``: P·V in FP16 sums, else in FP32-typed ones; ``promotion_keys``: after how many keys they are added to
-    the FP32 output, 64 or 128.
+    the FP32 output; ``promote_first``: after the first tile, too; ``restart``: each interval has its own maximum;
+    ``sum_in_mma``: the row sum is a column of ones beside V.
     """
 
     head_dim: int
-    sums_f16: bool
-    promotion_keys: int
+    sums_f16: bool = False
+    promotion_keys: int = 128
+    promote_first: bool = False
+    restart: bool = False
+    sum_in_mma: bool = False
 
-    consumers = 2
-    """Warpgroups of 64 query rows in a thread block (kConsumers)."""
-    geometry = Geometry(b_q=64, b_k=TILE_KEYS, warp_rows=16)
+    geometry = MACHINES["sm_90a"].geometry
+
+    @property
+    def output_in_shared(self) -> bool:
+        """Whether O lies in shared memory (kOutputInShared)."""
+        return self.sums_f16 and self.promotion_keys > self.geometry.b_k
+
+    @property
+    def consumers(self) -> int:
+        """Warpgroups of 64 query rows in a thread block (kConsumers)."""
+        return 3 if self.output_in_shared else 2
 
     @property
     def q_rows(self) -> int:
@@ -89,25 +103,32 @@ class WgmmaConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Size of the kernel's ``Shared``: K and V stages, Q, scales, barriers."""
-        stages = 3 if self.head_dim == 128 else 4
+        """Size of the kernel's ``Shared``: K and V stages, Q, O, scales, barriers."""
+        stages = 4 if self.head_dim == 64 else 2 if self.output_in_shared else 3
         tile = TILE_KEYS * self.head_dim
+        ones = 8 * TILE_KEYS if self.sum_in_mma else 0
         rows = self.consumers * 64
-        used = stages * 2 * tile + rows * self.head_dim + stages * 16 + rows * 4 + stages * 4 * 8
+        used = stages * (2 * tile + ones) + 2 * rows * self.head_dim
+        used += rows * self.head_dim * 4 if self.output_in_shared else 0
+        used += stages * 16 + 2 * self.consumers * 4 * 32 + 2 * rows * 4 + 8 + (2 * stages + 4) * 8
         return -(-used // 1024) * 1024
 
     def instance(self) -> Instance:
         """Its compilation."""
         sums = "F16" if self.sums_f16 else "F32"
+        columns = self.head_dim + 8 * self.sum_in_mma
         return Instance(
             "attention_wgmma",
             "sm_90a",
             (
                 ("HEAD_DIM", self.head_dim),
-                ("PROMOTION_KEYS", self.promotion_keys),
                 ("SUMS_F16", int(self.sums_f16)),
+                ("PROMOTION_KEYS", self.promotion_keys),
+                ("PROMOTE_FIRST", int(self.promote_first)),
+                ("RESTART", int(self.restart)),
+                ("SUM_IN_MMA", int(self.sum_in_mma)),
             ),
-            mma=("IGMMA.64x128x32.S8.S8", f"QGMMA.64x{self.head_dim}x32.{sums}.E4M3.E4M3"),
+            mma=("IGMMA.64x64x32.S8.S8", f"QGMMA.64x{columns}x32.{sums}.E4M3.E4M3"),
         )
 
 
@@ -116,7 +137,14 @@ def wgmma_config(recipe: Recipe, head_dim: int) -> WgmmaConfig:
     keys = recipe.promotion_keys(WgmmaConfig.geometry)
     if keys is None:
         raise ValueError(f"recipe {recipe} never promotes, and attention_wgmma has no such instance")
-    return WgmmaConfig(head_dim, recipe.accumulator == "fp8_f16", keys)
+    return WgmmaConfig(
+        head_dim,
+        sums_f16=recipe.accumulator == "fp8_f16",
+        promotion_keys=keys,
+        promote_first=recipe.promote_first_tile and keys > WgmmaConfig.geometry.b_k,
+        restart=isinstance(recipe.softmax_max, RestartedMax),
+        sum_in_mma=recipe.row_sum == "accumulator",
+    )
 
 
 def padded_head_dim(head_dim: int) -> int | None:
@@ -128,9 +156,12 @@ def _manifest() -> Iterable[Instance]:
     for head_dim in HEAD_DIMS:
         for dtype in DTYPE_CODES:
             yield pack_instance(head_dim, dtype, "sm_90a")
-        for sums_f16, keys in ((False, 128), (True, 64), (True, 128)):
-            yield WgmmaConfig(head_dim, sums_f16, keys).instance()
+        for name in WGMMA_RECIPES:
+            yield wgmma_config(RECIPES[name], head_dim).instance()
 
+
+WGMMA_RECIPES = ("sage2_8b", "sage2pp_8b", "fast_8b")
+"""Named recipes that `attention_wgmma` runs; their options may vary within what its `not_supported_reasons` says."""
 
 MANIFEST: tuple[Instance, ...] = tuple(_manifest())
 """Every instance that a recipe can ask for."""

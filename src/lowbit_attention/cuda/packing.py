@@ -22,7 +22,7 @@ _BLOCKS = 1056
 """Thread blocks that fill the card: 8 on each of 132 multiprocessors."""
 _ALIGNMENT = 256
 
-ARGUMENTS = Arguments("P3q P3q 7P f 10i 0q".replace(" ", ""))
+ARGUMENTS = Arguments("P3q P3q 8P f 10i 0q".replace(" ", ""))
 """``PackArgs``."""
 
 
@@ -48,6 +48,7 @@ class PackPlan:
     v_tiles: int
     k_scales: int
     k_mean: int
+    k_largest_scale: int
     v_scale: int
     v_mean: int
     partials: int
@@ -74,6 +75,7 @@ class PackPlan:
             "v_tiles": heads * tiles * tile_bytes,
             "k_scales": heads * tiles * 4 * 4,
             "k_mean": heads * dim * 4,
+            "k_largest_scale": heads * 4,
             "v_scale": heads * dim * 4,
             "v_mean": heads * dim * 4,
             "partials": 2 * heads * splits * 3 * dim * 4,
@@ -122,7 +124,8 @@ class Packer:
                 v.data_ptr(), v_batch, v_head, v_token,
                 workspace + plan.partials,
                 workspace + plan.k_tiles, workspace + plan.k_scales, workspace + plan.v_tiles,
-                workspace + plan.k_mean, workspace + plan.v_scale, workspace + plan.v_mean,
+                workspace + plan.k_mean, workspace + plan.k_largest_scale,
+                workspace + plan.v_scale, workspace + plan.v_mean,
                 plan.recipe.v_max,
                 plan.kv_heads, plan.kv_len, plan.head_dim, plan.v_head_dim,
                 plan.splits, plan.tokens_a_split, plan.tiles, plan.tiles_a_block,
@@ -145,9 +148,8 @@ def loadable(x: Tensor) -> Tensor:
 
     The copy's channels are padded with zeros to a multiple of 8.
     """
-    size = x.element_size()
     b, h, n, c = x.stride()
-    if c == 1 and x.shape[3] % 8 == 0 and not (x.data_ptr() | b * size | h * size | n * size) % 16:
+    if c == 1 and x.shape[3] % 8 == 0 and not (x.data_ptr() | (b | h | n) * x.element_size()) & 15:
         return x
     return torch.nn.functional.pad(x, (0, -x.shape[3] % 8)).contiguous()
 

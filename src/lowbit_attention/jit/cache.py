@@ -55,11 +55,7 @@ class KernelCache:
         key = cache_key(source, options)
         if found := self._memory.get(key):
             return found
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise CaptureError(
-                f"{source.name} for {options.arch} is not loaded yet and a CUDA graph is being captured: "
-                "run the call once before the capture"
-            )
+        _refuse_during_capture(source, options)
         with self._guard:
             lock = self._locks.setdefault(key, threading.Lock())
         with lock:
@@ -69,6 +65,10 @@ class KernelCache:
 
     def get_all(self, jobs: Iterable[tuple[Source, Options]], workers: int | None = None) -> list[Compiled]:
         """`get` for several, side by side (NVRTC runs outside Python's lock); as many at once as there are cores."""
+        jobs = list(jobs)
+        for source, options in jobs:  # (here: in the threads no stream is being captured)
+            if cache_key(source, options) not in self._memory:
+                _refuse_during_capture(source, options)
         with ThreadPoolExecutor(max_workers=workers or os.cpu_count()) as pool:
             return list(pool.map(lambda job: self.get(*job), jobs))
 
@@ -88,6 +88,14 @@ class KernelCache:
             except OSError as error:
                 _log.warning("kernels are kept in memory only: %s", error)
             return compiled
+
+
+def _refuse_during_capture(source: Source, options: Options) -> None:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise CaptureError(
+            f"{source.name} for {options.arch} is not loaded yet and a CUDA graph is being captured: "
+            "run the call once before the capture"
+        )
 
 
 @contextlib.contextmanager

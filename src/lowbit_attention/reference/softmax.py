@@ -60,7 +60,7 @@ class OnlineSoftmax:
             self.partial[:, rows] = round_to_accumulator(scaled, self.recipe.accumulator, self.machine.accumulators)
             self.partial_l[:, rows] *= factor
         elif isinstance(kind, RestartedMax):
-            m = torch.maximum(tile_max, seen - kind.slack)
+            m = torch.maximum(seen - kind.slack, torch.minimum(seen, tile_max + kind.headroom))
         else:
             m = seen
         self.partial_m[:, rows] = m

@@ -6,6 +6,7 @@
 //
 // Compiled for: HEAD_DIM 64 or 128 (channels are padded to it), INPUT_DTYPE of tile/strided.cuh.
 #include "attend/scale.cuh"
+#include "ptx/barrier.cuh"
 #include "tile/strided.cuh"
 #include "tile/swizzle.cuh"
 
@@ -19,6 +20,7 @@ struct PackArgs {
   float* k_scales;    // [B · Hkv][tiles][4]
   u8* v_tiles;        // [B · Hkv][tiles][kDim × 128 keys]
   float* k_mean;      // [B · Hkv][kDim]; zeros without smooth K
+  float* k_largest_scale;  // [B · Hkv], of all tiles
   float* v_scale;     // [B · Hkv][kDim]
   float* v_mean;      // [B · Hkv][kDim]; zeros without smooth V
   float v_max;        // V_r
@@ -142,11 +144,21 @@ __device__ void pack_keys(const PackArgs& args) {
   constexpr int kPasses = kTileKeys / kRows;
   static_assert(kRows % 8 == 0, "a thread's tokens must all be of one scale group: equal token mod 8");
   __shared__ float mean[kDim], half_warp_max[kPackThreads / 16];
+  __shared__ i32 largest_of_head;  // of |K − k̄|, the bits of a float that is not negative (NaN is the largest)
   const i64 head = blockIdx.y;
   if (threadIdx.x < kDim) {
-    const float m = args.smooth_k ? mean_of(gathered(args, threadIdx.x), args.kv_len) : 0.0f;
+    const Statistics all = gathered(args, threadIdx.x);
+    const float m = args.smooth_k ? mean_of(all, args.kv_len) : 0.0f;
     mean[threadIdx.x] = m;
-    if (blockIdx.x == 0) args.k_mean[head * kDim + threadIdx.x] = m;
+    if (blockIdx.x == 0) {
+      args.k_mean[head * kDim + threadIdx.x] = m;
+      if (threadIdx.x == 0) largest_of_head = 0;
+      bar_sync(1, kDim);
+      const float largest = max_nan_f32(fabsf(__fsub_rn(all.high, m)), fabsf(__fsub_rn(all.low, m)));
+      atomicMax(&largest_of_head, __float_as_int(largest) & 0x7FFFFFFF);
+      bar_sync(1, kDim);
+      if (threadIdx.x == 0) args.k_largest_scale[head] = scale_of(__int_as_float(largest_of_head), 127.0f).delta;
+    }
   }
   __syncthreads();
   const int chunk = threadIdx.x % kChunks, row = threadIdx.x / kChunks;

@@ -12,14 +12,16 @@ __device__ inline void mbarrier_arrive_expect_tx(u64* barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
+constexpr u32 kSleepNanoseconds = 10000000;  // at most; a waiting warp that sleeps issues nothing
+
 __device__ inline bool mbarrier_try_wait_parity(u64* barrier, u32 parity) {
   u32 done;
   asm volatile(
       "{ .reg .pred p;\n"
-      "  mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "  mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, %3;\n"
       "  selp.u32 %0, 1, 0, p; }"
       : "=r"(done)
-      : "r"(shared_address(barrier)), "r"(parity)
+      : "r"(shared_address(barrier)), "r"(parity), "r"(kSleepNanoseconds)
       : "memory");
   return done != 0;
 }
@@ -36,6 +38,16 @@ __device__ inline void bar_sync(u32 id, u32 threads) {
 
 // Shared memory written by ordinary stores is read next by the tensor cores or the copy engine.
 __device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The assembler moves no instruction across it: keeps a wait behind the work that it is to overlap with. `never` is
+// false at run time, which the compiler must not know; about one clock.
+__device__ inline void pmevent_if(bool never) {
+  asm volatile(
+      "{ .reg .pred p;\n"
+      "  setp.ne.s32 p, %0, 0;\n"
+      "  @p pmevent 0; }" ::"r"(i32(never))
+      : "memory");
+}
 
 template <int kRegisters>
 __device__ void setmaxnreg_inc() {

@@ -40,3 +40,8 @@ __device__ inline float mul_rp_f32(float a, float b) {  // rounded up
   asm("mul.rp.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
   return out;
 }
+__device__ inline u32 mul_f16x2(u32 a, u32 b) {
+  u32 out;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  return out;
+}

@@ -1,0 +1,193 @@
+"""Sizes that host and device must agree on: argument structs, shared memory, and the parts of a workspace."""
+
+import contextlib
+import itertools
+import math
+import re
+import struct
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowbit_attention import RECIPES
+from lowbit_attention.cuda import hopper, packing
+from lowbit_attention.cuda.instances import CSRC, HEAD_DIMS, TILE_KEYS, WgmmaConfig, wgmma_config
+from lowbit_attention.cuda.packing import PackPlan
+
+# ---- C structs by the x86-64 ABI, which the device's compiler follows: every member at a multiple of its alignment
+
+SIZES = {"u8": 1, "i32": 4, "u32": 4, "float": 4, "i64": 8, "u64": 8, "Vec8": 8, "Vec16": 16}
+CODES = {"u8": "B", "i32": "i", "u32": "I", "float": "f", "i64": "q", "u64": "Q"}
+
+
+def members(text):
+    """``(name, type, pointer?, alignment asked for, array sizes)`` of every member of a struct's body, in order."""
+    for declaration in filter(None, map(str.strip, text.split(";"))):
+        form = r"(?:alignas\((\d+)\)\s+)?(?:const\s+)?(\w+)(.*)"
+        asked, kind, names = re.fullmatch(form, declaration, flags=re.DOTALL).groups()
+        for one in names.split(","):
+            pointer, name, dims = re.fullmatch(r"\s*(\*?)\s*(\w+)((?:\[[^\]]*\])*)", one).groups()
+            yield name, kind, bool(pointer), int(asked or 1), re.findall(r"\[([^\]]*)\]", dims)
+
+
+def value(expression, constants):
+    """A C expression of whole numbers."""
+    if match := re.fullmatch(r"(.*?)\?(.*?):(.*)", expression, flags=re.DOTALL):
+        condition, yes, no = match.groups()
+        return value(yes if value(condition, constants) else no, constants)
+    plain = expression.strip().replace("/", "//").replace("&&", " and ").replace("||", " or ")
+    return int(eval(re.sub(r"!(?!=)", " not ", plain), {"__builtins__": {}}, constants))
+
+
+def read(file, constants):
+    """A source without comments and, given macros, without what ``#if`` leaves out.
+
+    The source's own macros and constants, as far as they are whole numbers, join ``constants``.
+    """
+    text = re.sub(r"//[^\n]*", "", (CSRC / file).read_text())
+    if constants is None:
+        return text
+    lines, conditions = [], []  # of every #if around a line: [holds now, has held]
+    for line in text.splitlines():
+        word, _, rest = line.strip().partition(" ")
+        outside = all(now for now, _ in conditions[:-1])
+        if word in ("#if", "#elif", "#else"):
+            if word == "#if":
+                outside = outside and all(now for now, _ in conditions[-1:])
+                conditions.append([False, False])
+            held = conditions[-1][1]
+            now = outside and not held and (word == "#else" or bool(value(rest, constants)))
+            conditions[-1] = [now, held or now]
+        elif word == "#endif":
+            conditions.pop()
+        elif all(now for now, _ in conditions):
+            lines.append(line)
+            match = re.match(r"#define (\w+) (.*)", line) or re.match(r"constexpr \w+ (k\w+) = ([^;]+);", line)
+            if match:
+                with contextlib.suppress(NameError, SyntaxError):  # (a function, or the size of a type)
+                    constants[match[1]] = value(match[2], constants)
+    return "\n".join(lines)
+
+
+def layout(file, name, constants=None):
+    """``(name, offset, `struct` code)`` of every member, ``Strided`` ones opened; the struct's size and alignment."""
+    (body,) = re.findall(rf"struct {name} \{{(.*?)\n\}};", read(file, constants), flags=re.DOTALL)
+    flat, end, widest = [], 0, 1
+    for member, kind, pointer, asked, dims in members(body):
+        if kind == "Strided":
+            inner, size, alignment = layout("tile/strided.cuh", "Strided")
+        else:
+            size = alignment = 8 if pointer else SIZES[kind]
+            inner = [(member, 0, "P" if pointer else CODES.get(kind))]
+        size *= math.prod(value(dim, constants) for dim in dims)
+        alignment = max(alignment, asked)
+        end = -(-end // alignment) * alignment
+        flat += [(label, end + offset, code) for label, offset, code in inner]
+        end, widest = end + size, max(widest, alignment)
+    return flat, -(-end // widest) * widest, widest
+
+
+def python_layout(text):
+    """``(offset, code)`` of a native `struct` format, by the sizes of its prefixes."""
+    codes = [code for count, code in re.findall(r"(\d*)([A-Za-z])", text) for _ in range(int(count or 1))]
+    ends = [struct.calcsize("@" + "".join(codes[: i + 1])) for i in range(len(codes))]
+    return [(end - struct.calcsize(code), code) for end, code in zip(ends, codes, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "file", "name"),
+    [
+        (packing.ARGUMENTS, "kernels/pack.cu", "PackArgs"),
+        (hopper.ARGUMENTS, "kernels/attention_wgmma.cu", "AttentionArgs"),
+    ],
+)
+def test_argument_structs_are_packed_as_c_lays_them_out(arguments, file, name):
+    form = arguments._struct
+    flat, size, _ = layout(file, name)
+    assert python_layout(form.format) == [(offset, code) for _, offset, code in flat]
+    assert form.size == size
+    assert size <= 4096  # what a kernel's parameters may take
+
+
+SUPPORTED = [name for name, r in RECIPES.items() if not hopper._recipe_reasons(r)]
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_shared_memory_is_what_the_kernels_struct_takes(name, head_dim):
+    config, file = wgmma_config(RECIPES[name], head_dim), "kernels/attention_wgmma.cu"
+    constants = dict(config.instance().defines) | {"true": 1, "false": 0}
+    for part in ("tile/swizzle.cuh", "tile/strided.cuh"):
+        read(part, constants)
+    flat, size, alignment = layout(file, "Shared", constants)
+    offsets = {member: offset for member, offset, _ in flat}
+    assert config.shared_bytes == size
+    assert size <= 227 * 1024  # an SM's 228 KiB less the 1 KiB that every thread block pays
+    assert alignment == 1024
+    assert all(offsets[member] % 1024 == 0 for member in ("k", "v", "q"))  # where a swizzle's pattern begins
+    assert TILE_KEYS * head_dim % 1024 == 0  # … and of the stages that follow, and of Q's second warpgroup
+    assert constants["kRows"] * head_dim % 1024 == 0
+    assert offsets["k_scale"] % 16 == 0  # a bulk copy's destination
+    assert config.q_rows == constants["kConsumers"] * constants["kRows"]
+    assert config.threads == constants["kThreads"]
+    assert config.geometry.b_q == constants["kRows"]
+    assert constants["kTileKeys"] == TILE_KEYS
+
+
+# ---- the plan of packing
+
+RECIPE = RECIPES["sage2_8b"]
+PARTS = ("k_tiles", "v_tiles", "k_scales", "k_mean", "v_scale", "v_mean", "partials")
+
+
+def part_sizes(plan, heads):
+    """Bytes that the kernels' comments give each part."""
+    tiles, channels = heads * plan.tiles * TILE_KEYS * plan.dim, heads * plan.dim * 4
+    scales = heads * plan.tiles * (TILE_KEYS // WgmmaConfig.geometry.b_k) * 4 * 4  # four a key tile of the geometry
+    partials = 2 * heads * plan.splits * 3 * plan.dim * 4
+    return dict(zip(PARTS, (tiles, tiles, scales, channels, channels, channels, partials), strict=True))
+
+
+@settings(deadline=None, derandomize=True, max_examples=500)
+@given(
+    batch=st.integers(1, 16),
+    kv_heads=st.integers(1, 128),
+    kv_len=st.one_of(st.integers(1, 1500), st.integers(1, 300_000)),
+    head_dim=st.integers(1, 128),
+    v_head_dim=st.integers(1, 128),
+)
+def test_a_plan_holds_everything_and_nothing_twice(batch, kv_heads, kv_len, head_dim, v_head_dim):
+    plan, heads = PackPlan.of(batch, kv_heads, kv_len, head_dim, v_head_dim, RECIPE), batch * kv_heads
+    assert plan.dim in HEAD_DIMS
+    assert plan.dim >= max(head_dim, v_head_dim)
+
+    sizes = part_sizes(plan, heads)
+    spans = sorted((getattr(plan, name), getattr(plan, name) + sizes[name]) for name in PARTS)
+    assert all(start % 256 == 0 for start, _ in spans)
+    assert spans[0][0] == 0
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
+    assert spans[-1][1] <= plan.workspace_bytes
+
+    # statistics: every token in one split, none empty (an empty one's minimum of nothing would be infinite)
+    assert plan.statistics_grid == (plan.splits, heads, 2)
+    assert (plan.splits - 1) * plan.tokens_a_split < kv_len <= plan.splits * plan.tokens_a_split
+    # packing: every tile in one block, none empty; V's threads pack 128 / dim tiles at once
+    assert plan.tiles == -(-kv_len // TILE_KEYS)
+    blocks, *rest = plan.pack_grid
+    assert rest == [heads, 2]
+    assert (blocks - 1) * plan.tiles_a_block < plan.tiles <= blocks * plan.tiles_a_block
+    assert plan.tiles_a_block % (128 // plan.dim) == 0
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(
+    batch=st.integers(1, 16),
+    kv_heads=st.integers(1, 128),
+    kv_len=st.one_of(st.integers(1024, 5000), st.integers(1024, 300_000)),
+    head_dim=st.sampled_from(HEAD_DIMS),
+)
+def test_a_workspace_is_little_more_than_packed_k_and_v(batch, kv_heads, kv_len, head_dim):
+    """One byte an element of K and of V, and at most a fifth more: the last tile's padding, scales, partial sums."""
+    plan = PackPlan.of(batch, kv_heads, kv_len, head_dim, head_dim, RECIPE)
+    assert plan.workspace_bytes <= 1.2 * 2 * batch * kv_heads * kv_len * head_dim

@@ -1,0 +1,144 @@
+"""The Hopper kernel's numbers: the reference's with the same tiles and sums, and the method's own error, not more."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("cuda.core", reason="needs the extra cuda12 or cuda13")
+
+import wgmma_cases
+from wgmma_cases import (
+    BASE_ERROR,
+    DTYPES,
+    GEOMETRY,
+    TESTED,
+    assert_agrees,
+    covering,
+    hopper_only,
+    inputs,
+    reference,
+    run,
+)
+
+from lowbit_attention import compare, recipe
+from lowbit_attention.reference.exact import exact
+from lowbit_attention.reference.masks import LOG2E, Masking
+from lowbit_attention.reference.quantize import pack
+from lowbit_attention.synthetic import FAMILIES
+
+pytestmark = hopper_only
+
+EVERY_RECIPE = pytest.mark.parametrize("r", TESTED.values(), ids=TESTED)
+PLAIN = pytest.mark.parametrize("r", [TESTED[n] for n in ("sage2_8b", "sage2pp_8b", "fast_8b")], ids=str)
+RAW = recipe("sage2_8b:smooth_k=false")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    wgmma_cases.compile_everything()
+
+
+# ---- against the reference
+
+
+@pytest.mark.parametrize("case", covering(3), ids=str)
+def test_it_is_the_reference(case):
+    """Any two of recipe, dtype, widths, heads, lengths, causality and family of inputs meet in three cases or more."""
+    r, (q, k, v) = TESTED[case.recipe], case.tensors()
+    out, lse = run(q, k, v, r, **case.options())
+    assert out.dtype == q.dtype
+    assert out.is_contiguous()
+    assert lse.dtype == torch.float32
+    assert_agrees(out, lse, q, k, v, r, causal_offset=case.causal_offset())
+
+
+@EVERY_RECIPE
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_more_blocks_of_rows_than_multiprocessors(r, causal, head_dim):
+    """512 pieces of work: each thread block has several, and its rings of stages go on from one to the next."""
+    q, k, v = inputs("qkv_bias", batch=4, heads=(16, 4), lengths=(1000, 777), head_dims=(head_dim, head_dim))
+    out, lse = run(q, k, v, r, is_causal=causal)
+    assert_agrees(out, lse, q, k, v, r, causal_offset=777 - 1000 if causal else None)
+
+
+@PLAIN
+@pytest.mark.parametrize("factor", [-1.0, 0.0, 1e-3, 16.0, -16.0])
+def test_other_scales_of_the_logits(r, factor):
+    q, k, v = inputs("qkv_bias", lengths=(300, 500))
+    scale = factor / math.sqrt(128)
+    out, lse = run(q, k, v, r, sm_scale=scale)
+    assert_agrees(out, lse, q, k, v, r, sm_scale=scale)
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 100, 128, 1000, 3000])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@EVERY_RECIPE
+def test_the_sums_are_the_cards(r, head_dim, length):
+    """Without logits every P is P_r, so nothing but the sums of P·V is left: they are the accumulator model's exactly.
+
+    The row sum adds N / 16 times four equal numbers, so it errs by N / 16 · 2⁻²⁴ at the most, and so does the
+    reference's; log2 P_r < 16 is rounded down (11 · 2⁻²⁴ of P), ex2 errs by 2 ulp (4 · 2⁻²⁴), and 1 / l, δ_V and v̄ are
+    some roundings more.
+    """
+    q, k, v = inputs("v_mean", torch.float32, heads=(2, 2), lengths=(70, length), head_dims=(head_dim, head_dim))
+    out, lse = run(q, k, v, r, sm_scale=0.0)
+    ref = reference(q, k, v, r, sm_scale=0.0, fidelity="instruction")
+    error = (out - ref.out).abs() / ref.out.abs().amax(dim=(0, 1, 2))
+    assert float(error.max()) <= (length / 8 + 24) * 2.0**-24
+    assert float((lse - ref.lse).abs().max()) <= (length / 8 + 24) * 2.0**-24 + 2.0**-22 * math.log(length + 1)
+
+
+# ---- Q, which is quantised inside the kernel
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128, 40])
+@pytest.mark.parametrize("name", ["sage2_8b", "sage2pp_8b"])  # Q from shared memory, and from registers
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_integers_of_q(dtype, head_dim, name, sign):
+    """One key, e_c in head c, the same Q in every head: lse is one channel's logit, which only its integer q̂ makes.
+
+    K̂ = 127 · e_c and δ_K = fl(1 / 127), so s = 127 · q̂ and lse = ln 2 · (s · factor − at most ``BASE_ERROR`` units of
+    s): divided by ln 2 · factor · 127 it is less than 0.02 from q̂.
+    """
+    r = recipe(f"{name}:smooth_k=false")
+    q = inputs("outlier_tokens", dtype, heads=(1, 1), lengths=(333, 333), head_dims=(head_dim, head_dim))[0]
+    q[:, :, 64:80] *= 30  # other scales from group to group
+    q[:, :, 3], q[:, :, 11] = 0, 0  # rows 3 and 11 share a scale: a group of zeros
+    heads = q.expand(1, head_dim, -1, -1)
+    k = torch.eye(head_dim, dtype=dtype, device=q.device)[None, :, None]
+    scale = sign / math.sqrt(head_dim)
+    _, lse = run(heads, k, torch.ones_like(k), r, sm_scale=scale)
+
+    ref = pack(q.float(), k[:, :1].float(), k[:, :1].float(), r, GEOMETRY, None)
+    delta_k = torch.tensor(1.0) / torch.tensor(127.0)
+    factor = ref.q_scale[0, 0, ref.q_group] * float(delta_k) * abs(scale) * LOG2E  # [Nq]
+    found = lse[0] / (math.log(2) * factor * 127)  # [channel, Nq]
+    integers = sign * ref.q[0, 0].T
+    assert float((found - integers).abs().max()) < BASE_ERROR / 127 + 0.006  # (2 · 2⁻²⁴ · 127² units of s, too)
+    assert torch.equal(found.round().clamp(-127, 127), integers)
+    assert int(integers.abs().max()) == 127
+
+
+# ---- against exact attention
+
+
+@PLAIN
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_errs_no_more_than_the_method(family, r, causal, head_dim):
+    """Against float64: 5 % more than the emulation, which the kernel's rounding of logits and ex2 may cost at most, and
+    the rounding of the output."""
+    q, k, v = inputs(family, lengths=(1500, 1500), head_dims=(head_dim, head_dim))
+    offset = 0 if causal else None
+    out, lse = run(q, k, v, r, is_causal=causal)
+    ref = reference(q, k, v, r, causal_offset=offset)
+    true, true_lse = exact(q, k, v, sm_scale=1 / math.sqrt(head_dim), masking=Masking(offset))
+    rounding = compare(true, true.to(q.dtype)).l1
+    assert compare(true, out).l1 <= 1.05 * compare(true, ref.out).l1 + rounding
+    assert compare(true, out).cos_sim >= compare(true, ref.out).cos_sim - 1e-4
+    theirs, ours = ((x.double() - true_lse).abs().mean() for x in (ref.lse, lse))
+    assert float(ours) <= 1.05 * float(theirs) + 2e-4 * float(true_lse.abs().mean())

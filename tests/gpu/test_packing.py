@@ -1,0 +1,255 @@
+"""The packing kernels give the reference's K and V bit for bit, given the kernels' means, and nothing leaks in."""
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("cuda.core", reason="needs the extra cuda12 or cuda13")
+
+import wgmma_cases
+from wgmma_cases import DTYPES, GEOMETRY, hopper_only, inputs, pack_kv, views
+
+from lowbit_attention import recipe
+from lowbit_attention.reference.quantize import TINY, pack
+
+pytestmark = hopper_only
+
+PLAIN = recipe("sage2_8b")
+RAW = recipe("sage2_8b:smooth_k=false")
+SMOOTH = recipe("sage2_8b:smooth_v=true")
+EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+WIDE_DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])  # beyond 2¹⁶
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    wgmma_cases.compile_everything()
+
+
+def kv(*args, heads=3, batch=2, length=300, head_dim=64, **options):
+    return inputs(
+        *args, batch=batch, heads=(heads, heads), lengths=(length, length), head_dims=(head_dim, head_dim), **options
+    )[1:]
+
+
+def referenced(k, v, r, packed):
+    """The reference's numbers with the kernels' means."""
+    k, v = k.float().contiguous(), v.float().contiguous()
+    return pack(k, k, v, r, GEOMETRY, None, packed.means())
+
+
+def assert_same_bits(k, v, r):
+    """Packs, and compares integers, FP8 numbers and scales with the reference's; returns what was packed."""
+    packed = pack_kv(k, v, r)
+    ref = referenced(k, v, r, packed)
+    for name, ours, theirs in (
+        ("k", packed.k, ref.k),
+        ("k_scale", packed.k_scale, ref.k_scale),
+        ("v", packed.v, ref.v),
+        ("v_scale", packed.v_scale, ref.v_scale[:, :, 0]),
+    ):
+        assert torch.equal(ours.float(), theirs), (name, int((ours.float() != theirs).sum()))
+    assert packed.padding_is_zero
+    return packed
+
+
+def assert_means(packed, k, v, r):
+    """Within 2⁻²⁰ of the largest magnitude; float32 sums of pairwise-added blocks with their errors kept are nearer.
+
+    (Eight numbers are added in three steps of 2⁻²⁴ each, their sums with two_sum, and one division: about 2⁻²².)
+    """
+    for x, mean, smoothed in ((k, packed.k_mean, r.smooth_k), (v, packed.v_mean, r.smooth_v)):
+        exact = x.double().mean(dim=2) * smoothed
+        largest = x.double().abs().amax(dim=2)
+        assert ((mean - exact).abs() <= 2.0**-20 * largest * smoothed).all()
+
+
+def same(a, b):
+    """Two results of packing, all fields, bit for bit."""
+    pairs = zip(dataclasses.astuple(a), dataclasses.astuple(b), strict=True)
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 128, 129, 1000, 4097])
+@EVERY_DTYPE
+@pytest.mark.parametrize("head_dim", [64, 128, 40, 72, 80, 96])
+@pytest.mark.parametrize("family", ["normal", "qkv_bias", "sink", "outlier_tokens"])
+def test_packed_bits(family, head_dim, dtype, length):
+    """K̂, δ_K, V̂, δ_V and the means, smoothing K alone."""
+    k, v = (t[:, :, :length].contiguous() for t in kv(family, dtype, length=4097, head_dim=head_dim))
+    assert_means(assert_same_bits(k, v, PLAIN), k, v, PLAIN)
+
+
+@pytest.mark.parametrize("spec", ["smooth_k=false", "smooth_v=true", "v_max=4.5", "v_max=2.25,smooth_v=true"])
+@EVERY_DTYPE
+@pytest.mark.parametrize("head_dim", [64, 128, 36])
+@pytest.mark.parametrize("family", ["qkv_bias", "v_mean", "outlier_tokens"])
+def test_packed_bits_of_other_recipes(family, head_dim, dtype, spec):
+    r = recipe(f"sage2_8b:{spec}")
+    k, v = kv(family, dtype, head_dim=head_dim, length=1000)
+    packed = assert_same_bits(k, v, r)
+    assert_means(packed, k, v, r)
+    assert packed.k_mean.any() == r.smooth_k
+    assert packed.v_mean.any() == r.smooth_v
+    assert float(packed.v.abs().max()) == r.v_max
+
+
+@pytest.mark.parametrize("dims", [(64, 128), (128, 40), (1, 7), (33, 65)])
+def test_packed_bits_of_k_and_v_of_different_widths(dims):
+    """Odd numbers of channels, too, which are copied to rows of a multiple of 8."""
+    *_, v = inputs("qkv_bias", heads=(2, 2), lengths=(200, 200), head_dims=(dims[1], dims[1]))
+    _, k, _ = inputs("qkv_bias", heads=(2, 2), lengths=(200, 200), head_dims=(dims[0], dims[0]))
+    assert_means(assert_same_bits(k, v, SMOOTH), k, v, SMOOTH)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "length", "dtype"),
+    [
+        (1, 1, 200_003, torch.float32),  # 32 splits of one head's statistics
+        (1, 3, 20_000, torch.bfloat16),
+        (8, 128, 1100, torch.bfloat16),  # 8 tiles a block, and a head's last block has fewer
+        (4, 128, 1025, torch.float16),
+    ],
+)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_packed_bits_of_long_and_of_many_sequences(batch, heads, length, dtype, head_dim):
+    generator = torch.Generator(wgmma_cases.DEVICE).manual_seed(length)
+    k, v = (
+        torch.randn(batch, heads, length, head_dim, generator=generator, device=wgmma_cases.DEVICE, dtype=dtype)
+        for _ in range(2)
+    )
+    k += 3
+    assert_means(assert_same_bits(k, v, SMOOTH), k, v, SMOOTH)
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("head_dim", [64, 128, 40, 33])
+def test_strides_change_nothing(head_dim, dtype):
+    """Every view of the same numbers packs to the same bits, also between numbers that are NaN."""
+    k, v = kv("qkv_bias", dtype, head_dim=head_dim)
+    expected = assert_same_bits(k, v, SMOOTH)
+    k_views, v_views = views(k), views(v)
+    for name in k_views:
+        assert same(pack_kv(k_views[name], v_views[name], SMOOTH), expected), name
+        assert same(pack_kv(k_views[name], v, SMOOTH), expected), f"{name}, K only"
+        assert same(pack_kv(k, v_views[name], SMOOTH), expected), f"{name}, V only"
+
+
+def test_expanded_tensors():
+    """A stride of 0: one batch entry for all, one head for all, one token for all."""
+    k, v = kv("qkv_bias", head_dim=128)
+    for index in ((slice(1),), (slice(None), slice(1)), (slice(None), slice(None), slice(1))):
+        expanded = [t[index].expand(t.shape) for t in (k, v)]
+        assert same(pack_kv(*expanded, SMOOTH), pack_kv(*(t.contiguous() for t in expanded), SMOOTH))
+
+
+def test_packing_repeats_bit_for_bit():
+    k, v = kv("qkv_bias", heads=8, length=3001, head_dim=128)
+    first = pack_kv(k, v, SMOOTH)
+    assert all(same(pack_kv(k, v, SMOOTH), first) for _ in range(20))
+
+
+# ---- numbers at the edges
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_nothing_to_scale(head_dim, dtype):
+    """A channel of zeros in V and a group of zeros in K get the scale 1, never 0 / 0."""
+    k, v = kv("normal", dtype, head_dim=head_dim)
+    k[:, :, 2:128:8], k[:, :, 3:128:8] = 0, 0  # group 1 of the first 128 keys
+    v[:, 1, :, 5] = 0
+    packed = assert_same_bits(k, v, RAW)
+    assert (packed.k_scale[:, :, 1] == 1).all()
+    assert (packed.v_scale[:, 1, 5] == 1).all()
+    assert not packed.k[:, :, 2:128:8].any()
+    assert not packed.v[:, 1, :, 5].any()
+
+
+def test_constant_tensors_are_their_means():
+    """K and V the same for every token: nothing is left to scale."""
+    k, v = (t[:, :, :1].expand(t.shape).contiguous() for t in kv("qkv_bias", length=256))
+    packed = assert_same_bits(k, v, SMOOTH)
+    assert torch.equal(packed.k_mean, k[:, :, 0].float())  # 256 equal numbers: every sum on the way is exact
+    assert torch.equal(packed.v_mean, v[:, :, 0].float())
+    assert not packed.k.any()
+    assert not packed.v.any()
+
+
+@WIDE_DTYPES
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_groups_too_small_to_scale(head_dim, dtype):
+    """Below 2⁻¹¹² a group counts as zeros, from there on it is scaled: 1 / δ would overflow otherwise."""
+    k, v = kv("normal", dtype, head_dim=head_dim)
+    below = TINY * (1 - torch.finfo(dtype).eps)
+    for first, largest in ((0, below), (2, TINY)):  # groups 0 and 1 of the first 128 keys, channels 0 and 1
+        for token in (first, first + 1):
+            k[:, :, token:128:8] = (k[:, :, token:128:8].float() / 8).clamp(-1, 1).to(dtype) * below
+        k[:, :, first, 3] = -largest
+        channel = first // 2
+        v[..., channel] = (v[..., channel].float() / 8).clamp(-1, 1).to(dtype) * below
+        v[:, :, 7, channel] = largest
+    packed = assert_same_bits(k, v, RAW)
+    assert (packed.k_scale[:, :, 0] == 1).all()
+    assert not packed.k[:, :, 0:128:8].any()
+    assert (packed.k_scale[:, :, 1] < TINY).all()
+    assert (packed.k[:, :, 2, 3] == -127).all()
+    assert (packed.v_scale[:, :, 0] == 1).all()
+    assert not packed.v[..., 0].any()
+    assert (packed.v[:, :, 7, 1] == 448).all()
+
+
+@WIDE_DTYPES
+@pytest.mark.parametrize("r", [SMOOTH, recipe("sage2_8b:smooth_v=true,v_max=2.25")], ids=str)
+def test_channels_too_large_to_smooth(r, dtype):
+    """From 2¹²⁶ on a difference could overflow: such channels keep no mean, and every number stays finite."""
+    k, v = kv("qkv_bias", dtype, head_dim=128)
+    for x in (k, v):
+        x[..., 3] = 2.0**126
+        x[..., 4] = torch.finfo(dtype).max
+        x[..., 5] = torch.finfo(dtype).max * (1 - 2 * (torch.arange(x.shape[2], device=x.device) % 2).to(dtype))
+        x[..., 6] = 2.0**125  # its sum overflows: any constant is a mean, so the kernel may take none here either
+    packed = assert_same_bits(k, v, r)
+    for mean in (packed.k_mean, packed.v_mean):
+        assert mean.isfinite().all()
+        assert not mean[..., 3:6].any()
+    assert packed.k_scale.isfinite().all()
+    assert packed.v_scale.isfinite().all()
+    assert packed.v.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@EVERY_DTYPE
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("r", [RAW, SMOOTH], ids=str)
+def test_what_is_not_finite_shows_in_its_scale_alone(r, head_dim, dtype, bad):
+    """A bad number of K makes its group's scale NaN, one of V its channel's; every other bit is as it should be."""
+    k, v = kv("normal", dtype, head_dim=head_dim)
+    clean = pack_kv(k, v, r)
+    group, channel = 200 // GEOMETRY.b_k * 4 + 200 % 8 // 2, 9
+    k[0, 1, 200, 2], v[1, 2, 137, channel] = bad, bad
+    packed = pack_kv(k, v, r)
+    ref = referenced(k, v, r, packed)
+
+    wrong = torch.zeros_like(packed.k_scale, dtype=torch.bool)
+    wrong[0, 1, group] = True
+    assert torch.equal(packed.k_scale.isnan(), wrong)
+    assert torch.equal(packed.k_scale[~wrong], ref.k_scale[~wrong])
+    good_tokens = ~wrong[..., ref.k_group]
+    assert torch.equal(packed.k.float()[good_tokens], ref.k[good_tokens])
+
+    wrong = torch.zeros_like(packed.v_scale, dtype=torch.bool)
+    wrong[1, 2, channel] = True
+    assert torch.equal(packed.v_scale.isnan(), wrong)
+    assert torch.equal(packed.v_scale[~wrong], ref.v_scale[:, :, 0][~wrong])
+    good = ~wrong[:, :, None].expand_as(packed.v)
+    assert torch.equal(packed.v[good], ref.v[good])
+
+    for head in ((0, 0), (0, 2), (1, 0), (1, 1)):  # K and V are clean there
+        assert torch.equal(packed.k[head], clean.k[head])
+        assert torch.equal(packed.v[head], clean.v[head])
+        assert torch.equal(packed.k_mean[head], clean.k_mean[head])
