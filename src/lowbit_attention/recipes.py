@@ -114,7 +114,7 @@ _ENTRIES = (
         q_granularity=PerThread(),
         smooth_v=True,  # the accumulator truncates small addends: a bias that grows with V's mean
         # 512 keys · 28 · 4.5 = 64512 ≤ 65504. (56, 2.25) has the same product and errs more on sinks, whose small V
-        # falls among E4M3's subnormals: L1 .0241 against .0234 (docs/numerics.md says how measured), else no more.
+        # falls among E4M3's subnormals: L1 .0241 against .0235 (docs/numerics.md says how measured), else no more.
         p_max=28.0,
         v_max=4.5,
         softmax_max=RestartedMax(20.0, 4.0),

@@ -10,11 +10,14 @@ import torch
 from safetensors.torch import save_file
 
 from lowbit_attention import cli
+from lowbit_attention.cli import warmup
+from lowbit_attention.cuda import launch
+from lowbit_attention.jit.cache import KernelCache
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
-    (ROOT / "docs").glob("*.md")
+    (ROOT / "docs").rglob("*.md")
 )
 
 
@@ -38,6 +41,12 @@ def test_readme_commands_run(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_file({name: torch.randn(1, 2, 64, 32) for name in "qkv"}, "qkv.safetensors")
     small = ["--length", "64", "--heads", "1", "--head-dim", "32"] if "-f" in command else []  # the same, in less time
+    if command.startswith("bench"):
+        small = ["--device", "cpu", "--shape", "1x1x64x32", "-p", "torch_default"]
+    if command.startswith("warmup"):
+        monkeypatch.setattr(launch, "cache", lambda: KernelCache(tmp_path))
+        monkeypatch.setattr(warmup, "cache", lambda: KernelCache(tmp_path))
+        small = ["--arch", "sm_90a", "--recipe", "pack sm_90a HEAD_DIM=64 INPUT_DTYPE=2"]
     with pytest.raises(SystemExit) as stop:
         cli.main([*shlex.split(command), *small])
     assert stop.value.code == 0
@@ -45,7 +54,7 @@ def test_readme_commands_run(command, tmp_path, monkeypatch, capsys):
 
 
 def test_there_are_commands_in_the_readme():
-    assert {command.split()[0] for command in COMMANDS} == {"evaluate", "recipes", "doctor"}
+    assert {command.split()[0] for command in COMMANDS} == {"evaluate", "recipes", "doctor", "bench", "warmup"}
 
 
 def test_the_page_of_recipes_is_current():

@@ -127,7 +127,7 @@ struct Rows {      // state of a thread's two rows
 // A warp's exponentials begin 8 clocks apart at best and come back some 30 later. Left alone, the assembler does all
 // multiplications first and then all exponentials, one waiting for the other. The fences make a pipeline of it: four
 // multiplications, the exponentials of the four before, the conversions of those before them.
-template <bool kMasked, bool kSums>
+template <bool kMasked, bool kSums, bool kFences>
 __device__ __forceinline__ void exponentials(const i32 (&scores)[32], u32 (&p)[8], Rows& rows, float factor,
                                              float log2_p_max, bool never) {
   float base[2];  // added to s · factor: log2 P_r − m
@@ -164,6 +164,6 @@ __device__ __forceinline__ void exponentials(const i32 (&scores)[32], u32 (&p)[8
       if (kSums) rows.sum[group % 2] += (e[0] + e[1]) + (e[2] + e[3]);
       p[group] = u32(cvt_e4m3x2_f32(e[1], e[0])) | u32(cvt_e4m3x2_f32(e[3], e[2])) << 16;
     }
-    if (!kMasked && stage < kGroups + 2) pmevent_if(never);
+    if (kFences && stage < kGroups + 2) pmevent_if(never);
   }
 }

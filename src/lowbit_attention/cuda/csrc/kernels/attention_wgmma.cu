@@ -65,6 +65,8 @@ constexpr int kConsumerRegisters = OUTPUT_IN_SHARED ? 152 : 224;
 constexpr int kTileBytes = kTileKeys * kDim;
 constexpr int kOnes = SUM_IN_MMA ? 8 : 0;     // more rows of V: ones
 constexpr int kQueryWarps = 3;                // of the producer's warpgroup
+// Fences between the exponentials gain 1 % with three warpgroups at head dimension 128 and cost 1 to 4 % elsewhere.
+constexpr bool kFences = OUTPUT_IN_SHARED && kDim == 128;
 constexpr float kLn2 = 0.6931471805599453f;
 
 struct Shared {
@@ -230,9 +232,9 @@ struct Consumer {
   // The factor of the tile whose scores are under way.
   __device__ __forceinline__ float next_factor() const {
     const float q_scale = shared.q_scale[q_ring.stage][thread.group][thread.warp][thread.quad];
-    // (a group of zeros has the scale 1, which may be far larger; its scores are 0 whatever the factor)
-    const float k_scale = min_nan_f32(shared.k_scale[ring.stage][thread.q], shared.k_largest_scale[q_ring.stage]);
-    return min_nan_f32(q_scale * k_scale, kLargestFactor);
+    const float k_scale = shared.k_scale[ring.stage][thread.q], largest = shared.k_largest_scale[q_ring.stage];
+    // a group of zeros has the scale 1, which may be far larger; its scores are 0 whatever the factor (NaN stays)
+    return min_nan_f32(q_scale * (k_scale > largest ? largest : k_scale), kLargestFactor);
   }
   // Whether some factor of the piece of work wants care; the same for the whole warpgroup.
   __device__ __forceinline__ bool wants_care() const {
@@ -278,15 +280,15 @@ struct Consumer {
     return tile == 0 || tile % u32(kInterval) == (PROMOTE_FIRST ? 1 % kInterval : 0);
   }
 
-  // O · factor + the interval's sums, four channels of the thread's at a time; `first`: there is no O yet.
-  template <class Use>
-  __device__ __forceinline__ void promoted(const Sums& from, const float (&scale)[2], bool first, Use use) {
+  // O · factor + the interval's sums, four channels of the thread's at a time. kFirst: there is no O yet.
+  template <bool kFirst, class Use>
+  __device__ __forceinline__ void promoted(const Sums& from, const float (&scale)[2], Use use) {
 #pragma unroll
     for (int four = 0; four < kDim / 8; ++four) {
       float x[4];
 #if OUTPUT_IN_SHARED
       Vec16 old = {};
-      if (!first) old = shared.o[thread.group][four][threadIdx.x % 128];
+      if constexpr (!kFirst) old = shared.o[thread.group][four][threadIdx.x % 128];
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[i] = __uint_as_float(old.word[i]);
 #else
@@ -299,8 +301,9 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void promote(const Sums& from, const float (&scale)[2], bool first) {
-    promoted(from, scale, first, [&](int four, const float (&x)[4]) {
+  template <bool kFirst = false>
+  __device__ __forceinline__ void promote(const Sums& from, const float (&scale)[2]) {
+    promoted<kFirst>(from, scale, [&](int four, const float (&x)[4]) {
 #if OUTPUT_IN_SHARED
       shared.o[thread.group][four][threadIdx.x % 128] = {
           {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])}};
@@ -335,7 +338,7 @@ struct Consumer {
     rows.sum[0] *= rescale[0], rows.sum[1] *= rescale[1];
 #endif
     u32 packed[8];
-    exponentials<kMasked, !SUM_IN_MMA>(scores[0], packed, rows, factor, args.log2_p_max, never);
+    exponentials<kMasked, !SUM_IN_MMA, !kMasked && kFences>(scores[0], packed, rows, factor, args.log2_p_max, never);
 
 #if SUM_IN_MMA
     if (change.moved) rows.rescale<kMasked>(change, rescale);  // (here: nothing waits for the vote)
@@ -344,7 +347,8 @@ struct Consumer {
       if (tile > 0 && interval_begins) {
         float scale[2];
         rows.promotion<kMasked>(change, scale);
-        promote(sums[0], scale, tile == (PROMOTE_FIRST ? 1 : kInterval));
+        if (tile == (PROMOTE_FIRST ? 1 : kInterval)) promote<true>(sums[0], scale);
+        else promote(sums[0], scale);
       } else if (change.moved) {
         rescale_sums(sums[0], rescale);
       }
@@ -355,7 +359,7 @@ struct Consumer {
     begin_pv(0, !interval_begins);
     if constexpr (kMore) begin_scores(0);
     pmevent_if(never);  // (else the assembler issues the MMAs in between the exponentials)
-    exponentials<kMasked, !SUM_IN_MMA>(scores[1], packed, rows, factor, args.log2_p_max, never);
+    exponentials<kMasked, !SUM_IN_MMA, !kMasked && kFences>(scores[1], packed, rows, factor, args.log2_p_max, never);
     pin_registers(packed);
     pmevent_if(never);  // (else the assembler waits before the exponentials)
     wgmma_wait_group<0>();
@@ -368,16 +372,16 @@ struct Consumer {
       begin_scores(1);
       factor = next_factor();
     }
-    if constexpr (kPromotesHalves) promote(sums[0], rescale, false);
+    if constexpr (kPromotesHalves) promote(sums[0], rescale);
     wgmma_wait_group<0>();
     pin_sums();
     if constexpr (kMore) pin_registers(scores[1]);
     release_stage();
     if constexpr (kPromotesHalves) {
       const float same[2] = {1.0f, 1.0f};
-      promote(sums[1], same, false);
+      promote(sums[1], same);
     } else if constexpr (kInterval == 1) {
-      promote(sums[0], rescale, false);
+      promote(sums[0], rescale);
     }
     ++tile;
   }
@@ -435,7 +439,8 @@ struct Consumer {
       }
     };
 #if OUTPUT_IN_SHARED
-    promoted(sums[0], last, first, store);
+    if (first) promoted<true>(sums[0], last, store);
+    else promoted<false>(sums[0], last, store);
 #else
 #pragma unroll
     for (int i = 0; i < kDim / 8; ++i) {

@@ -114,15 +114,27 @@ __device__ void gather_statistics(const PackArgs& args) {
 
 // One channel's statistics over all splits, always added in the same order.
 __device__ Statistics gathered(const PackArgs& args, int channel) {
+  constexpr int kLoads = 8;  // under way at once
   const i64 head = i64(blockIdx.z) * gridDim.y + blockIdx.y;
   const float* from = args.partials + head * args.splits * 3 * kDim + channel;
   Statistics all = {0.0f, kInfinity, -kInfinity};
   float rest = 0.0f;
-  for (int i = 0; i < args.splits; ++i, from += 3 * kDim) {
-    float error;
-    all.sum = two_sum(all.sum, from[0], error);
-    rest += error;
-    all.low = min_nan_f32(all.low, from[kDim]), all.high = max_nan_f32(all.high, from[2 * kDim]);
+  for (int first = 0; first < args.splits; first += kLoads) {
+    float part[kLoads][3];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const float* split = from + min(first + i, args.splits - 1) * 3 * kDim;  // (past the end: not counted)
+#pragma unroll
+      for (int j = 0; j < 3; ++j) part[i][j] = split[j * kDim];
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (first + i >= args.splits) break;
+      float error;
+      all.sum = two_sum(all.sum, part[i][0], error);
+      rest += error;
+      all.low = min_nan_f32(all.low, part[i][1]), all.high = max_nan_f32(all.high, part[i][2]);
+    }
   }
   all.sum += rest;
   return all;
