@@ -16,8 +16,8 @@ from .instances import Instance
 
 _WHEEL = "nvidia-cuda-nvdisasm"
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)", re.MULTILINE)
-_LOSSES = ("C7508", "C7510", "C7512", "C7513", "C7514", "C7518")
-"""ptxas remarks that cost the kernel its speed: setmaxnreg ignored, or MMAs serialised for one reason or another."""
+_LOSSES = ("(C7508)", "(C7512)", "(C7514)", "serialized")
+"""In ptxas remarks that cost the kernel its speed: setmaxnreg ignored, or MMAs serialised, for whichever reason."""
 
 
 @lru_cache(maxsize=1)
