@@ -18,9 +18,10 @@ from ..recipe import Recipe
 from ..recipe_options import AllTokens, RestartedMax, RunningMax
 from ..recipes import RECIPES
 from ..recipes import recipe as find_recipe
+from ..reference.formats import round_e4m3
 from ..reference.masks import LOG2E
 from ..request import Request
-from .instances import DTYPE_CODES, HEAD_DIMS, WgmmaConfig, pack_instance, wgmma_config
+from .instances import DTYPE_CODES, HEAD_DIMS, TILE_KEYS, WgmmaConfig, pack_instance, wgmma_config
 from .launch import Arguments, Kernel, cache, load
 from .packing import Packer, PackPlan, loadable, packer
 
@@ -29,7 +30,7 @@ _LARGEST_LENGTH = 1 << 30
 _MOST_HEADS = 65535
 """Batch × heads: CUDA's limit of a grid's second dimension."""
 
-ARGUMENTS = Arguments("P3q P3q P 7P 6f 12i 0q".replace(" ", ""))
+ARGUMENTS = Arguments("P3q P3q P 7P 6f 10i 4i 8I 0q".replace(" ", ""))
 """``AttentionArgs``."""
 
 
@@ -116,7 +117,7 @@ class HopperAttention(Implementation):
                 *plan.integers,
             )
         )  # fmt: skip
-        plan.kernel(plan.grid, index, arguments)
+        plan.kernel(plan.grid, index, arguments, overlaps=True)
         return out, lse
 
     def _plan(self, request: Request, recipe: Recipe, index: int) -> _Plan:
@@ -138,9 +139,13 @@ def _make_plan(request: Request, recipe: Recipe, index: int) -> _Plan:
     q_blocks = -(-request.q_len // config.q_rows)
     items = q_blocks * request.q_heads * request.batch
     offset = request.kv_len if request.causal_offset is None else request.causal_offset
+    section = _section(request, pack, index)
     integers = (
         request.q_heads, request.kv_heads, request.q_len, request.kv_len, head_dim, v_head_dim,
-        offset, pack.tiles, q_blocks, items, DTYPE_CODES[request.dtype], 0,
+        offset, pack.tiles, items, DTYPE_CODES[request.dtype],
+        q_blocks, request.q_heads, section, section * q_blocks,
+        *divisor(section * q_blocks), *divisor(section), *divisor(request.q_heads),
+        *divisor(request.q_heads // request.kv_heads),
     )  # fmt: skip
     kind = recipe.softmax_max
     log2_p_max = torch.tensor(math.log2(recipe.p_max), dtype=torch.float32)
@@ -158,6 +163,27 @@ def _make_plan(request: Request, recipe: Recipe, index: int) -> _Plan:
         integers=integers,
         v_head_dim=request.v_head_dim,
     )
+
+
+def _section(request: Request, pack: PackPlan, index: int) -> int:
+    """Query heads that are worked on side by side (csrc/attend/schedule.cuh).
+
+    Without causality all blocks are of equal length, and one head after the other makes the best use of L2. With it,
+    as many as keep their K and V in half of L2, so that equally long blocks of different heads run together.
+    """
+    if not request.is_causal:
+        return 1
+    group = request.q_heads // request.kv_heads
+    kv_bytes = 2 * pack.tiles * TILE_KEYS * pack.dim
+    heads = max(1, int(torch.cuda.get_device_properties(index).L2_cache_size) // 2 // kv_bytes) * group
+    total = request.batch * request.q_heads
+    return next(d for d in range(min(heads, total), 0, -1) if total % d == 0)
+
+
+def divisor(d: int) -> tuple[int, int]:
+    """Multiplier and shift so that ``n // d == n * multiplier >> shift`` for 0 ≤ n < 2³¹ (``Divisor``)."""
+    shift = 31 + (d - 1).bit_length()
+    return -(-(1 << shift) // d), shift
 
 
 @lru_cache(maxsize=64)
@@ -222,6 +248,8 @@ def _recipe_reasons(recipe: Recipe) -> tuple[str, ...]:
         reasons.append(f"it has no row_sum={recipe.row_sum} with {recipe.accumulator} sums")
     if recipe.row_sum == "unrounded" and isinstance(recipe.softmax_max, RestartedMax):
         reasons.append("it has no restarted maximum with row_sum=unrounded")
+    if float(round_e4m3(torch.tensor(recipe.v_max))) != recipe.v_max:
+        reasons.append(f"v_max={recipe.v_max} is no E4M3 number")
     try:
         recipe.check_geometry(WgmmaConfig.geometry)
     except InvalidRecipeError as error:

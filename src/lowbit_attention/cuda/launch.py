@@ -16,6 +16,8 @@ from ..jit.cache import KernelCache
 from ..jit.compiler import Compiled, import_bindings
 from .instances import Instance
 
+_MOST_CONFIGS = 1024
+
 
 class LaunchError(LowbitError):
     """The driver refused to load or launch a kernel."""
@@ -64,21 +66,44 @@ class Kernel:
                     self._checked(driver.cuKernelSetAttribute(attribute, shared_bytes, kernel, device))
         self._function = driver.CUfunction(int(kernel))
         self._success = driver.CUresult.CUDA_SUCCESS
-        self._launch = driver.cuLaunchKernel
+        self._launch = driver.cuLaunchKernelEx
+        self._configs: dict[tuple[Any, ...], Any] = {}
 
-    def __call__(self, grid: tuple[int, int, int], device: int, arguments: int) -> None:
-        """Launch on the current stream of ``device``, which must be current."""
+    def __call__(self, grid: tuple[int, int, int], device: int, arguments: int, overlaps: bool = False) -> None:
+        """Launch on the current stream of ``device``, which must be current.
+
+        ``overlaps``: the kernel may begin while the one before it ends, and waits for it itself (programmatic
+        dependent launch).
+        """
         stream = torch._C._cuda_getCurrentRawStream(device)
-        launch, x, y, z = self._launch, *grid
-        result = launch(self._function, x, y, z, self._threads, 1, 1, self._shared_bytes, stream, arguments, 0)[0]
+        key = (grid, stream, overlaps)
+        config = self._configs.get(key)
+        if config is None:
+            if len(self._configs) >= _MOST_CONFIGS:
+                self._configs.clear()
+            config = self._configs[key] = self._config(*key)
+        result = self._launch(config, self._function, arguments, 0)[0]
         if result != self._success:
             if result == self._driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread's first use of CUDA
                 torch.cuda.set_device(device)
                 torch.cuda.synchronize(device)
-                result = launch(self._function, x, y, z, self._threads, 1, 1, self._shared_bytes, stream, arguments, 0)[
-                    0
-                ]
+                result = self._launch(config, self._function, arguments, 0)[0]
             self._checked((result,))
+
+    def _config(self, grid: tuple[int, int, int], stream: int, overlaps: bool) -> Any:
+        driver = self._driver
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
+        config.sharedMemBytes = self._shared_bytes
+        config.hStream = stream
+        if overlaps:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs = [attribute]
+            config.numAttrs = 1
+        return config
 
     def _checked(self, answer: tuple[Any, ...]) -> Any:
         if int(answer[0]) != 0:

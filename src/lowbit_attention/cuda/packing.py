@@ -133,7 +133,7 @@ class Packer:
             )
         )  # fmt: skip
         self._statistics(plan.statistics_grid, device, arguments)
-        self._pack(plan.pack_grid, device, arguments)
+        self._pack(plan.pack_grid, device, arguments, overlaps=True)
 
 
 @lru_cache(maxsize=64)

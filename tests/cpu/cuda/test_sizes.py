@@ -21,6 +21,9 @@ SIZES = {"u8": 1, "i32": 4, "u32": 4, "float": 4, "i64": 8, "u64": 8, "Vec8": 8,
 CODES = {"u8": "B", "i32": "i", "u32": "I", "float": "f", "i64": "q", "u64": "Q"}
 
 
+NESTED = {"Strided": "tile/strided.cuh", "Schedule": "attend/schedule.cuh", "Divisor": "attend/schedule.cuh"}
+
+
 def members(text):
     """``(name, type, pointer?, alignment asked for, array sizes)`` of every member of a struct's body, in order."""
     for declaration in filter(None, map(str.strip, text.split(";"))):
@@ -75,8 +78,8 @@ def layout(file, name, constants=None):
     (body,) = re.findall(rf"struct {name} \{{(.*?)\n\}};", read(file, constants), flags=re.DOTALL)
     flat, end, widest = [], 0, 1
     for member, kind, pointer, asked, dims in members(body):
-        if kind == "Strided":
-            inner, size, alignment = layout("tile/strided.cuh", "Strided")
+        if kind in NESTED:
+            inner, size, alignment = layout(NESTED[kind], kind)
         else:
             size = alignment = 8 if pointer else SIZES[kind]
             inner = [(member, 0, "P" if pointer else CODES.get(kind))]

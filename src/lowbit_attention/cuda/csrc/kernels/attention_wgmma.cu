@@ -42,8 +42,9 @@ struct AttentionArgs {
   float slack, headroom;  // of RestartedMax
   i32 q_heads, kv_heads, q_len, kv_len, channels, v_channels;
   i32 causal_offset;      // query i sees key j if j ≤ i + causal_offset; kv_len without causality
-  i32 tiles, q_blocks, items;
-  i32 dtype, padding;
+  i32 tiles, items;
+  i32 dtype;
+  Schedule schedule;
 };
 
 // ---- tile numbers
@@ -130,13 +131,17 @@ __device__ __forceinline__ void rescale_sums(Sums& sums, const float (&factor)[2
 }
 #endif
 
+__device__ inline Work work_of(const AttentionArgs& args, i32 item) {
+  return work_item(item, args.schedule, kConsumers * kRows);
+}
+
 // ---- the producer
 
 // Stage i of a piece of work holds K's tile i and V's tile i − 1: what a consumer needs at the same time.
 __device__ void copy_tiles(const AttentionArgs& args, Shared& shared) {
   Ring<kStages> ring;
   for (i32 item = blockIdx.x; item < args.items; item += gridDim.x) {
-    const Work work = work_item(item, args.q_blocks, kConsumers * kRows, args.q_heads, args.kv_heads);
+    const Work work = work_of(args, item);
     const i32 count = key_tiles(work.first_row, kConsumers * kRows, args.q_len, args.causal_offset, args.kv_len).count;
     const i64 first = (i64(work.batch) * args.kv_heads + work.kv_head) * args.tiles;
     for (i32 tile = 0; count > 0 && tile <= count; ++tile, ring.next()) {
@@ -162,7 +167,7 @@ template <Dtype kDtype>
 __device__ void quantize_queries(const AttentionArgs& args, Shared& shared) {
   Ring<2> ring;
   for (i32 item = blockIdx.x; item < args.items; item += gridDim.x, ring.next()) {
-    const Work work = work_item(item, args.q_blocks, kConsumers * kRows, args.q_heads, args.kv_heads);
+    const Work work = work_of(args, item);
     const i64 base = i64(work.batch) * args.q.batch + i64(work.head) * args.q.head;
     const float* mean = args.lse == nullptr
                             ? nullptr
@@ -522,6 +527,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attention_wgmma(const 
   }
 #endif
   __syncthreads();
+  griddepcontrol_wait();  // K and V are packed
   if (threadIdx.x < 128) {
     setmaxnreg_dec<kProducerRegisters>();
     if (threadIdx.x == 0) {
@@ -535,7 +541,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attention_wgmma(const 
     setmaxnreg_inc<kConsumerRegisters>();
     Consumer consumer{args, shared, Thread()};
     for (i32 item = blockIdx.x; item < args.items; item += gridDim.x) {
-      consumer.work_on(work_item(item, args.q_blocks, kConsumers * kRows, args.q_heads, args.kv_heads));
+      consumer.work_on(work_of(args, item));
     }
   }
 }

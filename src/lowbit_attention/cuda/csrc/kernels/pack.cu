@@ -1,7 +1,8 @@
 // K and V to the tiles that attention loads: statistics over the tokens, then one pass that smooths and rounds.
 //
 // K: K − k̄ to INT8, four scales a tile (keys with equal (key mod 8) / 2 share one).
-// V: V − v̄ or V to E4M3, one scale a channel; transposed, tokens reordered for P's registers.
+// V: V − v̄ or V to E4M3, one scale a channel; transposed, tokens reordered for P's registers. V_r is an E4M3 number, so
+//    that rounding takes away by what a product with the scale's inverse may exceed it.
 // Both as tiles of 128 keys, swizzled, zeros past the last token and the last channel.
 //
 // Compiled for: HEAD_DIM 64 or 128 (channels are padded to it), INPUT_DTYPE of tile/strided.cuh.
@@ -269,7 +270,6 @@ __device__ void pack_values(const PackArgs& args) {
         for (int i = 0; i < 2; ++i) {
           const int token = kTokenOrder[2 * pair + i];
           x[i] = __fmul_rn(__fsub_rn(to_float<kDtype>(raw[token], c), m), r);
-          x[i] = max_nan_f32(min_nan_f32(x[i], args.v_max), -args.v_max);
           if (first + token >= args.kv_len) x[i] = 0.0f;
         }
         const u32 bits = cvt_e4m3x2_f32(x[1], x[0]);
@@ -282,9 +282,12 @@ __device__ void pack_values(const PackArgs& args) {
 }
 
 extern "C" __global__ void __launch_bounds__(kStatisticsThreads) statistics(const __grid_constant__ PackArgs args) {
+  griddepcontrol_launch_dependents();
   gather_statistics<Dtype(INPUT_DTYPE)>(args);
 }
 extern "C" __global__ void __launch_bounds__(kPackThreads) pack(const __grid_constant__ PackArgs args) {
+  griddepcontrol_launch_dependents();
+  griddepcontrol_wait();  // the statistics are there
   if (blockIdx.z == 0) pack_keys<Dtype(INPUT_DTYPE)>(args);
   else pack_values<Dtype(INPUT_DTYPE)>(args);
 }

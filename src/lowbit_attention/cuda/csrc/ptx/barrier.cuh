@@ -31,6 +31,19 @@ __device__ inline void mbarrier_wait(u64* barrier, u32 parity) {
 }
 __device__ inline void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
+// With programmatic dependent launch a kernel begins while the one before it ends: it must wait before it reads what
+// that one wrote, and that one says when the next may begin. Elsewhere both do nothing.
+__device__ inline void griddepcontrol_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ inline void griddepcontrol_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Threads of one warpgroup meet (barrier 0 is __syncthreads').
 __device__ inline void bar_sync(u32 id, u32 threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

@@ -22,8 +22,8 @@ __device__ inline float cvt_f32_f16(u16 half) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(half));
   return out;
 }
-__device__ inline i32 cvt_s32_f32(float x) {  // to nearest even; NaN gives 0
-  i32 out;
-  asm("cvt.rni.s32.f32 %0, %1;" : "=r"(out) : "f"(x));
+__device__ inline u32 prmt_b32(u32 a, u32 b, u32 selector) {  // each nibble of the selector picks one of eight bytes
+  u32 out;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(selector));
   return out;
 }
