@@ -35,26 +35,16 @@ __device__ __forceinline__ float to_float(const Four<kDtype>& four, int i) {
   }
 }
 
-// Brings 16 rows to L1 before they are asked for: their loads would wait for memory one after the other.
-template <Dtype kDtype>
-__device__ void prefetch_rows(const Strided& q, i64 base, i32 first_row, i32 rows, i32 channels) {
-  constexpr int kBytes = kDtype == kFloat32 ? 4 : 2, kLine = 128;
-  const i32 lane = threadIdx.x % 32, row = first_row + lane % 16;
-  if (row >= rows) return;
-  const u8* from = static_cast<const u8*>(q.data) + (base + i64(row) * q.token) * kBytes;
-#pragma unroll 1
-  for (int at = lane / 16 * kLine; at < channels * kBytes; at += 2 * kLine) prefetch_global_l1(from + at);
-}
-
 // Rows [first_row, first_row + 16) of the head at `base` become rows 16 · warp … of `tile`, swizzled. `scales` [8] takes
-// δ · logits_scale.
+// δ · logits_scale, `mean_logit` [16] sm_scale · q · mean if there is a mean.
 //
 // Q is read again, through L1, between finding the maximum and rounding: the producer has few registers.
 template <Dtype kDtype, int kDim>
 __device__ void quantize_rows(const Strided& q, i64 base, i32 first_row, i32 rows, i32 channels, float sm_scale,
-                              float logits_scale, u8* tile, int warp, float* scales) {
+                              float logits_scale, const float* mean, u8* tile, int warp, float* scales,
+                              float* mean_logit) {
   constexpr int kFours = kDim / 16;                             // a quad's thread takes 4 of every 16 channels
-  constexpr int kAtOnce = kDtype == kFloat32 ? 1 : 2;           // loads of each row under way
+  constexpr int kAtOnce = kDtype == kFloat32 ? 2 : kFours / 2;  // loads under way
   const int lane = threadIdx.x % 32, quad = lane / 4, turn = lane % 4;
   const i64 offset = base + i64(first_row + quad) * q.token;
   const auto load = [&](int half, int i) {
@@ -85,25 +75,18 @@ __device__ void quantize_rows(const Strided& q, i64 base, i32 first_row, i32 row
           to_float<kDtype>(x, 0), to_float<kDtype>(x, 1), to_float<kDtype>(x, 2), to_float<kDtype>(x, 3), inverse);
     }
   }
-}
-
-// sm_scale · q · mean of the same rows, to `mean_logit` [16].
-template <Dtype kDtype, int kDim>
-__device__ void mean_logits(const Strided& q, i64 base, i32 first_row, i32 rows, i32 channels, float sm_scale,
-                            const float* mean, float* mean_logit) {
-  const int quad = threadIdx.x % 32 / 4, turn = threadIdx.x % 4;
+  if (mean == nullptr) return;
 #pragma unroll 1
-  for (int row = quad; row < 16; row += 8) {
+  for (int half = 0; half < 2; ++half) {
     float dot = 0.0f;
 #pragma unroll 2
-    for (int channel = 4 * turn; channel < kDim; channel += 16) {
-      const bool inside = first_row + row < rows && channel < channels;
-      const Four<kDtype> x = load_four<kDtype>(q, base + i64(first_row + row) * q.token, channel, inside);
+    for (int i = 0; i < kFours; ++i) {
+      const Four<kDtype> x = load(half, i);
 #pragma unroll
-      for (int c = 0; c < 4; ++c) dot += to_float<kDtype>(x, c) * sm_scale * mean[channel + c];
+      for (int c = 0; c < 4; ++c) dot += to_float<kDtype>(x, c) * sm_scale * mean[16 * i + 4 * turn + c];
     }
     dot += __shfl_xor_sync(0xFFFFFFFF, dot, 1);
     dot += __shfl_xor_sync(0xFFFFFFFF, dot, 2);
-    if (turn == 0) mean_logit[row] = dot;
+    if (turn == 0) mean_logit[quad + 8 * half] = dot;
   }
 }

@@ -169,23 +169,16 @@ __device__ void quantize_queries(const AttentionArgs& args, Shared& shared) {
   for (i32 item = blockIdx.x; item < args.items; item += gridDim.x, ring.next()) {
     const Work work = work_of(args, item);
     const i64 base = i64(work.batch) * args.q.batch + i64(work.head) * args.q.head;
-    constexpr int kAhead = 2 * kQueryWarps;  // rows are on their way to L1 two turns before they are asked for
-#pragma unroll 1
-    for (int block = int(threadIdx.x) / 32 - 1 - kAhead; block < 4 * kConsumers; block += kQueryWarps) {
-      if (block + kAhead < 4 * kConsumers) {
-        prefetch_rows<kDtype>(args.q, base, work.first_row + 16 * (block + kAhead), args.q_len, args.channels);
-      }
-      if (block < 0) continue;
-      if (block < kQueryWarps) mbarrier_wait(&shared.q_empty[ring.stage], ring.parity ^ 1);
-      const int group = block / 4, warp = block % 4;  // 16 rows of one warp
+    const float* mean = args.lse == nullptr
+                            ? nullptr
+                            : args.k_mean + (i64(work.batch) * args.kv_heads + work.kv_head) * kDim;
+    mbarrier_wait(&shared.q_empty[ring.stage], ring.parity ^ 1);
+    for (int block = threadIdx.x / 32 - 1; block < 4 * kConsumers; block += kQueryWarps) {  // 16 rows of one warp
+      const int group = block / 4, warp = block % 4;
       quantize_rows<kDtype, kDim>(
-          args.q, base, work.first_row + 16 * block, args.q_len, args.channels, args.sm_scale, args.logits_scale,
-          shared.q[ring.stage][group], warp, shared.q_scale[ring.stage][group][warp]);
-      if (args.lse != nullptr) {
-        mean_logits<kDtype, kDim>(args.q, base, work.first_row + 16 * block, args.q_len, args.channels, args.sm_scale,
-                                  args.k_mean + (i64(work.batch) * args.kv_heads + work.kv_head) * kDim,
-                                  shared.mean_logit[ring.stage][group] + 16 * warp);
-      }
+          args.q, base, work.first_row + 16 * block, args.q_len, args.channels, args.sm_scale, args.logits_scale, mean,
+          shared.q[ring.stage][group], warp, shared.q_scale[ring.stage][group][warp],
+          shared.mean_logit[ring.stage][group] + 16 * warp);
     }
     shared.k_largest_scale[ring.stage] = args.k_largest_scale[i64(work.batch) * args.kv_heads + work.kv_head];
     fence_proxy_async();

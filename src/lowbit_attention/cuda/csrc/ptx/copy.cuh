@@ -11,10 +11,6 @@ __device__ inline void cp_async_bulk_shared_global(void* to, const void* from, u
       : "memory");
 }
 
-__device__ inline void prefetch_global_l1(const void* line) {
-  asm volatile("prefetch.global.L1 [%0];" ::"l"(line) : "memory");
-}
-
 // Read once: do not keep it in L1.
 __device__ inline Vec16 ld_global_nc_v4(const void* from) {
   Vec16 out;
