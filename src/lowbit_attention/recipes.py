@@ -110,7 +110,7 @@ _ENTRIES = (
     ),
     Recipe(
         name="fast_8b",
-        summary="ours, for Hopper, provisional: INT8 Q·K, FP8 P·V with FP16 sums over 512 keys",
+        summary="ours, for Hopper: INT8 Q·K, FP8 P·V with FP16 sums over 512 keys",
         q_granularity=PerThread(),
         smooth_v=True,  # the accumulator truncates small addends: a bias that grows with V's mean
         # 512 keys · 28 · 4.5 = 64512 ≤ 65504. (56, 2.25) has the same product and errs more on sinks, whose small V

@@ -52,6 +52,14 @@ class KernelCache:
             CaptureError: while a CUDA graph is being captured, if it is not in memory.
             CompileError, MissingExtraError: as `compile_source`.
         """
+        made: list[Source] = []
+        began = time.perf_counter()
+        found = self._get(source, options, made)
+        _say(made, time.perf_counter() - began)
+        return found
+
+    def _get(self, source: Source, options: Options, made: list[Source]) -> Compiled:
+        """`get` without its log line; what had to be compiled is appended to ``made``."""
         key = cache_key(source, options)
         if found := self._memory.get(key):
             return found
@@ -60,7 +68,7 @@ class KernelCache:
             lock = self._locks.setdefault(key, threading.Lock())
         with lock:
             if key not in self._memory:
-                self._memory[key] = self._from_disk_or_made(key, source, options)
+                self._memory[key] = self._from_disk_or_made(key, source, options, made)
         return self._memory[key]
 
     def get_all(self, jobs: Iterable[tuple[Source, Options]], workers: int | None = None) -> list[Compiled]:
@@ -69,25 +77,33 @@ class KernelCache:
         for source, options in jobs:  # (here: in the threads no stream is being captured)
             if cache_key(source, options) not in self._memory:
                 _refuse_during_capture(source, options)
+        made: list[Source] = []
+        began = time.perf_counter()
         with ThreadPoolExecutor(max_workers=workers or os.cpu_count()) as pool:
-            return list(pool.map(lambda job: self.get(*job), jobs))
+            found = list(pool.map(lambda job: self._get(job[0], job[1], made), jobs))
+        _say(made, time.perf_counter() - began)
+        return found
 
-    def _from_disk_or_made(self, key: str, source: Source, options: Options) -> Compiled:
+    def _from_disk_or_made(self, key: str, source: Source, options: Options, made: list[Source]) -> Compiled:
         path = self.folder / key[:2] / f"{key}.bin"
         if found := _read(path):
             return found
         with _one_process_at_a_time(path):
             if found := _read(path):  # another process has made it meanwhile
                 return found
-            began = time.perf_counter()
             compiled = compile_source(source, options)
-            seconds = time.perf_counter() - began
-            _log.info("compiled %s for %s in %.1f s", source.name, options.arch, seconds)
+            made.append(source)
             try:
                 _write(path, compiled)
             except OSError as error:
                 _log.warning("kernels are kept in memory only: %s", error)
             return compiled
+
+
+def _say(made: list[Source], seconds: float) -> None:
+    """One log line, however many were compiled."""
+    if made:
+        _log.info("compiled %s in %.1f s", ", ".join(sorted(source.name for source in made)), seconds)
 
 
 def _refuse_during_capture(source: Source, options: Options) -> None:

@@ -169,3 +169,13 @@ def test_nothing_is_compiled_while_a_graph_is_captured(tmp_path, made, monkeypat
     with pytest.raises(CaptureError, match=r"f\.cu for sm_89 .* run the call once before the capture"):
         cache.get(SOURCE, OPTIONS)
     assert len(made) == 1
+
+
+def test_several_compilations_are_one_line(tmp_path, made, caplog):
+    sources = [Source(f"{name}.cu", name) for name in "abc"]
+    cache = KernelCache(tmp_path)
+    with caplog.at_level(logging.INFO, logger="lowbit_attention"):
+        cache.get_all([(source, OPTIONS) for source in sources])
+        cache.get_all([(source, OPTIONS) for source in sources])
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("compiled a.cu, b.cu, c.cu in ")
