@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .machine import DEFAULT_MACHINE
@@ -19,6 +18,9 @@ from .request import Request
 
 MAX_HEAD_DIM = 256
 """The largest head dimension of quantised attention."""
+
+torch_sdpa = torch._C._nn.scaled_dot_product_attention
+"""Torch's own function, whatever ``torch.nn.functional`` has been told to call instead (`integrations.intercept`)."""
 
 Output = tuple[Tensor, Tensor | None]
 
@@ -91,9 +93,7 @@ class TorchSDPA(Implementation):
         if is_causal and (mask is not None or request.causal_offset != 0):
             visible = q.new_ones(request.q_len, request.kv_len, dtype=torch.bool).tril(request.causal_offset or 0)
             mask, is_causal = _and_visible(mask, visible), False
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=request.dropout_p, is_causal=is_causal, scale=sm_scale
-        )
+        out = torch_sdpa(q, k, v, attn_mask=mask, dropout_p=request.dropout_p, is_causal=is_causal, scale=sm_scale)
         if mask is not None and request.kv_len:  # torch below 2.5 gives NaN for a row that sees no key
             out = out.masked_fill(_hides_all(mask), 0.0)
         return out, None
@@ -118,7 +118,7 @@ def _takes(mask_dtype: torch.dtype | None, dtype: torch.dtype) -> bool:
         return False
     q = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16)
     try:
-        F.scaled_dot_product_attention(q, q, q, attn_mask=torch.zeros(1, 1, dtype=mask_dtype))
+        torch_sdpa(q, q, q, attn_mask=torch.zeros(1, 1, dtype=mask_dtype))
     except RuntimeError:
         return False
     return True
