@@ -37,7 +37,12 @@ class Call:
 
     def run(self, choice: Choice) -> Tensor:
         """The output, ``[*lead, L, Ev]``, contiguous in the layout of the request."""
-        return self.finish(choice.run(self.q, self.k, self.v, self.mask, self.sm_scale, self.request)[0])
+        return self.run_with_lse(choice)[0]
+
+    def run_with_lse(self, choice: Choice) -> tuple[Tensor, Tensor | None]:
+        """The same with lse, ``[B, Hq, L]``, if the request asks for it."""
+        out, lse = choice.run(self.q, self.k, self.v, self.mask, self.sm_scale, self.request)
+        return self.finish(out), lse
 
     def run_by_op(self, recipe: Recipe | None, like: str | Machine | None) -> Tensor:
         """The same by the operator, for what is traced or holds no data."""
@@ -67,13 +72,14 @@ def make_call(
     enable_gqa: bool,
     recipe: Recipe | None,
     machine: Machine | None,
+    return_lse: bool = False,
 ) -> Call:
     """Check the arguments of ``scaled_dot_product_attention``.
 
     Raises:
         InvalidArgumentError: a wrong shape, dtype, device or value.
     """
-    memo = _memo_key(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, recipe, machine)
+    memo = _memo_key(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, recipe, machine, return_lse)
     if memo is not None and (known := _calls.get(memo)) is not None:
         request, sm_scale = known
         return Call(query, key, value, None, sm_scale, request, [request.batch, request.q_heads])
@@ -88,7 +94,7 @@ def make_call(
     mask = _flatten_mask(attn_mask, lead, q, k)
     request = make_request(
         q, k, v, mask, recipe, machine, is_causal=is_causal, bottom_right=False, dropout_p=float(dropout_p),
-        layout="NHD" if by_token else "HND",
+        layout="NHD" if by_token else "HND", return_lse=return_lse,
     )  # fmt: skip
     sm_scale = checks.resolve_scale("scale", scale, q.shape[3])
     if memo is not None and all(a.shape == b.shape for a, b in ((q, query), (k, key), (v, value))):
@@ -114,13 +120,14 @@ def _memo_key(
         return None
     if torch._C._functorch.peek_interpreter_stack() is not None or torch.is_autocast_enabled(query.device.type):
         return None
-    is_causal, scale, enable_gqa, recipe, machine = options
+    is_causal, scale, enable_gqa, recipe, machine, return_lse = options
     plain = type(is_causal) is bool and type(enable_gqa) is bool and type(scale) in (float, type(None))
     if not plain or wants_grad(*tensors):
         return None
     return (
         query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype,
-        query.device, key.device, value.device, is_by_token(query), is_causal, scale, enable_gqa, recipe, machine,
+        query.device, key.device, value.device, is_by_token(query), is_causal, scale, enable_gqa,
+        recipe, machine, return_lse,
     )  # fmt: skip
 
 

@@ -27,7 +27,6 @@ from .intercept import intercepted
 
 GRADIENTS = CallKind(TORCH, "-", "gradients are asked for")
 DROPOUT = CallKind(TORCH, "-", "dropout")
-NOT_FASTER = "recipe auto: "
 
 
 class _Rerouted:
@@ -111,13 +110,13 @@ class _Rerouted:
         except LowbitError as error:
             if self.strict:
                 raise
-            reason = _in_short(error)
+            reason = in_short(error)
         else:
             if self.recipe is not None or choice.implementation.is_kernel:
                 out = call.run(choice)
                 self.report.add(CallKind(choice.implementation.name, choice.recipe.name))
                 return out
-            reason = _why_not_faster(call.request)
+            reason = why_not_faster(call.request)
         self.report.add(CallKind(TORCH, "-", reason))
         return _original(original, query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
 
@@ -138,14 +137,14 @@ def _original(
     return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
 
 
-def _in_short(error: LowbitError) -> str:
+def in_short(error: LowbitError) -> str:
     """Why a call was refused: of what nothing can run, why the implementation that runs most cannot."""
     if isinstance(error, UnsupportedError) and error.reasons:
         return "; ".join(list(error.reasons.values())[-1])
     return str(error)
 
 
-def _why_not_faster(request: Any) -> str:
+def why_not_faster(request: Any) -> str:
     found = _auto_reasons.get(id(request))
     if found is None or found[0] is not request:
         kernels = [v for v in explain_request(request).verdicts if v.implementation not in ("torch_sdpa", "emulation")]
