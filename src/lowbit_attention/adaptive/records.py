@@ -55,7 +55,7 @@ class Score:
 
 @dataclass
 class Record:
-    """Everything known of one call. ``shape``: of the largest one seen. ``problem``: why not every recipe can run it."""
+    """Everything known of one call. ``shape``: of the largest one seen. ``problem``: why recipes cannot run it."""
 
     key: CallKey
     shape: Shape
