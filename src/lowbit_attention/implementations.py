@@ -86,6 +86,8 @@ class TorchSDPA(Implementation):
     ) -> Output:
         if request.batch == 0 or request.q_heads == 0:  # torch 2.11 divides by the number of heads and dies
             return q.new_zeros(*q.shape[:3], v.shape[3]), None
+        if sm_scale <= 0:  # torch scales after it has hidden keys, and −∞ · 0 is NaN, −∞ · −1 is ∞
+            q, sm_scale = (-q, -sm_scale) if sm_scale < 0 else (q * 0.0, 1.0)
         group = request.q_heads // request.kv_heads
         if group > 1:  # (enable_gqa came with torch 2.5)
             k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))

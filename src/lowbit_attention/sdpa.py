@@ -116,7 +116,9 @@ def _memo_key(
     if torch.compiler.is_compiling() or attn_mask is not None or type(dropout_p) is not float or dropout_p:
         return None
     tensors = (query, key, value)
-    if not all(type(t) is Tensor and t.layout is torch.strided and t.dim() == 4 for t in tensors):
+    if not all(type(t) is Tensor and t.layout is torch.strided and not t.is_nested and t.dim() == 4 for t in tensors):
+        return None
+    if query.is_meta:
         return None
     if torch._C._functorch.peek_interpreter_stack() is not None or torch.is_autocast_enabled(query.device.type):
         return None
@@ -224,6 +226,8 @@ def _check(query: object, key: object, value: object, dropout_p: object, is_caus
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float) or not 0 <= dropout_p <= 1:
         checks.fail(f"dropout_p must be a probability, got {dropout_p!r}")
     for name, t in (("query", query), ("key", key), ("value", value)):
+        if isinstance(t, Tensor):
+            checks.check_kind(name, t)
         if not isinstance(t, Tensor) or t.dim() < 2:
             got = f"shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
             checks.fail(f"{name} must be a torch.Tensor of at least 2 dimensions [..., L, E], got {got}")

@@ -205,11 +205,12 @@ def sageattn_qk_int8_pv_fp8_cuda(
     is_causal, sm_scale = _same_words("sageattn_qk_int8_pv_fp8_cuda", is_causal, sm_scale, others)
     checks.check_choice("pv_accum_dtype", pv_accum_dtype, ("fp32+fp16", "fp32+fp32", "fp32"))
     checks.check_choice("qk_quant_gran", qk_quant_gran, _GRANULARITIES)
-    base, promotion = {
+    bases: dict[str, tuple[str, int | str]] = {
         "fp32+fp16": ("sage2pp_8b", 64),
         "fp32+fp32": ("sage2_8b", "tile"),
         "fp32": ("sage2_8b", "never"),
-    }[pv_accum_dtype]
+    }
+    base, promotion = bases[pv_accum_dtype]
     recipe = _changed(base, promotion, qk_quant_gran, smooth_k, smooth_v)
     return _run(recipe, q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask)
 
