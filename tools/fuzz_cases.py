@@ -6,6 +6,7 @@ and laid out in memory in one of many ways, NaN all around. `fuzz_check` says wh
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class Profile:
     masked: float
     refused: float
     """Shares of the cases: with a mask, and of the documented refusals."""
+    most_logits: int
+    """Longer sequences are shortened until a call has no more; the oracle holds them all."""
 
 
 PROFILES = {
@@ -46,6 +49,7 @@ PROFILES = {
         dtypes=("fp32", "fp32", "bf16", "fp16"),
         masked=0.45,
         refused=0.03,
+        most_logits=4_000_000,
     ),
     "gpu": Profile(
         recipes=(("sage2_8b", None), ("sage2pp_8b", None), ("fast_8b", None)),
@@ -54,6 +58,7 @@ PROFILES = {
         dtypes=("bf16", "bf16", "fp16", "fp32"),
         masked=0.0,
         refused=0.01,
+        most_logits=16_000_000,
     ),
 }  # fmt: skip
 
@@ -113,6 +118,9 @@ def make_case(profile: str, seed: int, number: int) -> Case:
         kv_len = q_len
     gqa = r.random() < 0.25
     lead, kv_lead = _leads(r, gqa)
+    slices = math.prod(lead[0]) * (1 if gqa else math.prod(kv_lead[0]))  # (or fewer)
+    while slices * q_len * kv_len > p.most_logits:
+        q_len, kv_len = -(-q_len // 2), -(-kv_len // 2)
     shapes = (*lead[0], q_len, dim), (*kv_lead[0], kv_len, dim), (*kv_lead[1], kv_len, v_dim)
     layouts = tuple(r.choice(LAYOUTS) if r.random() < 0.6 else "plain" for _ in range(3))
     is_causal = r.random() < 0.35

@@ -88,8 +88,8 @@ def _tolerance(
         u = u if case.mask_shape is None else u.abs() + spread
         largest, size = u.abs().amax(dim=-2, keepdim=True), p @ u.abs()
     before = (p @ u).abs()
-    sigma, worst = _logit_errors(recipe, q, k, scale)
-    float32 = 2.0**-18 * (finite + 1)
+    sigma, worst, unit = _logit_errors(recipe, q, k, scale)
+    float32 = 2.0**-18 * (finite + 1) + 2 * unit  # (a kernel's logits are rounded to 1.75 of the integers' units)
     p2 = p.square()
     square = (p2 @ u.square()).sqrt()  # √Σ p²u²
     centred = p2 @ v.square() - 2 * out * (p2 @ v) + out.square() * p2.sum(dim=-1, keepdim=True)
@@ -110,8 +110,8 @@ def _tolerance(
     return bound, total
 
 
-def _logit_errors(recipe: Recipe, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Standard deviation and bound of a logit's error, ``[..., Nq, 1]`` (for the worst key)."""
+def _logit_errors(recipe: Recipe, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Standard deviation and bound of a logit's error, ``[..., Nq, 1]`` (for the worst key), and a unit of Q̂·K̂."""
     steps = 127.0
     around = k - k.mean(dim=-2, keepdim=True)
     if recipe.smooth_k:
@@ -126,7 +126,7 @@ def _logit_errors(recipe: Recipe, q: Tensor, k: Tensor, scale: float) -> tuple[T
     # (K's mean may be over fewer keys than all: then |k − k̄| is up to its range away from the one taken here)
     k_sum = k_sum + (k_largest * k.shape[-1] if recipe.smooth_k else 0)
     worst = (q.abs().sum(dim=-1, keepdim=True) * k_step + k_sum * q_step) / 2 + q.shape[-1] * q_step * k_step / 4
-    return scale * (variance / 12).sqrt(), scale * worst
+    return scale * (variance / 12).sqrt(), scale * worst, scale * q_step * k_step
 
 
 def _pv_errors(recipe: Recipe, p: Tensor, largest: Tensor) -> tuple[float, float, Tensor, float]:
