@@ -118,6 +118,21 @@ def test_compiled_by_inductor():
     torch._dynamo.reset()
 
 
+def test_under_autocast():
+    model = cases.net(layers=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        policy = mixed(model)
+        assert all(r.dtype == "bfloat16" for r in observed(model, steps=1).records.values())
+        with policy.applied(model, timesteps="forwards"):
+            want = run(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16), policy.applied(compiled, timesteps="forwards"):
+        found = run(compiled)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    torch._dynamo.reset()
+
+
 def test_steps_by_hand_and_by_a_handle():
     model = cases.net()
     policy = mixed(model)
