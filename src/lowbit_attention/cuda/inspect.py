@@ -140,16 +140,6 @@ def disassemble(cubin: bytes) -> str:
         return subprocess.run([nvdisasm(), "-c", str(path)], capture_output=True, text=True, check=True).stdout
 
 
-def own_mmas(config: MmaConfig) -> int:
-    """MMAs of an iteration on an architecture that has them all."""
-    blocks = MMA_GEOMETRY.warp_rows // 16
-    keys, dim = MMA_GEOMETRY.b_k, config.head_dim
-    qk = blocks * (keys // 8) * (dim * config.qk_lanes // 8 // 32)
-    pv = blocks * (dim // 8) * (keys // (16 if config.v_half else 32))
-    ones = blocks * keys // 32 if config.sum_in_mma else 0
-    return qk + pv + ones
-
-
 def inspect(recipe: Recipe, head_dim: int, arch: str) -> Row:
     """Compile `attention_mma` for a recipe and read its main loop.
 
@@ -160,7 +150,7 @@ def inspect(recipe: Recipe, head_dim: int, arch: str) -> Row:
     instance = config.instance()
     compiled = compile_source(instance.source(), instance.options())
     used = compiled.resources["attention_mma"]
-    loop = main_loop(disassemble(compiled.cubin), own_mmas(config))
+    loop = main_loop(disassemble(compiled.cubin), config.own_mmas)
     tensor, issue, mufu, bound = _clocks(config, loop, RATES.get(arch))
     return Row(
         recipe=recipe.name,

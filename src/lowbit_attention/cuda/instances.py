@@ -248,6 +248,14 @@ class MmaConfig:
         return self.q_rows // MMA_GEOMETRY.warp_rows * 32
 
     @property
+    def own_mmas(self) -> int:
+        """MMAs of a warp's iteration (64 keys) where the card has them all."""
+        blocks, keys = MMA_GEOMETRY.warp_rows // 16, MMA_GEOMETRY.b_k
+        qk = blocks * (keys // 8) * (self.head_dim * self.qk_lanes // 8 // 32)
+        pv = blocks * (self.head_dim // 8) * (keys // (16 if self.v_half else 32))
+        return qk + pv + (blocks * keys // 32 if self.sum_in_mma else 0)
+
+    @property
     def form(self) -> PackFormat:
         """How K and V are packed for it."""
         return PackFormat(MMA_GEOMETRY.b_k, self.qk_lanes, self.v_half, self.rotate)

@@ -64,7 +64,7 @@ RECIPES = [
      "sage1:q_granularity=per_thread,k_granularity=per_thread,smooth_v=true", {}),
     ("sageattn_qk_int8_pv_fp8_cuda", {}, "sage2pp_8b", {}),
     ("sageattn_qk_int8_pv_fp8_cuda", {"pv_accum_dtype": "fp32+fp32"}, "sage2_8b", {}),
-    ("sageattn_qk_int8_pv_fp8_cuda", {"pv_accum_dtype": "fp32"}, "sage2_8b:keys_per_promotion=never", {}),
+    ("sageattn_qk_int8_pv_fp8_cuda", {"pv_accum_dtype": "fp32"}, "sage2_8b:keys_per_promotion=never,row_sum=unrounded", {}),
     ("sageattn_qk_int8_pv_fp8_cuda", {"qk_quant_gran": "per_warp", "smooth_k": False, "smooth_v": True},
      "sage2pp_8b:q_granularity=per_warp,k_granularity=per_warp,smooth_k=false,smooth_v=true", {}),
     ("sageattn_qk_int8_pv_fp8_cuda_sm90", {}, "sage2_8b", LIKE),

@@ -574,7 +574,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) attention_mma(co
   };
   // The last tile of all is left to the other loop, so that here there always is a next one to be loaded. Both loops are
   // the same for all warps, which spares the compiler's care for those that go their own way.
-  const i32 fast = __syncthreads_or(careful) ? 0 : min(tiles.full, tiles.count - 1);
+  const i32 fast = __syncthreads_or(careful) ? 0 : max(min(tiles.full, tiles.count - 1), 0);
   for (i32 tile = 0; tile < fast; ++tile) {
     await();
     me.advance<false>(load_next(), 0, 0);
