@@ -38,7 +38,7 @@ from .launch import Arguments, Kernel, cache, load
 from .packing import Packer, PackPlan, has_dependent_launch, loadable, packer
 from .schedule import compiler_reasons, heads_side_by_side, log2_rounded_down, request_reasons, schedule
 
-_ARCH_OF = {
+ARCH_OF = {
     (8, 0): "sm_80", (8, 6): "sm_86", (8, 7): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90",
     (10, 0): "sm_100", (10, 3): "sm_100", (12, 0): "sm_120", (12, 1): "sm_120",
 }  # fmt: skip
@@ -275,7 +275,7 @@ def _arch(device: torch.device) -> str | None:
     """What the kernels are compiled for on this device; ``None`` if it is none of theirs."""
     if device.type != "cuda":
         return None
-    return _ARCH_OF.get(torch.cuda.get_device_capability(device))
+    return ARCH_OF.get(torch.cuda.get_device_capability(device))
 
 
 @lru_cache(maxsize=16)
@@ -284,7 +284,7 @@ def _device_reasons(device: torch.device) -> tuple[str, ...]:
         return (f"it runs on NVIDIA GPUs, not on {device.type}",)
     if _arch(device) is None:
         major, minor = torch.cuda.get_device_capability(device)
-        known = ", ".join(f"{a}.{b}" for a, b in _ARCH_OF)
+        known = ", ".join(f"{a}.{b}" for a, b in ARCH_OF)
         return (f"it runs on compute capabilities {known}, and this card has {major}.{minor}", *compiler_reasons())
     return compiler_reasons()
 
