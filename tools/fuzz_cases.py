@@ -123,6 +123,8 @@ def make_case(profile: str, seed: int, number: int) -> Case:
         q_len, kv_len = -(-q_len // 2), -(-kv_len // 2)
     shapes = (*lead[0], q_len, dim), (*kv_lead[0], kv_len, dim), (*kv_lead[1], kv_len, v_dim)
     layouts = tuple(r.choice(LAYOUTS) if r.random() < 0.6 else "plain" for _ in range(3))
+    if profile == "gpu" and dim > 256:  # torch runs these, and its kernel reads odd views at misaligned addresses
+        layouts = ("plain", "plain", "plain")
     is_causal = r.random() < 0.35
     masked = r.random() < p.masked and not (is_causal and r.random() < 0.7)
     outer: Sequence[int] = torch.broadcast_shapes(  # type: ignore[no-untyped-call]

