@@ -6,6 +6,7 @@ Run by ``make tables`` (about ten minutes on two cores); ``--only NAME`` does on
 from __future__ import annotations
 
 import argparse
+import csv
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ from lowbit_attention.adaptive.tuning import read_benchmark
 from lowbit_attention.cli.demo import DEFAULT_RECIPES
 from lowbit_attention.cli.inspect import markdown_table
 from lowbit_attention.cuda.inspect import inspect
+from lowbit_attention.cuda.speeds import from_rows
 from lowbit_attention.demo import study
 from lowbit_attention.demo.minilm import MiniLM
 from lowbit_attention.demo.text import passages
@@ -247,6 +249,15 @@ def fidelity_page() -> None:
     (DOCS / "fidelity.md").write_text(text, encoding="utf-8")
 
 
+def speeds() -> None:
+    """data/hopper_speedups.json: what ``auto`` knows of whole calls on Hopper."""
+    rows = []
+    for name in ("h200", "h100"):
+        with (ROOT / f"benchmarks/results/{name}.csv").open(encoding="utf-8", newline="") as file:
+            rows += list(csv.DictReader(file))
+    write_json(ROOT / "src/lowbit_attention/data/hopper_speedups.json", {"rows": from_rows(rows)})
+
+
 def machine_code() -> None:
     """docs/kernels/mma.md: the main loops' instructions, between its two marks."""
     page = DOCS / "kernels/mma.md"
@@ -349,6 +360,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "remedies": remedies_page,
     "costs": costs,
     "machine_code": machine_code,
+    "speeds": speeds,
     "pictures": pictures,
 }
 

@@ -31,6 +31,7 @@ from .schedule import (
     request_reasons,
     schedule,
 )
+from .speeds import speedup
 
 ARGUMENTS = Arguments("P3q P3q P 7P 6f 10i 4i 8I 0q".replace(" ", ""))
 """``AttentionArgs``."""
@@ -64,6 +65,9 @@ class HopperAttention(Implementation):
 
     def remark(self, request: Request) -> str:
         return f"runs it, with tiles of {WgmmaConfig.geometry}"
+
+    def measured_speedup(self, request: Request, recipe: Recipe) -> float | None:
+        return speedup(request, recipe)
 
     def not_supported_reasons(self, request: Request, recipe: Recipe) -> tuple[str, ...]:
         reasons = list(_device_reasons(request.device))
