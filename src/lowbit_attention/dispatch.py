@@ -20,9 +20,9 @@ from .recipes import EXACT
 from .registry import IMPLEMENTATIONS
 from .request import Request, device_name
 
-AUTO_MIN_LENGTH = 4096
-"""From how many queries and keys ``auto`` trusts a kernel on a card nobody has timed. On an H200 a whole call of
-quantised attention breaks even with cuDNN at about 2048 tokens; twice that is the margin for other cards."""
+AUTO_MIN_LENGTH = 8192
+"""From how many queries and keys ``auto`` trusts a kernel on a card nobody has timed. On an H100 a whole call of
+quantised attention breaks even with cuDNN between 2048 (128 heads in all) and 8192 tokens (8 heads)."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,7 @@ def _fastest_kernel(request: Request) -> tuple[Choice | None, list[Verdict]]:
     candidates: list[tuple[float, Implementation, Recipe, str]] = []
     against: list[Verdict] = []
     for kernel in IMPLEMENTATIONS:
+        slower = ""  # a recipe of the kernel's that was timed and lost: those after it are no faster
         for recipe in kernel.auto_recipes_for(request) if kernel.is_kernel else ():
             if reasons := (
                 *kernel.not_supported_reasons(request, recipe),
@@ -178,6 +179,11 @@ def _fastest_kernel(request: Request) -> tuple[Choice | None, list[Verdict]]:
             card = device_name(request.device)
             if speedup is None:
                 why = f"not timed on this card ({card})"
+                if slower:
+                    against.append(
+                        Verdict(kernel.name, recipe.name, False, (f"{why}, and {slower} is slower than torch",))
+                    )
+                    continue
                 shortest = min(request.q_len, request.kv_len)
                 if shortest < AUTO_MIN_LENGTH:
                     why += f", and {shortest} tokens are fewer than {AUTO_MIN_LENGTH}"
@@ -187,6 +193,7 @@ def _fastest_kernel(request: Request) -> tuple[Choice | None, list[Verdict]]:
                     (1.0, kernel, recipe, why + f"; from {AUTO_MIN_LENGTH} tokens on it is expected to win")
                 )
             elif speedup < 1.0:
+                slower = recipe.name
                 why = f"measured on {card}: {speedup:.2f} × torch's speed"
                 against.append(Verdict(kernel.name, recipe.name, False, (why,)))
             else:

@@ -43,14 +43,13 @@ class Measured:
 def speedup(request: Request, recipe: Recipe) -> float | None:
     """Torch's time over ours for such a call, ``None`` where nothing alike was timed.
 
-    The smaller one of the two nearest measurements of the same padded head dimension and causality (without causality
-    where that was not timed), so that a doubt speaks for torch.
+    The smaller one of the two nearest measurements of the same padded head dimension and causality, so that a doubt
+    speaks for torch.
     """
     if not any(card in device_name(request.device) for card in CARDS) or RECIPES.get(recipe.name) != recipe:
         return None
     dim = padded_head_dim(max(request.head_dim, request.v_head_dim))
-    table = [m for m in _table() if m.recipe == recipe.name and m.head_dim == dim]
-    table = [m for m in table if m.is_causal == request.is_causal] or [m for m in table if not m.is_causal]
+    table = [m for m in _table() if (m.recipe, m.head_dim, m.is_causal) == (recipe.name, dim, request.is_causal)]
     if not table:
         return None
     lengths = [
