@@ -65,6 +65,8 @@ def test_readme_commands_run(command, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(launch, "cache", lambda: KernelCache(tmp_path))
         monkeypatch.setattr(warmup, "cache", lambda: KernelCache(tmp_path))
         small = ["--arch", "sm_90a", "--recipe", "pack sm_90a HEAD_DIM=64 INPUT_DTYPE=2"]
+    if command.startswith("inspect"):
+        small = ["--recipe", "sage2pp_8b", "--head-dim", "64"]
     with pytest.raises(SystemExit) as stop:
         cli.main([*shlex.split(command), *small])
     assert stop.value.code == 0
@@ -72,7 +74,7 @@ def test_readme_commands_run(command, tmp_path, monkeypatch, capsys):
 
 
 def test_there_are_commands_in_the_readme():
-    wanted = {"evaluate", "recipes", "doctor", "bench", "warmup", "calibrate"}
+    wanted = {"evaluate", "recipes", "doctor", "bench", "warmup", "calibrate", "inspect"}
     assert {command.split()[0] for command in COMMANDS} == wanted
 
 
