@@ -8,7 +8,8 @@ import torch
 pytest.importorskip("cuda.core", reason="needs the extra cuda12 or cuda13")
 
 import wgmma_cases
-from wgmma_cases import DTYPES, GEOMETRY, hopper_only, inputs, pack_kv, views
+from kernel_cases import DEVICE, DTYPES, hopper_only, inputs, views
+from wgmma_cases import GEOMETRY, pack_kv
 
 from lowbit_attention import recipe
 from lowbit_attention.reference.quantize import TINY, pack
@@ -114,10 +115,9 @@ def test_packed_bits_of_k_and_v_of_different_widths(dims):
 )
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_packed_bits_of_long_and_of_many_sequences(batch, heads, length, dtype, head_dim):
-    generator = torch.Generator(wgmma_cases.DEVICE).manual_seed(length)
+    generator = torch.Generator(DEVICE).manual_seed(length)
     k, v = (
-        torch.randn(batch, heads, length, head_dim, generator=generator, device=wgmma_cases.DEVICE, dtype=dtype)
-        for _ in range(2)
+        torch.randn(batch, heads, length, head_dim, generator=generator, device=DEVICE, dtype=dtype) for _ in range(2)
     )
     k += 3
     assert_means(assert_same_bits(k, v, SMOOTH), k, v, SMOOTH)
