@@ -8,18 +8,8 @@ import torch
 pytest.importorskip("cuda.core", reason="needs the extra cuda12 or cuda13")
 
 import wgmma_cases
-from wgmma_cases import (
-    BASE_ERROR,
-    DTYPES,
-    GEOMETRY,
-    TESTED,
-    assert_agrees,
-    covering,
-    hopper_only,
-    inputs,
-    reference,
-    run,
-)
+from kernel_cases import DTYPES, hopper_only, inputs
+from wgmma_cases import BASE_ERROR, GEOMETRY, TESTED, assert_agrees, covering, reference, run
 
 from lowbit_attention import compare, recipe
 from lowbit_attention.reference.exact import exact

@@ -9,7 +9,8 @@ import torch
 pytest.importorskip("cuda.core", reason="needs the extra cuda12 or cuda13")
 
 import wgmma_cases
-from wgmma_cases import KERNEL, TESTED, assert_agrees, hopper_only, inputs, run, same, views
+from kernel_cases import FAR_SHAPES, far_apart, hopper_only, inputs, same, soil, views
+from wgmma_cases import KERNEL, TESTED, assert_agrees, run
 
 from lowbit_attention import UnsupportedError, attention, attention_varlen, compare, explain, recipe
 from lowbit_attention.cuda import hopper, launch, packing
@@ -34,13 +35,6 @@ def busy():
 
 
 # ---- memory
-
-
-def soil(value):
-    """Freed memory full of ``value``: what the allocator hands out next."""
-    for size in (128, 4096, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24):
-        blocks = [torch.full((size,), value, device=wgmma_cases.DEVICE) for _ in range(4)]
-        del blocks
 
 
 @PLAIN
@@ -93,26 +87,13 @@ def test_both_layouts_are_equal(r, head_dims):
     assert torch.equal(attention(q, k, v, recipe=r), expected[0])  # without lse
 
 
-@pytest.mark.parametrize("which", ["token", "head", "batch"])
+@pytest.mark.parametrize("which", FAR_SHAPES)
 def test_offsets_beyond_32_bits(which):
     """4.4 · 10⁹ elements from the first token (head, batch entry) to the last, NaN in between."""
-    shape, strides = {
-        "token": ((1, 2, 1100, 128), (8, 512, 4_000_000, 1)),
-        "head": ((1, 2, 300, 128), (8, 4_400_000_000, 128, 1)),
-        "batch": ((2, 2, 300, 128), (4_400_000_000, 38_400, 128, 1)),
-    }[which]
-    if torch.cuda.mem_get_info()[0] < 40 << 30:
-        pytest.skip("needs 40 GB of free memory")
+    shape = FAR_SHAPES[which][0]
     tensors = inputs(batch=shape[0], heads=(2, 2), lengths=(shape[2],) * 2)
-    assert tensors[0].shape == shape
     expected = run(*tensors, SMOOTH)
-    big = torch.full((4_500_000_000,), torch.nan, dtype=torch.bfloat16, device=wgmma_cases.DEVICE)
-    far = []
-    for number, t in enumerate(tensors):
-        far.append(big.as_strided(shape, strides, storage_offset=number * (128 if which == "token" else 1_000_000)))
-        far[-1].copy_(t)
-    assert sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) > 1 << 32
-    assert same(run(*far, SMOOTH), expected)
+    assert same(run(*far_apart(tensors, which), SMOOTH), expected)
 
 
 # ---- the same numbers again
@@ -271,19 +252,19 @@ def test_a_mask_is_emulated_and_explained(kind):
 
 
 @pytest.mark.parametrize(
-    "spec",
+    ("spec", "instead"),
     [
-        "sage2_4b",
-        "sage2_8b:pv_format=e5m2",
-        "sage2_8b:keys_per_promotion=never,row_sum=unrounded",
-        "int8_u8",
-        "sage2_8b:smooth_q=true",
+        ("sage2_4b", "attention_mma"),
+        ("sage2_8b:pv_format=e5m2", "emulation"),
+        ("sage2_8b:keys_per_promotion=never,row_sum=unrounded", "attention_mma"),
+        ("int8_u8", "emulation"),
+        ("sage2_8b:smooth_q=true", "attention_mma"),
     ],
 )
-def test_other_recipes_are_refused_with_a_reason(spec):
+def test_other_recipes_are_refused_with_a_reason(spec, instead):
     q, k, v = inputs(lengths=(64, 64))
     explanation = explain(q, k, v, recipe=recipe(spec))
-    assert explanation.implementation in ("attention_mma", "emulation")
+    assert explanation.implementation == instead
     assert any(v.implementation == KERNEL and v.reasons and not v.chosen for v in explanation.verdicts)
 
 

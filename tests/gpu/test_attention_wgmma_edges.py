@@ -8,7 +8,8 @@ import torch
 pytest.importorskip("cuda.core", reason="needs the extra cuda12 or cuda13")
 
 import wgmma_cases
-from wgmma_cases import DTYPES, TESTED, assert_agrees, hopper_only, inputs, reference, run, same
+from kernel_cases import DTYPES, hopper_only, inputs, same
+from wgmma_cases import TESTED, assert_agrees, reference, run
 
 from lowbit_attention import compare
 from lowbit_attention.reference.exact import exact

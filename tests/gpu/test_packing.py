@@ -1,17 +1,18 @@
 """The packing kernels give the reference's K and V bit for bit, given the kernels' means, and nothing leaks in."""
 
-import dataclasses
-
 import pytest
 import torch
 
 pytest.importorskip("cuda.core", reason="needs the extra cuda12 or cuda13")
 
 import wgmma_cases
-from wgmma_cases import DTYPES, GEOMETRY, hopper_only, inputs, pack_kv, views
+from kernel_cases import DEVICE, DTYPES, hopper_only, inputs, views
+from packing_cases import assert_means, assert_same_bits, kv, referenced, same
+from wgmma_cases import GEOMETRY
 
 from lowbit_attention import recipe
-from lowbit_attention.reference.quantize import TINY, pack
+from lowbit_attention.cuda.packing import pack_kv
+from lowbit_attention.reference.quantize import TINY
 
 pytestmark = hopper_only
 
@@ -25,50 +26,6 @@ WIDE_DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], 
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
     wgmma_cases.compile_everything()
-
-
-def kv(*args, heads=3, batch=2, length=300, head_dim=64, **options):
-    return inputs(
-        *args, batch=batch, heads=(heads, heads), lengths=(length, length), head_dims=(head_dim, head_dim), **options
-    )[1:]
-
-
-def referenced(k, v, r, packed):
-    """The reference's numbers with the kernels' means."""
-    k, v = k.float().contiguous(), v.float().contiguous()
-    return pack(k, k, v, r, GEOMETRY, None, packed.means())
-
-
-def assert_same_bits(k, v, r):
-    """Packs, and compares integers, FP8 numbers and scales with the reference's; returns what was packed."""
-    packed = pack_kv(k, v, r)
-    ref = referenced(k, v, r, packed)
-    for name, ours, theirs in (
-        ("k", packed.k, ref.k),
-        ("k_scale", packed.k_scale, ref.k_scale),
-        ("v", packed.v, ref.v),
-        ("v_scale", packed.v_scale, ref.v_scale[:, :, 0]),
-    ):
-        assert torch.equal(ours.float(), theirs), (name, int((ours.float() != theirs).sum()))
-    assert packed.padding_is_zero
-    return packed
-
-
-def assert_means(packed, k, v, r):
-    """Within 2⁻²⁰ of the largest magnitude; float32 sums of pairwise-added blocks with their errors kept are nearer.
-
-    (Eight numbers are added in three steps of 2⁻²⁴ each, their sums with two_sum, and one division: about 2⁻²².)
-    """
-    for x, mean, smoothed in ((k, packed.k_mean, r.smooth_k), (v, packed.v_mean, r.smooth_v)):
-        exact = x.double().mean(dim=2) * smoothed
-        largest = x.double().abs().amax(dim=2)
-        assert ((mean - exact).abs() <= 2.0**-20 * largest * smoothed).all()
-
-
-def same(a, b):
-    """Two results of packing, all fields, bit for bit."""
-    pairs = zip(dataclasses.astuple(a), dataclasses.astuple(b), strict=True)
-    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 128, 129, 1000, 4097])
@@ -114,10 +71,9 @@ def test_packed_bits_of_k_and_v_of_different_widths(dims):
 )
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_packed_bits_of_long_and_of_many_sequences(batch, heads, length, dtype, head_dim):
-    generator = torch.Generator(wgmma_cases.DEVICE).manual_seed(length)
+    generator = torch.Generator(DEVICE).manual_seed(length)
     k, v = (
-        torch.randn(batch, heads, length, head_dim, generator=generator, device=wgmma_cases.DEVICE, dtype=dtype)
-        for _ in range(2)
+        torch.randn(batch, heads, length, head_dim, generator=generator, device=DEVICE, dtype=dtype) for _ in range(2)
     )
     k += 3
     assert_means(assert_same_bits(k, v, SMOOTH), k, v, SMOOTH)

@@ -104,7 +104,8 @@ def _instruction(
     if model.fp8_by_fp16:
         total = torch.zeros_like(acc)
         for keys in _fp16_halves(p.shape[-1], p.device):
-            total = _fp16_mma(total, p[..., keys], v[..., keys, :], f16, FP16_MIN_EXPONENT)
+            if len(keys):  # (the last keys of a sequence may leave nothing for the second)
+                total = _fp16_mma(total, p[..., keys], v[..., keys, :], f16, FP16_MIN_EXPONENT)
         return _to_fp16(acc.double() + total.double()) if f16 else acc + total
     if model.fp8_align_bits is None:
         raise ValueError(f"{model} says nothing about FP8 instructions")

@@ -24,11 +24,13 @@ TINY = 2.0**-112
 class Means:
     """Means that a kernel computed itself, to be used instead of the reference's own when that kernel is proved.
 
-    ``k``: k̄ ``[B, Hkv, D]``; ``v``: v̄ ``[B, Hkv, Dv]``; ``None`` means: compute it.
+    ``k``: k̄ ``[B, Hkv, D]``; ``v``: v̄ ``[B, Hkv, Dv]``; ``q``: q̄ ``[B, Hq, ceil(Nq / b_q), D]``; ``None`` means:
+    compute it. Those of what the recipe does not smooth are ignored.
     """
 
     k: Tensor | None = None
     v: Tensor | None = None
+    q: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def pack(
         k_mean = token_mean(k, sampled(valid, recipe.k_sample, k), valid) if means.k is None else means.k.float()
         k = k - k_mean[:, :, None]
     if recipe.smooth_q:
-        q_mean, k_smooth = tile_mean(q, geometry.b_q), k
+        q_mean, k_smooth = tile_mean(q, geometry.b_q) if means.q is None else means.q.float(), k
         q = q - q_mean.repeat_interleave(geometry.b_q, dim=2)[:, :, : q.shape[2]]
     if recipe.smoothquant_alpha is not None:
         factor = smoothquant_factor(q, k, valid, recipe.smoothquant_alpha)[:, :, None]

@@ -134,7 +134,7 @@ def e4m3_numbers(shape: tuple[int, ...], exponents: tuple[int, int], generator: 
     return torch.from_numpy(np.ldexp(mantissa.astype(np.float32), generator.integers(*exponents, shape)))
 
 
-@pytest.mark.parametrize("keys", [32, 96, 40], ids=["one", "chain", "ragged"])
+@pytest.mark.parametrize("keys", [32, 96, 40, 33, 34], ids=["one", "chain", "ragged", "one more", "two more"])
 @pytest.mark.parametrize("exponents", [(-2, 1), (-6, 3)], ids=["narrow", "wide"])
 @pytest.mark.parametrize("machine", [*MACHINES, (ADA_FP22, "fp8_f32")], ids=lambda m: f"{m[0]}-{m[1]}")
 def test_instruction_fidelity_is_the_model_in_rational_arithmetic(

@@ -169,6 +169,11 @@ def test_a_kernels_own_means_are_used() -> None:
         assert torch.equal(getattr(packed, name), getattr(plain, name)), name
     assert torch.equal(packed.k_mean, means.k)
     assert torch.equal(packed.v_mean, means.v)
+    q_mean = normal(1, 2, -(-40 // TILES.b_q), 8, seed=5)
+    smooth = pack(q, k, v, Recipe(smooth_q=True), TILES, None, Means(q=q_mean))
+    taken = q_mean.repeat_interleave(TILES.b_q, dim=2)[:, :, :40]
+    assert torch.equal(smooth.q_mean, q_mean)
+    assert torch.equal(smooth.q, pack(q - taken, k, v, Recipe(), TILES, None).q)
     ignored = pack(q, k, v, Recipe(smooth_k=False), TILES, None, Means(v=means.v))  # V is not smoothed
     assert ignored.v_mean is None
     assert torch.equal(ignored.v, pack(q, k, v, Recipe(smooth_k=False), TILES, None).v)

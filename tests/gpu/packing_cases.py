@@ -1,0 +1,60 @@
+"""What the tests of the packing kernels share. A helper, not a test."""
+
+import dataclasses
+
+import torch
+from kernel_cases import inputs
+
+from lowbit_attention.cuda.instances import WGMMA_FORMAT
+from lowbit_attention.cuda.packing import pack_kv
+from lowbit_attention.machine import MACHINES
+from lowbit_attention.reference.quantize import pack
+
+
+def kv(*args, heads=3, batch=2, length=300, head_dim=64, **options):
+    return inputs(
+        *args, batch=batch, heads=(heads, heads), lengths=(length, length), head_dims=(head_dim, head_dim), **options
+    )[1:]
+
+
+def geometry_of(form):
+    """The tiles of the kernel that a form is packed for."""
+    return MACHINES["sm_89" if form.is_record else "sm_90a"].geometry
+
+
+def referenced(k, v, r, packed, form=WGMMA_FORMAT):
+    """The reference's numbers with the kernels' means."""
+    k, v = k.float().contiguous(), v.float().contiguous()
+    return pack(k, k, v, r.replace(smooth_q=False), geometry_of(form), None, packed.means())
+
+
+def assert_same_bits(k, v, r, form=WGMMA_FORMAT):
+    """Packs, and compares integers, FP8 or FP16 numbers and scales with the reference's; returns what was packed."""
+    packed = pack_kv(k, v, r, form, "sm_90" if form.is_record else "sm_90a")
+    ref = referenced(k, v, r, packed, form)
+    for name, ours, theirs in (
+        ("k", packed.k, ref.k),
+        ("k_scale", packed.k_scale, ref.k_scale),
+        ("v", packed.v, ref.v),
+        ("v_scale", packed.v_scale, ref.v_scale[:, :, 0]),
+    ):
+        assert torch.equal(ours.float(), theirs), (name, int((ours.float() != theirs).sum()))
+    assert packed.padding_is_zero
+    return packed
+
+
+def assert_means(packed, k, v, r):
+    """Within 2⁻²⁰ of the largest magnitude; float32 sums of pairwise-added blocks with their errors kept are nearer.
+
+    (Eight numbers are added in three steps of 2⁻²⁴ each, their sums with two_sum, and one division: about 2⁻²².)
+    """
+    for x, mean, smoothed in ((k, packed.k_mean, r.smooth_k), (v, packed.v_mean, r.smooth_v)):
+        exact = x.double().mean(dim=2) * smoothed
+        largest = x.double().abs().amax(dim=2)
+        assert ((mean - exact).abs() <= 2.0**-20 * largest * smoothed).all()
+
+
+def same(a, b):
+    """Two results of packing, all fields, bit for bit."""
+    pairs = zip(dataclasses.astuple(a), dataclasses.astuple(b), strict=True)
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
