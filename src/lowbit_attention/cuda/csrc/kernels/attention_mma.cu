@@ -528,6 +528,9 @@ __device__ __forceinline__ bool quantize_queries(const MmaArgs& args, Shared& sh
   me.q_scale = quantize_32_rows<kDtype, kDim, QK_LANES, SMOOTH_Q, ROTATE>(
       args.q, base, first_row, options, mean, args.k_mean + kv_head * kDim, mean_logit, shared.q[me.warp],
       shared.warp_max[me.warp / 4], me.warp / 4, unit);
+  // Rows of zeros have no scores, so any scale will do: 0 lets the base stay exact, and below ΔS wants a small unit.
+  const bool zeros = unit == 0.0f && me.q_scale < kInfinity;  // (NaN must show)
+  if (zeros) me.q_scale = 0.0f;
   bool careful = me.q_scale * args.k_largest_scale[kv_head] > args.largest_fast_factor;
 #if SMOOTH_Q
   // |ΔS| / (δ_Q δ_K) ≤ |q̄| |k| / (δ_Q δ_K), and |k| ≤ √d · q_max · δ_K, rotated or not
@@ -535,7 +538,9 @@ __device__ __forceinline__ bool quantize_queries(const MmaArgs& args, Shared& sh
   for (int i = me.turn; i < kDim; i += 4) square += mean[i] * mean[i];
   square += __shfl_xor_sync(0xFFFFFFFF, square, 1);
   square += __shfl_xor_sync(0xFFFFFFFF, square, 2);
-  careful |= !(sqrtf(square * kDim) * float(args.q_max) * unit < kMostUnits);
+  const float most = sqrtf(square * kDim) * float(args.q_max);
+  careful |= !(most * unit < kMostUnits);
+  if (zeros) me.q_scale = most * (2.0f / kMostUnits) * args.logits_scale;
 #endif
   return __any_sync(0xFFFFFFFF, careful);
 }

@@ -275,8 +275,9 @@ __device__ void pack_keys(const PackArgs& args) {
 __device__ inline Scale value_scale(float largest, const PackArgs& args) {
   Scale scale = scale_of(largest, args.v_max);
   if (args.v_power_of_two && scale.inverse != 0.0f) {  // rounded up; the inverse is exact
-    const u32 bits = __float_as_uint(scale.delta);
-    scale.delta = __uint_as_float(bits + 0x7FFFFF & 0xFF800000);
+    constexpr float kUp = 18446744073709551616.0f;     // 2^64: out of the subnormals, whose bits hold no exponent
+    const u32 bits = __float_as_uint(__fmul_rn(scale.delta, kUp));
+    scale.delta = __fmul_rn(__uint_as_float(bits + 0x7FFFFF & 0xFF800000), 1.0f / kUp);
     scale.inverse = __fdiv_rn(1.0f, scale.delta);
   }
   return scale;
