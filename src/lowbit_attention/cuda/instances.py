@@ -327,7 +327,8 @@ def _manifest() -> Iterable[Instance]:
             dtypes = DTYPE_CODES if arch == "sm_90" else (torch.float16, torch.bfloat16)  # (tests use float32, too)
             for form in dict.fromkeys(config.form for config in configs):
                 yield from (pack_instance(head_dim, dtype, arch, form) for dtype in dtypes)
-            yield from (smooth_q_instance(head_dim, dtype, arch) for dtype in dtypes)
+            if any(config.smooth_q for config in configs):
+                yield from (smooth_q_instance(head_dim, dtype, arch) for dtype in dtypes)
 
 
 WGMMA_RECIPES = ("sage2_8b", "sage2pp_8b", "fast_8b")
