@@ -27,6 +27,7 @@ from ..reference.rotation import hadamard_size
 from ..request import Request
 from .instances import (
     DTYPE_CODES,
+    INT4_MMA_ARCHS,
     MMA_GEOMETRY,
     MmaConfig,
     mma_config,
@@ -113,6 +114,8 @@ class MmaAttention(Implementation):
     def remark(self, request: Request) -> str:
         arch = _arch(request.device)
         how = "" if arch in _AUTO else f"; on {arch} FP8 and INT4 MMAs are made of others: right, not fast"
+        if request.recipe is not None and request.recipe.qk_bits == 4 and arch not in INT4_MMA_ARCHS:
+            how += f"; 4-bit numbers lie in INT8 lanes on {arch}: INT8's speed"
         return f"runs it, with tiles of {MMA_GEOMETRY}{how}"
 
     def not_supported_reasons(self, request: Request, recipe: Recipe) -> tuple[str, ...]:
