@@ -209,7 +209,7 @@ MMA_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 _FP8_MMA = {"sm_89": "QMMA.16832.{sums}.E4M3.E4M3", "sm_120": "QMMA.16832.{sums}.E4M3.E4M3"}
 """Where FP8 MMAs are the card's own; on sm_90 and sm_100 the compiler makes FP16 ones of them."""
-_INT4_MMA = ("sm_80", "sm_86", "sm_89")
+INT4_MMA_ARCHS = ("sm_80", "sm_86", "sm_89")
 """Where INT4 MMAs are the card's own."""
 
 
@@ -269,7 +269,7 @@ class MmaConfig:
 
     def instance(self) -> Instance:
         """Its compilation."""
-        lanes = "16864.S4.S4" if self.qk_lanes == 4 and self.arch in _INT4_MMA else "16832.S8.S8"
+        lanes = "16864.S4.S4" if self.qk_lanes == 4 and self.arch in INT4_MMA_ARCHS else "16832.S8.S8"
         sums = "F16" if self.sums_f16 else "F32"
         pv = f"HMMA.16816.{sums}" if self.v_half else _FP8_MMA.get(self.arch, "HMMA.16816.{sums}").format(sums=sums)
         return Instance(
@@ -298,7 +298,7 @@ def mma_config(recipe: Recipe, head_dim: int, arch: str, int4_mma: bool | None =
 
     ``int4_mma``: whether 4-bit numbers go through the INT4 MMA; by default where the card has one.
     """
-    int4 = arch in _INT4_MMA if int4_mma is None else int4_mma
+    int4 = arch in INT4_MMA_ARCHS if int4_mma is None else int4_mma
     return MmaConfig(
         arch,
         head_dim,
@@ -335,7 +335,8 @@ def _manifest() -> Iterable[Instance]:
             dtypes = DTYPE_CODES if arch == "sm_90" else (torch.float16, torch.bfloat16)  # (tests use float32, too)
             for form in dict.fromkeys(config.form for config in configs):
                 yield from (pack_instance(head_dim, dtype, arch, form) for dtype in dtypes)
-            yield from (smooth_q_instance(head_dim, dtype, arch) for dtype in dtypes)
+            if any(config.smooth_q for config in configs):
+                yield from (smooth_q_instance(head_dim, dtype, arch) for dtype in dtypes)
 
 
 WGMMA_RECIPES = ("sage2_8b", "sage2pp_8b", "fast_8b")

@@ -27,6 +27,7 @@ from ..reference.rotation import hadamard_size
 from ..request import Request
 from .instances import (
     DTYPE_CODES,
+    INT4_MMA_ARCHS,
     MMA_GEOMETRY,
     MmaConfig,
     mma_config,
@@ -113,6 +114,8 @@ class MmaAttention(Implementation):
     def remark(self, request: Request) -> str:
         arch = _arch(request.device)
         how = "" if arch in _AUTO else f"; on {arch} FP8 and INT4 MMAs are made of others: right, not fast"
+        if request.recipe is not None and request.recipe.qk_bits == 4 and arch not in INT4_MMA_ARCHS:
+            how += f"; 4-bit numbers lie in INT8 lanes on {arch}: INT8's speed"
         return f"runs it, with tiles of {MMA_GEOMETRY}{how}"
 
     def not_supported_reasons(self, request: Request, recipe: Recipe) -> tuple[str, ...]:
@@ -221,13 +224,12 @@ def _make_plan(request: Request, recipe: Recipe, index: int, int4_mma: bool | No
     q_blocks = -(-request.q_len // config.q_rows)
     query_tiles = -(-request.q_len // MMA_GEOMETRY.b_q)
     total = request.batch * request.q_heads
-    heads_a_chunk, levels_a_chunk, rows = total, q_blocks, 0
+    heads_a_chunk, levels_a_chunk, delta_bytes = total, q_blocks, 0
     if recipe.smooth_q:
-        row_bytes = pack.tiles * MMA_GEOMETRY.b_k * 4
-        limit = max(_MOST_DELTA_BYTES, pack.workspace_bytes // 4) // (row_bytes * config.groups)
-        heads_a_chunk = max(1, min(total, limit // q_blocks))
-        levels_a_chunk = q_blocks if limit >= q_blocks else max(1, limit)
-        rows = heads_a_chunk * levels_a_chunk * config.groups
+        most = max(_MOST_DELTA_BYTES, pack.workspace_bytes // 4)
+        block_bytes = config.groups * pack.tiles * MMA_GEOMETRY.b_k * 4
+        heads_a_chunk, levels_a_chunk = delta_chunk(total, q_blocks, block_bytes, most)
+        delta_bytes = heads_a_chunk * levels_a_chunk * block_bytes
     q_mean = pack.workspace_bytes
     delta = q_mean + (total * query_tiles * dim * 4 if recipe.smooth_q else 0)
     delta = -(-delta // 256) * 256
@@ -247,7 +249,7 @@ def _make_plan(request: Request, recipe: Recipe, index: int, int4_mma: bool | No
         levels_a_chunk=levels_a_chunk,
         q_mean=q_mean,
         delta=delta,
-        workspace_bytes=delta + rows * pack.tiles * MMA_GEOMETRY.b_k * 4,
+        workspace_bytes=delta + delta_bytes,
         floats=(log2_rounded_down(recipe.p_max), _LARGEST_FAST_FACTOR[recipe.qk_bits or 8]),
         integers=(
             request.q_heads, request.kv_heads, request.q_len, request.kv_len, head_dim, v_head_dim, offset, pack.tiles,
@@ -255,6 +257,17 @@ def _make_plan(request: Request, recipe: Recipe, index: int, int4_mma: bool | No
         ),
         schedule=schedule(request, q_blocks, section),
     )  # fmt: skip
+
+
+def delta_chunk(heads: int, q_blocks: int, block_bytes: int, most_bytes: int) -> tuple[int, int]:
+    """For how many heads, and for how many query blocks of each, ΔS is made at once: whole heads, or a part of one.
+
+    Args:
+        heads: batch × query heads; q_blocks: of a head; block_bytes: of a query block's ΔS.
+        most_bytes: held at once, if one block is not more.
+    """
+    blocks = most_bytes // block_bytes
+    return max(1, min(heads, blocks // q_blocks)), min(q_blocks, max(1, blocks))
 
 
 @lru_cache(maxsize=64)

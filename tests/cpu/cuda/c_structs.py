@@ -1,0 +1,89 @@
+"""How a C compiler lays out the structs of csrc, read from the sources: a helper of the tests, not a test."""
+
+import contextlib
+import math
+import re
+
+from lowbit_attention.cuda.instances import CSRC
+
+# ---- C structs by the x86-64 ABI, which the device's compiler follows: every member at a multiple of its alignment
+
+SIZES = {"u8": 1, "i32": 4, "u32": 4, "float": 4, "i64": 8, "u64": 8, "Vec8": 8, "Vec16": 16}
+CODES = {"u8": "B", "i32": "i", "u32": "I", "float": "f", "i64": "q", "u64": "Q"}
+
+
+NESTED = {
+    "Strided": "tile/strided.cuh",
+    "Schedule": "attend/schedule.cuh",
+    "Divisor": "attend/schedule.cuh",
+    "Stage": "kernels/attention_mma.cu",
+}
+
+
+def members(text):
+    """``(name, type, pointer?, alignment asked for, array sizes)`` of every member of a struct's body, in order."""
+    for declaration in filter(None, map(str.strip, text.split(";"))):
+        form = r"(?:alignas\((\d+)\)\s+)?(?:const\s+)?(\w+)(.*)"
+        asked, kind, names = re.fullmatch(form, declaration, flags=re.DOTALL).groups()
+        for one in names.split(","):
+            pointer, name, dims = re.fullmatch(r"\s*(\*?)\s*(\w+)((?:\[[^\]]*\])*)", one).groups()
+            yield name, kind, bool(pointer), int(asked or 1), re.findall(r"\[([^\]]*)\]", dims)
+
+
+def value(expression, constants):
+    """A C expression of whole numbers."""
+    while inner := re.search(r"\(([^()]*\?[^()]*)\)", expression):
+        expression = expression[: inner.start()] + str(value(inner[1], constants)) + expression[inner.end() :]
+    if match := re.fullmatch(r"(.*?)\?(.*?):(.*)", expression, flags=re.DOTALL):
+        condition, yes, no = match.groups()
+        return value(yes if value(condition, constants) else no, constants)
+    plain = expression.strip().replace("/", "//").replace("&&", " and ").replace("||", " or ")
+    return int(eval(re.sub(r"!(?!=)", " not ", plain), {"__builtins__": {}}, constants))
+
+
+def read(file, constants):
+    """A source without comments and, given macros, without what ``#if`` leaves out.
+
+    The source's own macros and constants, as far as they are whole numbers, join ``constants``.
+    """
+    text = re.sub(r"//[^\n]*", "", (CSRC / file).read_text())
+    if constants is None:
+        return text
+    lines, conditions = [], []  # of every #if around a line: [holds now, has held]
+    for line in text.splitlines():
+        word, _, rest = line.strip().partition(" ")
+        outside = all(now for now, _ in conditions[:-1])
+        if word in ("#if", "#elif", "#else"):
+            if word == "#if":
+                outside = outside and all(now for now, _ in conditions[-1:])
+                conditions.append([False, False])
+            held = conditions[-1][1]
+            now = outside and not held and (word == "#else" or bool(value(rest, constants)))
+            conditions[-1] = [now, held or now]
+        elif word == "#endif":
+            conditions.pop()
+        elif all(now for now, _ in conditions):
+            lines.append(line)
+            match = re.match(r"#define (\w+) (.*)", line) or re.match(r"constexpr \w+ (k\w+) = ([^;]+);", line)
+            if match:
+                with contextlib.suppress(NameError, SyntaxError):  # (a function, or the size of a type)
+                    constants[match[1]] = value(match[2], constants)
+    return "\n".join(lines)
+
+
+def layout(file, name, constants=None):
+    """``(name, offset, `struct` code)`` of every member, ``Strided`` ones opened; the struct's size and alignment."""
+    (body,) = re.findall(rf"struct {name} \{{(.*?)\n\}};", read(file, constants), flags=re.DOTALL)
+    flat, end, widest = [], 0, 1
+    for member, kind, pointer, asked, dims in members(body):
+        if kind in NESTED:
+            inner, size, alignment = layout(NESTED[kind], kind, constants)
+        else:
+            size = alignment = 8 if pointer else SIZES[kind]
+            inner = [(member, 0, "P" if pointer else CODES.get(kind))]
+        size *= math.prod(value(dim, constants) for dim in dims)
+        alignment = max(alignment, asked)
+        end = -(-end // alignment) * alignment
+        flat += [(label, end + offset, code) for label, offset, code in inner]
+        end, widest = end + size, max(widest, alignment)
+    return flat, -(-end // widest) * widest, widest
