@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -126,21 +125,13 @@ def flow_loss(model: nn.Module, pictures: Tensor, t: Tensor, noise: Tensor, labe
 
 
 @torch.no_grad()
-def sample(
-    model: nn.Module,
-    noise: Tensor,
-    label: Tensor,
-    steps: int = 25,
-    before_step: Callable[[int], None] | None = None,
-) -> Tensor:
+def sample(model: nn.Module, noise: Tensor, label: Tensor, steps: int = 25) -> Tensor:
     """Pictures ``[B, 3, S, S]`` in −1…1 by ``steps`` Euler steps from ``noise`` at t = 1 to t = 0.
 
-    ``before_step(number)`` is called before each step: a place to tell a policy the timestep.
+    Every step is one forward of the model.
     """
     x = noise
     for step in range(steps):
-        if before_step is not None:
-            before_step(step)
         t = torch.full((x.shape[0],), 1 - step / steps, device=x.device)
         x = x - model(x, t, label) / steps
     return x.clamp(-1, 1)
