@@ -1,0 +1,168 @@
+"""Which call this is: its name, its number within the step, and the step.
+
+`observe` and an applied policy count in the same way, or a policy would not find the calls that it was made for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import InvalidArgumentError
+
+FORWARDS = "forwards"
+"""``timesteps="forwards"``: every forward of the model is the next step."""
+
+
+ROOT = "(model)"
+"""The name of calls that the model itself makes, outside its submodules."""
+
+
+@dataclass(frozen=True)
+class CallKey:
+    """A call's stable name: module path, number of the call within the step, timestep."""
+
+    name: str
+    index: int
+    timestep: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its fields by name."""
+        return {"name": self.name, "index": self.index, "timestep": self.timestep}
+
+    def __str__(self) -> str:
+        return f"{self.name}[{self.index}] at {self.timestep:g}"
+
+
+class Clock:
+    """The current step of the current run, and how often each name was called in it."""
+
+    def __init__(self) -> None:
+        self.timestep = 0.0
+        self.number = -1
+        """Of the step, from 0; −1 before a run's first step."""
+        self.runs = 0
+        self.by_hand = False
+        """Whether `step` was ever called: then forwards of the model begin nothing."""
+        self._counts: dict[str, int] = {}
+
+    def step(self, timestep: float | None = None) -> None:
+        """Begin a step: the timestep's value if you have one, else the steps are numbered 0, 1, …
+
+        Raises:
+            InvalidArgumentError: a timestep that is no number.
+        """
+        self.by_hand = True
+        self.advance(timestep)
+
+    def advance(self, timestep: float | None = None) -> None:
+        """`step`, by a hook."""
+        value = float(self.number + 1) if timestep is None else _number(timestep)
+        self.number, self.timestep = self.number + 1, value
+        self.runs += self.number == 0
+        self._counts.clear()
+
+    def restart(self) -> None:
+        """Begin a new run (prompt): the next step is the first."""
+        self.number, self.timestep = -1, 0.0
+        self._counts.clear()
+
+    def key(self, name: str | None) -> CallKey:
+        """The key of the call that happens now: in module ``name``, or (``None``) ``call 0``, ``call 1``, …"""
+        if self.number < 0:
+            self.advance()
+        path = "" if name is None else name or ROOT
+        index = self._counts.get(path, 0)
+        self._counts[path] = index + 1
+        return CallKey(path, index, self.timestep) if path else CallKey(f"call {index}", 0, self.timestep)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        raise InvalidArgumentError(f"a timestep is a number, got {value!r}")
+    return float(value)
+
+
+@contextmanager
+def driven(clock: Clock, timesteps: Any, model: torch.nn.Module | None) -> Iterator[None]:
+    """Within the block ``timesteps`` moves the clock.
+
+    Args:
+        timesteps: ``None``: only `Clock.step` does, and until it is called every forward of the model begins the one
+            step anew; `FORWARDS`; or an object with a ``step`` method (a diffusion scheduler), whose ``timesteps``, if
+            it has any, are the values.
+
+    Raises:
+        InvalidArgumentError: anything else, or the forwards of no model.
+    """
+    if timesteps is not None and timesteps != FORWARDS:
+        if not callable(getattr(timesteps, "step", None)):
+            raise InvalidArgumentError(
+                f"timesteps={timesteps!r} is neither None, {FORWARDS!r} nor an object with a step method"
+            )
+        with _following(clock, timesteps):
+            yield
+        return
+    if timesteps == FORWARDS and model is None:
+        raise InvalidArgumentError(f"timesteps={FORWARDS!r} counts the forwards of a model, and none was given")
+
+    def hook(*_: Any) -> None:
+        if timesteps == FORWARDS:
+            clock.advance()
+        elif not clock.by_hand:
+            clock.restart()
+
+    handle = None if model is None else model.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+@contextmanager
+def _following(clock: Clock, scheduler: Any) -> Iterator[None]:
+    """Within the block the scheduler's own ``step`` (called after a step) moves the clock to the next timestep."""
+    original, reset = scheduler.step, getattr(scheduler, "set_timesteps", None)
+
+    def value(number: int) -> float | None:
+        values = getattr(scheduler, "timesteps", None)
+        return None if values is None or number >= len(values) else _number(values[number])
+
+    def begin() -> None:
+        clock.restart()
+        clock.advance(value(0))
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        out = original(*args, **kwargs)
+        values = getattr(scheduler, "timesteps", None)
+        if values is not None and clock.number + 1 >= len(values):
+            begin()  # that was the last one
+        else:
+            clock.advance(value(clock.number + 1))
+        return out
+
+    def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+        out = reset(*args, **kwargs) if reset is not None else None
+        begin()
+        return out
+
+    replaced = {"step": step} | ({} if reset is None else {"set_timesteps": set_timesteps})
+    before = {name: scheduler.__dict__[name] for name in replaced if name in getattr(scheduler, "__dict__", {})}
+    for name, function in replaced.items():
+        setattr(scheduler, name, function)
+    begin()
+    try:
+        yield
+    finally:
+        for name in replaced:
+            if name in before:
+                setattr(scheduler, name, before[name])
+            else:
+                delattr(scheduler, name)

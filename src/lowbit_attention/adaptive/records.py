@@ -1,0 +1,272 @@
+"""`Observations`: what was measured of every call. Scores and histograms, never tensors; JSON in and out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from ..bench.shapes import Shape, parse_shape
+from ..errors import InvalidArgumentError
+from ..metrics import Metrics
+from ..recipe import Recipe
+from .clock import CallKey
+from .distributions import Distribution, Summary, new_distribution
+from .fingerprint import Fingerprint
+
+SCHEMA = 1
+FORMAT = "lowbit-attention observations"
+METRICS = ("cos_sim", "l1", "rmse", "score")
+
+
+@dataclass
+class Score:
+    """One recipe on one call, averaged over the times the call was seen; ``worst`` is the largest L1."""
+
+    count: int = 0
+    cos_sim: float = 0.0
+    l1: float = 0.0
+    rmse: float = 0.0
+    score: float = 0.0
+    worst: float = 0.0
+
+    def add(self, metrics: Metrics) -> None:
+        """Take one more measurement into the averages; one without rows (NaN) counts nothing."""
+        if not math.isnan(metrics.l1):
+            self._join(1, metrics.cos_sim, metrics.l1, metrics.rmse, metrics.score, metrics.l1)
+
+    def merge(self, other: Score) -> None:
+        """Take another's measurements into the averages."""
+        if other.count:
+            self._join(other.count, other.cos_sim, other.l1, other.rmse, other.score, other.worst)
+
+    def _join(self, count: int, cos_sim: float, l1: float, rmse: float, score: float, worst: float) -> None:
+        total = self.count + count
+        values = (("cos_sim", cos_sim), ("l1", l1), ("rmse", rmse), ("score", score))
+        for name, value in values:
+            mine: float = getattr(self, name)
+            setattr(self, name, mine + (value - mine) * count / total)
+        self.count, self.worst = total, max(self.worst, worst)
+
+
+@dataclass
+class Record:
+    """Everything known of one call. ``shape`` is that of the largest one seen."""
+
+    key: CallKey
+    shape: Shape
+    dtype: str
+    mask: str
+    count: int = 0
+    scores: dict[str, Score] = field(default_factory=dict)
+
+    def merge(self, other: Record) -> None:
+        """Add what was seen of the same call."""
+        if other.shape.flops > self.shape.flops:
+            self.shape = other.shape
+        self.count += other.count
+        for name, score in other.scores.items():
+            self.scores.setdefault(name, Score()).merge(score)
+
+
+@dataclass
+class Observations:
+    """Every observed call by its key, in the order of their first appearance.
+
+    candidates: the recipes that were scored, by name. like: whose numbers (a machine's name, or ``None``: what
+    `attention` ran there). distributions: of Q, K and V, by name. runs: how often step 0 was begun. seconds: spent in
+    attention itself, and in scoring.
+    """
+
+    candidates: dict[str, Recipe]
+    like: str | None = None
+    model: Fingerprint | None = None
+    records: dict[CallKey, Record] = field(default_factory=dict)
+    distributions: dict[str, Distribution] = field(default_factory=dict)
+    runs: int = 0
+    attention_seconds: float = 0.0
+    scoring_seconds: float = 0.0
+    library: str = __version__
+
+    @property
+    def names(self) -> list[str]:
+        """The calls' names, as first seen."""
+        return list(dict.fromkeys(key.name for key in self.records))
+
+    @property
+    def timesteps(self) -> list[float]:
+        """The timesteps, as first seen."""
+        return list(dict.fromkeys(key.timestep for key in self.records))
+
+    def mean(self, recipe: str, metric: str = "l1") -> float:
+        """A recipe's metric averaged over all calls; ``exact`` has no error."""
+        if recipe == "exact":
+            return 1.0 if metric in ("cos_sim", "score") else 0.0
+        values = [getattr(r.scores[recipe], metric) for r in self.records.values() if r.scores[recipe].count]
+        return math.fsum(values) / len(values) if values else math.nan
+
+    def merge(self, other: Observations) -> None:
+        """Add other prompts' observations.
+
+        Raises:
+            InvalidArgumentError: of another model, with other recipes, or scored as another machine.
+        """
+        if problems := self.conflicts(other.candidates, other.like, other.model):
+            raise InvalidArgumentError(f"these observations do not go together: {'; '.join(problems)}")
+        for key, record in other.records.items():
+            if key in self.records:
+                self.records[key].merge(record)
+            else:
+                self.records[key] = _copy(record)
+        for name, distribution in other.distributions.items():
+            mine = self.distributions.setdefault(name, new_distribution())
+            for tensor, stages in distribution.items():
+                for stage, summary in stages.items():
+                    mine[tensor][stage].merge(summary)
+        self.runs += other.runs
+        self.attention_seconds += other.attention_seconds
+        self.scoring_seconds += other.scoring_seconds
+
+    def conflicts(self, candidates: dict[str, Recipe], like: str | None, model: Fingerprint | None) -> list[str]:
+        """Why measurements of this kind cannot be added to these."""
+        found = []
+        if candidates != self.candidates:
+            found.append(f"recipes {', '.join(self.candidates)} and {', '.join(candidates)} (or their options) differ")
+        if like != self.like:
+            found.append(f"scored as {self.like} and as {like}")
+        if (model is None) != (self.model is None):
+            found.append("one of them with a model and the other without")
+        if model is not None and self.model is not None:
+            found += self.model.differences(model)
+        return found
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each call and recipe, for a CSV file."""
+        return [
+            {"name": key.name, "index": key.index, "timestep": key.timestep, "shape": r.shape.label, "dtype": r.dtype,
+             "mask": r.mask, "recipe": name, "count": s.count, "cos_sim": s.cos_sim, "l1": s.l1, "rmse": s.rmse,
+             "score": s.score, "worst_l1": s.worst}
+            for key, r in self.records.items()
+            for name, s in r.scores.items()
+        ]  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """The document that `save` writes."""
+        return {
+            "format": FORMAT,
+            "schema": SCHEMA,
+            "library": self.library,
+            "model": None if self.model is None else self.model.to_json(),
+            "like": self.like,
+            "runs": self.runs,
+            "attention_seconds": round(self.attention_seconds, 4),
+            "scoring_seconds": round(self.scoring_seconds, 4),
+            "recipes": [json.loads(r.to_json()) for r in self.candidates.values()],
+            "columns": ["count", *METRICS, "worst"],
+            "calls": [
+                {**key.as_dict(), "shape": r.shape.label, "dtype": r.dtype, "mask": r.mask, "count": r.count,
+                 "scores": {n: [s.count, *(getattr(s, m) for m in METRICS), s.worst] for n, s in r.scores.items()}}
+                for key, r in self.records.items()
+            ],
+            "distributions": {
+                name: {t: {stage: s.to_json() for stage, s in stages.items()} for t, stages in d.items()}
+                for name, d in self.distributions.items()
+            },
+        }  # fmt: skip
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON, a line for each call."""
+        write_lines(Path(path), self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Observations:
+        """What `save` wrote.
+
+        Raises:
+            InvalidArgumentError: no such file, or something else is in it.
+        """
+        data = read_document(Path(path), FORMAT, SCHEMA)
+        try:
+            recipes = [Recipe.from_json(json.dumps(r)) for r in data["recipes"]]
+            found = cls(
+                candidates={r.name: r for r in recipes},
+                like=data["like"],
+                model=None if data["model"] is None else Fingerprint.from_json(data["model"]),
+                runs=int(data["runs"]),
+                attention_seconds=float(data["attention_seconds"]),
+                scoring_seconds=float(data["scoring_seconds"]),
+                library=str(data["library"]),
+            )
+            for call in data["calls"]:
+                record = _record(call, found.candidates)
+                found.records[record.key] = record
+            for name, d in data["distributions"].items():
+                mine = found.distributions.setdefault(name, new_distribution())
+                for tensor, stages in mine.items():
+                    for stage in stages:
+                        stages[stage] = Summary.from_json(d[tensor][stage])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InvalidArgumentError(f"{path} is damaged: {error!r}") from None
+        return found
+
+
+def _copy(record: Record) -> Record:
+    fresh = Record(record.key, record.shape, record.dtype, record.mask)
+    fresh.merge(record)
+    return fresh
+
+
+def _record(call: dict[str, Any], recipes: Iterable[str]) -> Record:
+    key = CallKey(str(call["name"]), int(call["index"]), float(call["timestep"]))
+    record = Record(key, parse_shape(call["shape"]), str(call["dtype"]), str(call["mask"]), int(call["count"]))
+    known = list(recipes)
+    for name, numbers in call["scores"].items():
+        if name not in known:
+            raise ValueError(f"scores of {name!r}, which is none of its recipes")
+        count, *values = numbers
+        record.scores[name] = Score(int(count), *(float(v) for v in values))
+    if missing := [name for name in known if name not in record.scores]:
+        raise ValueError(f"{key} has no score of {', '.join(missing)}")
+    return record
+
+
+def read_document(path: Path, form: str, schema: int) -> dict[str, Any]:
+    """A JSON object of our own, as plain data.
+
+    Raises:
+        InvalidArgumentError: no such file, no JSON, another format or version.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InvalidArgumentError(f"no file {path}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InvalidArgumentError(f"{path} is no JSON file: {error}") from None
+    if not isinstance(data, dict) or data.get("format") != form:
+        what = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise InvalidArgumentError(f"{path} holds no {form}: its format is {what!r}")
+    if type(data.get("schema")) is not int or data["schema"] != schema:
+        raise InvalidArgumentError(f"{path} has schema {data.get('schema')!r}; this version reads {schema}")
+    return data
+
+
+def write_lines(path: Path, document: dict[str, Any]) -> None:
+    """JSON in which each entry of a list or object at the top has a line of its own; written whole or not at all."""
+    parts = []
+    for name, value in document.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            inner = ",\n".join("    " + json.dumps(entry, ensure_ascii=False) for entry in value)
+            parts.append(f"  {json.dumps(name)}: [\n{inner}\n  ]")
+        elif isinstance(value, dict) and value and all(isinstance(v, dict) for v in value.values()):
+            rows = (f"    {json.dumps(k, ensure_ascii=False)}: {json.dumps(v)}" for k, v in value.items())
+            parts.append(f"  {json.dumps(name)}: {{\n" + ",\n".join(rows) + "\n  }")
+        else:
+            parts.append(f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(path.name + ".part")
+    half.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    half.replace(path)
