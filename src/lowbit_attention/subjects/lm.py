@@ -11,6 +11,7 @@ from .language import BYTES, LanguageConfig, LanguageModel
 
 _CALIBRATION_SEED, _HELD_OUT_SEED = 1, 0
 _CALIBRATION_WINDOWS = 64
+"""Different ones, at most."""
 
 
 class LanguageSubject(Subject):
@@ -20,6 +21,7 @@ class LanguageSubject(Subject):
         model: a trained model; ``None`` loads the one in the package.
         context: bytes that a window predicts.
         windows: how many are judged; batch: how many run at once.
+        calibration_windows: in one run of `calibrate`.
         train, held_out: uint8 text; ``None`` reads this Python's standard library.
 
     Raises:
@@ -41,6 +43,7 @@ class LanguageSubject(Subject):
         context: int = 2048,
         windows: int = 8,
         batch: int = 4,
+        calibration_windows: int = 1,
         device: str | torch.device = "cpu",
         train: Tensor | None = None,
         held_out: Tensor | None = None,
@@ -51,16 +54,20 @@ class LanguageSubject(Subject):
         held_out = stdlib.load("held_out").text if held_out is None else held_out
         self._batch, self._device = batch, device
         self._windows = stdlib.windows(held_out, windows, context, _HELD_OUT_SEED)
-        self._calibration = stdlib.windows(train, _CALIBRATION_WINDOWS, context, _CALIBRATION_SEED)
+        count = min(_CALIBRATION_WINDOWS, (len(train) - 1) // context)
+        self._calibration = stdlib.windows(train, count, context, _CALIBRATION_SEED)
+        self._calibration_windows = calibration_windows
 
     @torch.no_grad()
     def _log_probabilities(self, windows: Tensor) -> Tensor:
         return self.model(windows[:, :-1].to(self._device)).float().log_softmax(dim=-1)  # type: ignore[no-any-return]
 
     def calibrate(self, number: int, restart: Restart) -> Tensor:
-        """Log-probabilities ``[1, N, 256]`` of one window of training text."""
+        """Log-probabilities ``[calibration_windows, N, 256]`` of training text."""
         restart()
-        return self._log_probabilities(self._calibration[number % _CALIBRATION_WINDOWS, None])
+        first = number * self._calibration_windows
+        chosen = torch.arange(first, first + self._calibration_windows) % len(self._calibration)
+        return self._log_probabilities(self._calibration[chosen])
 
     def distance(self, exact: Tensor, other: Tensor) -> float:
         """Mean KL divergence in bits a byte."""
