@@ -95,9 +95,10 @@ def verdicts(study: Study) -> list[str]:
         if row.group == "adaptive" and randoms(study, row.name):
             gains = {name: against(study, row.name, name, metric) for name in four}
             best = min(gains, key=lambda name: gains[name][0])
-            gain, luck = _better(gains[best], metric), _better(advantage(study, row.name, metric), metric)
+            share, gain = 100 * row.four_bits, _better(gains[best], metric)
+            luck = _better(advantage(study, row.name, metric), metric)
             found.append(
-                f"- `{row.name}` ({100 * row.four_bits:.0f} % of the calls at 4 bits) is {gain} than the best all-4-bit "
+                f"- `{row.name}` ({share:.0f} % of the calls at 4 bits) is {gain} than the best all-4-bit "
                 f"recipe, `{best}`, and {luck} than the mean of its random policies."
             )
     for name in four:
