@@ -12,12 +12,15 @@ from .observing import Observer, observe
 from .optimise import Option, Solution, frontier, minimise_time
 from .policy import Policy, PolicyMismatchError, PolicyWarning
 from .records import Observations, Record, Score
+from .report import write_report
 from .routing import Applied
 from .scoring import Sample
 from .sensitivity import Sensitivity, relative_l1, sensitivity
+from .subjects import SUBJECTS, Subject, find_subject
 from .tuning import tune
 
 __all__ = [
+    "SUBJECTS",
     "Applied",
     "CallKey",
     "Choice",
@@ -35,8 +38,10 @@ __all__ = [
     "Score",
     "Sensitivity",
     "Solution",
+    "Subject",
     "choose",
     "cost_table",
+    "find_subject",
     "frontier",
     "minimise_time",
     "observe",
@@ -44,4 +49,5 @@ __all__ = [
     "relative_l1",
     "sensitivity",
     "tune",
+    "write_report",
 ]

@@ -83,6 +83,10 @@ class Choice:
             raise InvalidArgumentError(f"{recipe!r} was not observed: {', '.join(self.observations.candidates)}")
         return self._with(dict.fromkeys(self.recipes, recipe), f"all {recipe}")
 
+    def measured_by(self, metric: Metric) -> Choice:
+        """The same recipes, their error in another metric."""
+        return replace(self, metric=metric)._with(dict(self.recipes), self.rule)
+
     def _with(self, recipes: dict[CallKey, str], rule: str) -> Choice:
         records = self.observations.records
         errors = [
@@ -347,7 +351,7 @@ class Chooser:
         """Whether 4 bits were on offer and none was taken."""
         four = {n for n, r in self.observations.candidates.items() if r.qk_bits == 4}
         if four & set(self.offered) and not four & set(recipes.values()):
-            return ["no call runs at 4 bits: within the budget they save no time"]
+            return ["no call runs at 4 bits: none both keeps to the rule and saves time"]
         return []
 
 

@@ -46,9 +46,11 @@ class Clock:
         self.number = -1
         """Of the step, from 0; −1 before a run's first step."""
         self.runs = 0
+        """In which there was a call."""
         self.by_hand = False
         """Whether `step` was ever called: then forwards of the model begin nothing."""
         self._counts: dict[str, int] = {}
+        self._fresh = True
 
     def step(self, timestep: float | None = None) -> None:
         """Begin a step: the timestep's value if you have one, else the steps are numbered 0, 1, …
@@ -63,18 +65,20 @@ class Clock:
         """`step`, by a hook."""
         value = float(self.number + 1) if timestep is None else _number(timestep)
         self.number, self.timestep = self.number + 1, value
-        self.runs += self.number == 0
         self._counts.clear()
 
     def restart(self) -> None:
         """Begin a new run (prompt): the next step is the first."""
         self.number, self.timestep = -1, 0.0
         self._counts.clear()
+        self._fresh = True
 
     def key(self, name: str | None) -> CallKey:
         """The key of the call that happens now: in module ``name``, or (``None``) ``call 0``, ``call 1``, …"""
         if self.number < 0:
             self.advance()
+        self.runs += self._fresh
+        self._fresh = False
         path = "" if name is None else name or ROOT
         index = self._counts.get(path, 0)
         self._counts[path] = index + 1

@@ -56,11 +56,12 @@ def minimise_time(groups: Groups, budget: float, most_labels: int = MOST_LABELS)
     """The options with the least total time whose total error is at most ``budget``.
 
     >>> exact, fast = Option("exact", 0.0, 2.0), Option("fast", 0.1, 1.0)
-    >>> minimise_time([[exact, fast], [exact, fast]], budget=0.15).picks
+    >>> minimise_time([[exact, fast], [exact, Option("faster", 0.1, 0.5)]], budget=0.15).picks
     (0, 1)
 
     Raises:
-        InvalidArgumentError: a group without options, a number that is not finite, or a budget below the least error.
+        InvalidArgumentError: a group without an option whose error is finite (others are never picked), a number
+            out of range, or a budget below the least error.
     """
     _check(groups)
     least = math.fsum(min(o.error for o in group) for group in groups)
@@ -100,18 +101,17 @@ Hull = list[tuple[int, Option]]
 
 def _check(groups: Groups) -> None:
     for number, group in enumerate(groups):
-        if not group:
-            raise InvalidArgumentError(f"group {number} has no option")
         for o in group:
-            if not (math.isfinite(o.error) and math.isfinite(o.seconds) and o.error >= 0 and o.seconds >= 0):
-                raise InvalidArgumentError(
-                    f"group {number}: {o} needs an error and a time that are finite and not negative"
-                )
+            if not (o.error >= 0 and 0 <= o.seconds < math.inf):
+                raise InvalidArgumentError(f"group {number}: {o} needs an error from 0 and a finite time from 0")
+        if not any(o.error < math.inf for o in group):
+            raise InvalidArgumentError(f"group {number} has no option with a finite error")
 
 
 def _undominated(group: Sequence[Option]) -> Hull:
     kept: Hull = []
-    for number, option in sorted(enumerate(group), key=lambda item: (item[1].error, item[1].seconds, item[0])):
+    usable = [item for item in enumerate(group) if item[1].error < math.inf]
+    for number, option in sorted(usable, key=lambda item: (item[1].error, item[1].seconds, item[0])):
         if not kept or option.seconds < kept[-1][1].seconds:
             kept.append((number, option))
     return kept

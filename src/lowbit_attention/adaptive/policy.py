@@ -139,7 +139,7 @@ class Policy:
                 {
                     **key.as_dict(),
                     "recipe": name,
-                    "scores": {n: round(s, 6) for n, s in self.scores.get(key, {}).items()},
+                    "scores": dict(self.scores.get(key, {})),
                 }
                 for key, name in self.routes.items()
             ],
@@ -206,7 +206,7 @@ def make_policy(choice: Choice, model: torch.nn.Module | None, default: str) -> 
         recipes={name: known.get(name) or find_recipe(name) for name in names},
         default=find_recipe(default).name,
         model=seen.model,
-        scores={key: {n: s.score for n, s in seen.records[key].scores.items()} for key in choice.recipes},
+        scores={key: {n: round(s.score, 6) for n, s in seen.records[key].scores.items()} for key in choice.recipes},
         about={
             "rule": choice.rule, "mode": choice.mode, "metric": choice.metric, "mean error": _finite(choice.error),
             "cost": choice.cost.name, "cost table": choice.cost.summary, "modelled seconds": _finite(choice.seconds),

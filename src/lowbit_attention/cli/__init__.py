@@ -10,7 +10,7 @@ import typer
 
 from .. import __version__
 from ..errors import LowbitError
-from . import bench, demo, doctor, evaluate, recipes, warmup
+from . import bench, calibrate, demo, doctor, evaluate, recipes, warmup
 
 app = typer.Typer(
     name="lowbit",
@@ -22,6 +22,7 @@ app = typer.Typer(
 
     * `lowbit demo` — a real model, every recipe, layer by layer
     * `lowbit evaluate` — your own tensors, or synthetic inputs that break things
+    * `lowbit calibrate` — measure a model call by call, choose a recipe for each, see it in a report
     * `lowbit bench` — how fast whole calls are here, ours and others'
     * `lowbit recipes` — what the recipes are
     * `lowbit doctor` — what is installed here and what can run
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.command)
 app.command("evaluate")(evaluate.command)
+app.command("calibrate")(calibrate.command)
 app.command("recipes")(recipes.command)
 app.command("doctor")(doctor.command)
 app.command("bench")(bench.command)

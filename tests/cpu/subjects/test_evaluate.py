@@ -12,9 +12,11 @@ import torch
 from study import UNIFORM, Row, Settings, Study, run
 
 from lowbit_attention import InvalidArgumentError
-from lowbit_attention.adaptive import observe
+from lowbit_attention.adaptive import Sample, observe
+from lowbit_attention.adaptive.calibrate import observe_subject
 from lowbit_attention.subjects import load_subject, weights
 from lowbit_attention.subjects.base import EndMetric
+from lowbit_attention.subjects.calibration import calibrated
 from lowbit_attention.subjects.diffusion import DiffusionConfig, DiffusionTransformer
 from lowbit_attention.subjects.dit import DiffusionSubject
 from lowbit_attention.subjects.language import LanguageConfig, LanguageModel
@@ -171,3 +173,12 @@ def test_the_diffusion_transformer_was_trained():
     assert float(out.std()) > 0.2  # pictures with contrast, and smooth as pictures are, which noise is not
     assert float((out[..., 1:] - out[..., :-1]).abs().mean()) < 0.5 * float(out.std())
     assert (weights.FOLDER / "dit.safetensors").stat().st_size <= 10_000_000
+
+
+@pytest.mark.parametrize("make", [language, diffusion])
+def test_the_command_can_calibrate_them(make):
+    subject = calibrated(make(), runs=2)
+    found = observe_subject(subject, ["sage2_4b"], sample=Sample(), like="sm_89", resume=None, progress=False)
+    steps = [0.0] if subject.timesteps is None else [0.0, 1.0, 2.0]
+    assert found.timesteps == steps
+    assert all(record.count == 2 for record in found.records.values())
