@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from rich.progress import track
 
 from lowbit_attention import RECIPES, Recipe, attention, budget, compare
 from lowbit_attention.ablations import ABLATIONS
+from lowbit_attention.adaptive.tuning import read_benchmark
 from lowbit_attention.cli.demo import DEFAULT_RECIPES
 from lowbit_attention.demo import study
 from lowbit_attention.demo.minilm import MiniLM
@@ -22,6 +24,7 @@ from lowbit_attention.demo.text import passages
 from lowbit_attention.machine import ACCUMULATOR_MODELS, DEFAULT_MACHINE, MACHINES
 from lowbit_attention.recipes import recipe
 from lowbit_attention.reference.attention import emulate
+from lowbit_attention.reference.exact import exact as exact_attention
 from lowbit_attention.reference.quantize import pack
 from lowbit_attention.report import plots
 from lowbit_attention.report.files import write_json
@@ -31,6 +34,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 ERRORS_FILE = ROOT / "src/lowbit_attention/data/family_errors.json"
 NOTE = "<!-- Written by tools/make_tables.py; do not edit. -->\n\n"
+
+_OWN_PAGES = ("recipes", "remedies")
+"""Ablations that have a page of their own."""
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
@@ -122,14 +128,91 @@ def ablations_page() -> None:
         q, k, v = make(family, heads=heads, length=length)
         exact = attention(q.double(), k.double(), v.double(), recipe="exact")
         for name, table in ABLATIONS.items():
-            if name != "recipes":
+            if name not in _OWN_PAGES:
                 for label, r in table.recipes().items():
                     results[name, label, family] = compare(exact, attention(q, k, v, recipe=r)).l1
     for name, table in ABLATIONS.items():
-        if name != "recipes":
+        if name not in _OWN_PAGES:
             rows = [[label, *(f"{results[name, label, f]:.4f}" for f in FAMILIES)] for label in table.rows]
             text += f"\n## {table.title} (`{name}`)\n\n" + markdown(("", *FAMILIES), rows)
     (DOCS / "ablations.md").write_text(text, encoding="utf-8")
+
+
+_APART = 64
+"""Of so many tokens one, the most outlying, is kept apart."""
+
+
+def apart(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, r: Recipe) -> torch.Tensor:
+    """Attention whose outlying tokens of K and V are exact and whose others run ``r``, joined by their log-sum-exps."""
+    batch, heads, length, _ = k.shape
+    sizes = [(x - x.mean(dim=2, keepdim=True)).abs().amax(dim=-1) for x in (k, v)]
+    outlying = torch.stack([s / s.median(dim=2, keepdim=True).values for s in sizes]).amax(dim=0)
+    order = outlying.argsort(dim=2, descending=True)
+    count = length // _APART
+    first, rest = (part.sort(dim=2).values[..., None] for part in (order[..., :count], order[..., count:]))
+
+    def some(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return x.gather(2, tokens.expand(batch, heads, tokens.shape[2], x.shape[3]))
+
+    out, lse = exact_attention(q, some(k, first), some(v, first), sm_scale=q.shape[3] ** -0.5)
+    quantised = emulate(q, some(k, rest), some(v, rest), r, sm_scale=q.shape[3] ** -0.5)
+    share = torch.sigmoid(lse - quantised.lse)[..., None]
+    return out * share + quantised.out * (1 - share)
+
+
+def remedies_page() -> None:
+    """docs/remedies.md: what helps layers that stay bad, on synthetic families and MiniLM's layers."""
+    table = ABLATIONS["remedies"]
+    methods: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+        label: partial(attention, recipe=r) for label, r in table.recipes().items()
+    }
+    for bits, name in ((4, "sage2_4b"), (8, "sage2_8b")):
+        methods[f"{bits} bits, 1 token in {_APART} of K and V apart"] = partial(apart, r=RECIPES[name])
+    methods = {label: methods[label] for label in sorted(methods, key=lambda label: label[0])}
+    inputs = {family: make(family, heads=4, length=2048) for family in FAMILIES}
+    inputs |= {f"MiniLM {n}": qkv for n, qkv in enumerate(_minilm_tensors())}
+    errors: dict[tuple[str, str], float] = {}
+    for name, (q, k, v) in track(inputs.items(), "remedies"):
+        exact = attention(q.double(), k.double(), v.double(), recipe="exact")
+        for label, method in methods.items():
+            errors[label, name] = compare(exact, method(q, k, v)).l1
+    text = "# Remedies for layers that stay bad\n\n" + NOTE
+    text += (
+        "Relative L1 against exact attention (float64), emulated like sm_89. "
+        "`lowbit evaluate --family all --table remedies --length 2048` prints the first table but its rows with tokens "
+        "kept apart, which are no recipe: the outlying tokens' attention is exact and joined by the log-sum-exps.\n"
+    )
+    groups = (
+        ("1 × 4 heads × 2048 × 128, synthetic", list(FAMILIES)),
+        ("MiniLM's layers, a chunk of 512 tokens", [n for n in inputs if n not in FAMILIES]),
+    )
+    for title, names in groups:
+        rows = [[label, *(f"{errors[label, name]:.4f}" for name in names)] for label in methods]
+        text += f"\n## {title}\n\n" + markdown(("", *names), rows)
+    (DOCS / "remedies.md").write_text(text, encoding="utf-8")
+
+
+def _minilm_tensors() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Q, K and V of each layer reading one chunk."""
+    found = []
+
+    def remember(
+        name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, sm_scale: float
+    ) -> torch.Tensor:
+        found.append((q, k, v))
+        return attention(q, k, v, recipe="exact", attn_mask=mask, sm_scale=sm_scale)
+
+    model = MiniLM()
+    with model.attention_by(remember):
+        model.embed(model.tokenize(passages(1), length=512))
+    return found
+
+
+def costs() -> None:
+    """data/sm_90_costs.json: what the benchmarks on Hopper measured."""
+    write_json(
+        ROOT / "src/lowbit_attention/data/sm_90_costs.json", read_benchmark(ROOT / "benchmarks/results/h200.csv")
+    )
 
 
 def fidelity_page() -> None:
@@ -239,6 +322,8 @@ PARTS: dict[str, Callable[[], None]] = {
     "recipes": recipes_page,
     "ablations": ablations_page,
     "fidelity": fidelity_page,
+    "remedies": remedies_page,
+    "costs": costs,
     "pictures": pictures,
 }
 

@@ -4,6 +4,8 @@ from ._version import __version__
 from .api import attention, attention_varlen, explain
 from .errors import InvalidArgumentError, InvalidRecipeError, LowbitError, MissingExtraError, UnsupportedError
 from .granularity import PerBlock, PerChannel, PerChannelAndKeyTile, PerTensor, PerThread, PerToken, PerWarp
+from .integrations.call_report import CallReport
+from .integrations.torch_sdpa import disable_sdpa, enable_sdpa, sdpa_enabled
 from .machine import AccumulatorModel, Geometry, Machine
 from .metrics import Metrics, compare
 from .recipe import Recipe
@@ -15,6 +17,7 @@ __all__ = [
     "RECIPES",
     "AccumulatorModel",
     "AllTokens",
+    "CallReport",
     "Geometry",
     "InvalidArgumentError",
     "InvalidRecipeError",
@@ -39,8 +42,11 @@ __all__ = [
     "attention",
     "attention_varlen",
     "compare",
+    "disable_sdpa",
+    "enable_sdpa",
     "explain",
     "make_sdpa",
     "recipe",
     "sdpa",
+    "sdpa_enabled",
 ]

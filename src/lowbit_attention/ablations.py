@@ -93,6 +93,30 @@ ABLATIONS: dict[str, Ablation] = {
                 "FP16, 512 keys, restarted, smooth V": "fast_8b",
             },
         ),
+        Ablation(
+            "remedies",
+            "For layers that stay bad: what else can be done before taking exact attention",
+            {
+                "4 bits": "sage2_4b",
+                "4 bits, rotation": "sage2_4b:rotation=hadamard",
+                "4 bits, smooth V": "sage2_4b:smooth_v=true",
+                "4 bits, V scales per key tile": "sage2_4b:v_granularity=per_channel_and_key_tile",
+                "4 bits, FP16 P·V": "int8_fp16:qk_bits=4,smooth_q=true",
+                "4 bits, u8 P·V": "int8_u8:qk_bits=4,smooth_q=true",
+                "4 bits, rotation, FP16 P·V": "int8_fp16:qk_bits=4,smooth_q=true,rotation=hadamard",
+                "8 bits": "sage2_8b",
+                "8 bits, smooth Q": "sage2_8b:smooth_q=true",
+                "8 bits, rotation": "sage2_8b:rotation=hadamard",
+                "8 bits, smooth V": "sage2_8b:smooth_v=true",
+                "8 bits, V scales per key tile": "sage2_8b:v_granularity=per_channel_and_key_tile",
+                "8 bits, u8 P·V": "int8_u8",
+                "8 bits, FP16 P·V": "int8_fp16",
+                "8 bits, smooth Q, rotation, FP16 P·V": "int8_fp16:smooth_q=true,rotation=hadamard",
+                "8 bits, (448, 2.25)": "sage2pp_8b:p_max=448,v_max=2.25",
+                "8 bits, (224, 4.5)": "sage2pp_8b",
+                "8 bits, (112, 9)": "sage2pp_8b:p_max=112,v_max=9",
+            },
+        ),
     )
 }
 """Every ablation table, by name."""

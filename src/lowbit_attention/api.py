@@ -22,6 +22,9 @@ Layout = Literal["HND", "NHD"]
 CausalAlignment = Literal["bottom_right", "top_left"]
 
 
+Training = Literal["refuse", "exact"]
+
+
 class _Options(TypedDict, total=False):
     """What `attention` and `attention_varlen` share, for the type checker."""
 
@@ -35,6 +38,7 @@ class _Options(TypedDict, total=False):
 class _AttentionOptions(_Options, total=False):
     attn_mask: Tensor | None
     layout: Layout
+    training: Training
 
 
 @overload
@@ -58,6 +62,7 @@ def attention(
     layout: Layout = "HND",
     return_lse: bool = False,
     like: str | Machine | None = None,
+    training: Training = "refuse",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention ``softmax(sm_scale · Q Kᵀ + mask) V``, quantised as ``recipe`` says.
 
@@ -79,6 +84,8 @@ def attention(
         return_lse: return the log-sum-exp, too.
         like: whose numbers an emulation gives: ``"sm_80"``, ``"sm_86"``, ``"sm_89"`` (the default), ``"sm_90a"``,
             ``"sm_120a"``, or a `Machine`. Only with a named, quantising recipe.
+        training: a call whose gradients autograd would record is an error with a quantising recipe (``"refuse"``), or
+            runs exact attention instead, by torch and with gradients (``"exact"``).
     Returns:
         The output in q's dtype and layout (``Dv`` last, contiguous); with ``return_lse`` also the natural logarithm of
         the softmax's denominator, float32 ``[B, Hq, Nq]`` in both layouts. A row that sees no key gives 0 and −inf.
@@ -95,7 +102,8 @@ def attention(
         InvalidRecipeError: an unknown recipe or option, or a contradiction.
         UnsupportedError: nothing can run the call (a gradient of a quantised recipe, say), with every reason.
     """
-    if _goes_through_the_op(q, k, v, attn_mask):
+    recipe, like = for_training(training, recipe, like, q, k, v, attn_mask)
+    if goes_through_the_op(q, k, v, attn_mask):
         out, lse = ops.attention(
             q, k, v, attn_mask, recipe, is_causal, causal_alignment, sm_scale, layout, return_lse, like
         )
@@ -120,14 +128,20 @@ def run_attention(
     key: tuple[object, ...] | None = None
     known = None
     try:
-        if attn_mask is None and like is None and not wants_grad(q, k, v):
+        plain = type(q) is type(k) is type(v) is Tensor and torch._C._functorch.peek_interpreter_stack() is None
+        if plain and attn_mask is None and like is None and not wants_grad(q, k, v):
             key = (
                 q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, recipe,
+                q.layout, k.layout, v.layout,
                 is_causal, causal_alignment, sm_scale, layout, return_lse,
                 type(is_causal), type(return_lse), type(sm_scale),  # (1 equals True and 1.0, and is refused or not)
             )  # fmt: skip
             known = _calls.get(key)
-    except (AttributeError, TypeError):  # no tensor, or an argument that cannot be hashed: the checks say which
+    except (
+        AttributeError,
+        TypeError,
+        RuntimeError,
+    ):  # no tensor, a nested one, what cannot be hashed: checks say which
         key = None
     if known is not None:
         scale, request, mask = *known, None
@@ -142,7 +156,7 @@ def run_attention(
                 _calls.clear()
             _calls[key] = scale, request
     choice = choose(request)
-    out, lse = choice.implementation.run(q, k, v, mask, scale, request, choice.recipe)
+    out, lse = choice.run(q, k, v, mask, scale, request)
     if layout == "NHD":
         out = out.transpose(1, 2)
     out = out.contiguous()
@@ -154,9 +168,22 @@ _calls: dict[tuple[object, ...], tuple[float, Request]] = {}
 """The scale and the request of calls that passed every check, by all that those look at: most calls are repeated."""
 
 
-def _goes_through_the_op(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> bool:
+def goes_through_the_op(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> bool:
     """Whether the call is traced, or its tensors hold no data: then one operator stands for it (`ops`)."""
-    return (torch.compiler.is_compiling() and not wants_grad(q, k, v, attn_mask)) or isinstance(q, FakeTensor)
+    if torch.compiler.is_compiling():
+        return not wants_grad(q, k, v, attn_mask)
+    return isinstance(q, FakeTensor) or (isinstance(q, Tensor) and q.is_meta)
+
+
+def for_training(
+    training: str, recipe: str | Recipe, like: str | Machine | None, *tensors: Tensor | None
+) -> tuple[str | Recipe, str | Machine | None]:
+    """The recipe and machine that a call gets whose ``training`` is "refuse" or "exact"."""
+    if training != "refuse":
+        checks.check_choice("training", training, checks.TRAINING)
+        if wants_grad(*tensors):
+            return "exact", None
+    return recipe, like
 
 
 def explain(
@@ -172,6 +199,7 @@ def explain(
     layout: Layout = "HND",
     return_lse: bool = False,
     like: str | Machine | None = None,
+    training: Training = "refuse",
 ) -> Explanation:
     """Which implementation and recipe `attention` would run for these arguments, and why not the others.
 
@@ -182,6 +210,7 @@ def explain(
     Raises:
         InvalidArgumentError: as `attention`; a call that nothing can run is explained, not refused.
     """
+    recipe, like = for_training(training, recipe, like, q, k, v, attn_mask)
     *_, request = _attention_request(
         q, k, v, recipe, is_causal, causal_alignment, attn_mask, sm_scale, layout, return_lse, like
     )
@@ -260,7 +289,7 @@ def attention_varlen(
             is_causal=is_causal, bottom_right=causal_alignment != "top_left", return_lse=return_lse,
         )  # fmt: skip
         choice = choose(request)
-        out, lse = choice.implementation.run(one_q, one_k, one_v, None, scale, request, choice.recipe)
+        out, lse = choice.run(one_q, one_k, one_v, None, scale, request)
         outs.append(out[0].transpose(0, 1))
         lses += [_promised(lse, choice)[0]] if return_lse else []
     packed = torch.cat(outs)

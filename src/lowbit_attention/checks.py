@@ -8,12 +8,18 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .errors import InvalidArgumentError
 
 LAYOUTS = ("HND", "NHD")
 CAUSAL_ALIGNMENTS = ("bottom_right", "top_left")
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TRAINING = ("refuse", "exact")
+TRANSFORMED = (
+    "is inside torch.func.vmap, grad or another transform, which this library does not support; "
+    "for vmap, give the mapped dimension as a batch dimension"
+)
 
 
 def fail(message: str) -> NoReturn:
@@ -52,6 +58,19 @@ def resolve_scale(name: str, value: float | None, head_dim: int) -> float:
     return float(value)
 
 
+def check_kind(name: str, t: Tensor) -> None:
+    """A tensor whose elements lie in its own memory by strides: what a kernel, and an emulation, can read."""
+    if torch.compiler.is_compiling():  # (the operator sees what is left after tracing)
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(t):
+        fail(f"{name} {TRANSFORMED}")
+    if t.is_nested or t.layout is not torch.strided:
+        kind = "nested" if t.is_nested else str(t.layout).removeprefix("torch.")
+        fail(f"{name} is a {kind} tensor; attention_varlen takes sequences of different lengths")
+    if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not isinstance(t, FakeTensor):
+        fail(f"{name} is a {type(t).__name__}, a tensor subclass that dispatches by itself; give its plain tensor")
+
+
 def _named(q: Any, k: Any, v: Any) -> tuple[tuple[str, Any], ...]:
     return (("q", q), ("k", k), ("v", v))
 
@@ -61,6 +80,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, dims: int, axes: str) -> None
     for name, t in _named(q, k, v):
         if not isinstance(t, Tensor):
             fail(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        check_kind(name, t)
         if t.dim() != dims:
             fail(f"{name} must have {dims} dimensions {axes}, got shape {tuple(t.shape)}")
         if t.dtype not in FLOAT_DTYPES:
@@ -104,6 +124,7 @@ def check_mask(mask: Any, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor
         return None
     if not isinstance(mask, Tensor):
         fail(f"attn_mask must be a torch.Tensor or None, got {type(mask).__name__}")
+    check_kind("attn_mask", mask)
     if mask.dtype != torch.bool and mask.dtype not in FLOAT_DTYPES:
         fail(f"attn_mask must be bool (True: may see) or floating (added to the logits), got {mask.dtype}")
     if mask.device != q.device:

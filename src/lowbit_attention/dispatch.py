@@ -9,9 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from operator import is_
 
+import torch
+from torch import Tensor
+
 from .budget import outside_reasons
 from .errors import UnsupportedError
-from .implementations import Implementation
+from .implementations import Implementation, Output, TorchSDPA, inference_only
 from .recipe import Recipe
 from .recipes import EXACT
 from .registry import IMPLEMENTATIONS
@@ -38,6 +41,13 @@ class Choice:
 
     implementation: Implementation
     recipe: Recipe
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sm_scale: float, request: Request) -> Output:
+        """Run it, with autocast off: it would round what an implementation computes on purpose."""
+        if torch.is_autocast_enabled(q.device.type):
+            with torch.autocast(q.device.type, enabled=False):
+                return self.implementation.run(q, k, v, mask, sm_scale, request, self.recipe)
+        return self.implementation.run(q, k, v, mask, sm_scale, request, self.recipe)
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,8 @@ def choose(request: Request) -> Choice:
     Raises:
         UnsupportedError: with every implementation's every reason, if none can run it.
     """
+    if request.needs_grad and torch.compiler.is_compiling():
+        return _traced(request)
     known = _known.get(id(request))
     if known is not None and known[0] is request and _same(known[1]):
         return known[2]
@@ -83,6 +95,21 @@ def choose(request: Request) -> Choice:
     return choice
 
 
+def _traced(request: Request) -> Choice:
+    """`choose` for a call with gradients that torch.compile traces: only torch's own function can run it.
+
+    Raises:
+        UnsupportedError: it cannot.
+    """
+    recipe = request.recipe or EXACT
+    if reasons := _TORCH.not_supported_reasons(request, recipe):
+        others = {"kernels and emulation": tuple(inference_only(request))} if not recipe.is_exact else {}
+        message = f"no implementation can run this call with recipe {recipe} ({request})"
+        raise UnsupportedError(message, others | {_TORCH.name: reasons})
+    return Choice(_TORCH, recipe)
+
+
+_TORCH = TorchSDPA()
 _MOST_KNOWN = 4096
 _known: dict[int, tuple[Request, tuple[Implementation, ...], Choice]] = {}
 """Choices by the identity of the request, which `api` keeps for calls that are alike."""

@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .machine import DEFAULT_MACHINE
@@ -19,6 +18,9 @@ from .request import Request
 
 MAX_HEAD_DIM = 256
 """The largest head dimension of quantised attention."""
+
+torch_sdpa = torch._C._nn.scaled_dot_product_attention
+"""Torch's own function, whatever ``torch.nn.functional`` has been told to call instead (`integrations.intercept`)."""
 
 Output = tuple[Tensor, Tensor | None]
 
@@ -84,6 +86,8 @@ class TorchSDPA(Implementation):
     ) -> Output:
         if request.batch == 0 or request.q_heads == 0:  # torch 2.11 divides by the number of heads and dies
             return q.new_zeros(*q.shape[:3], v.shape[3]), None
+        if sm_scale <= 0:  # torch scales after it has hidden keys, and −∞ · 0 is NaN, −∞ · −1 is ∞
+            q, sm_scale = (-q, -sm_scale) if sm_scale < 0 else (q * 0.0, 1.0)
         group = request.q_heads // request.kv_heads
         if group > 1:  # (enable_gqa came with torch 2.5)
             k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
@@ -91,9 +95,7 @@ class TorchSDPA(Implementation):
         if is_causal and (mask is not None or request.causal_offset != 0):
             visible = q.new_ones(request.q_len, request.kv_len, dtype=torch.bool).tril(request.causal_offset or 0)
             mask, is_causal = _and_visible(mask, visible), False
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=request.dropout_p, is_causal=is_causal, scale=sm_scale
-        )
+        out = torch_sdpa(q, k, v, attn_mask=mask, dropout_p=request.dropout_p, is_causal=is_causal, scale=sm_scale)
         if mask is not None and request.kv_len:  # torch below 2.5 gives NaN for a row that sees no key
             out = out.masked_fill(_hides_all(mask), 0.0)
         return out, None
@@ -118,7 +120,7 @@ def _takes(mask_dtype: torch.dtype | None, dtype: torch.dtype) -> bool:
         return False
     q = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16)
     try:
-        F.scaled_dot_product_attention(q, q, q, attn_mask=torch.zeros(1, 1, dtype=mask_dtype))
+        torch_sdpa(q, q, q, attn_mask=torch.zeros(1, 1, dtype=mask_dtype))
     except RuntimeError:
         return False
     return True

@@ -6,22 +6,30 @@ In eager mode `attention` runs without it: an operator costs the host 6–10 µs
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import lru_cache
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from .checks import TRANSFORMED
 from .errors import InvalidArgumentError
 from .machine import Machine
 from .recipe import Recipe
 
-_LIBRARY: Any = torch.library.Library("lowbit_attention", "DEF")  # type: ignore[no-untyped-call]
-_LIBRARY.define(
+LIBRARY: Any = torch.library.Library("lowbit_attention", "DEF")  # type: ignore[no-untyped-call]
+LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, str recipe, bool is_causal, str? causal_alignment, "
     "float? sm_scale, str layout, bool return_lse, str? like) -> (Tensor, Tensor)"
 )
 
 Run = Callable[..., Any]
+
+
+@lru_cache(maxsize=256)
+def parse_recipe(text: str) -> str | Recipe:
+    """What crossed as text: a `Recipe` from its JSON form, or a name."""
+    return Recipe.from_json(text) if text.startswith("{") else text
 
 
 def implement(run: Run) -> None:
@@ -31,11 +39,11 @@ def implement(run: Run) -> None:
         q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, recipe: str, *options: Any
     ) -> tuple[Tensor, Tensor]:
         is_causal, causal_alignment, sm_scale, layout, return_lse, like = options
-        chosen = Recipe.from_json(recipe) if recipe.startswith("{") else recipe
+        chosen = parse_recipe(recipe)
         result = run(q, k, v, chosen, is_causal, causal_alignment, attn_mask, sm_scale, layout, return_lse, like)
         return result if return_lse else (result, q.new_empty(0, dtype=torch.float32))
 
-    _LIBRARY.impl("attention", implementation, "CompositeExplicitAutograd")
+    LIBRARY.impl("attention", implementation, "CompositeExplicitAutograd")
 
 
 def _fake(
@@ -49,7 +57,14 @@ def _fake(
     return out, q.new_empty(lse, dtype=torch.float32)
 
 
-torch.library.register_fake("lowbit_attention::attention", _fake, lib=_LIBRARY)
+torch.library.register_fake("lowbit_attention::attention", _fake, lib=LIBRARY)
+
+
+def _vmap(info: object, in_dims: object, *arguments: object) -> NoReturn:
+    raise InvalidArgumentError(f"the call {TRANSFORMED}")
+
+
+torch.library.register_vmap("lowbit_attention::attention", _vmap, lib=LIBRARY)
 
 
 def attention(

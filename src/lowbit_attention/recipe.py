@@ -103,6 +103,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if reasons := contradictions(self):
             raise InvalidRecipeError(f"recipe {self.name!r}", reasons)
+        # Written now, because torch.compile cannot trace the writing, and the operator takes text.
+        data = {"schema": SCHEMA_VERSION, "name": self.name, "summary": self.summary, **self.options()}
+        object.__setattr__(self, "_json", json.dumps(data))
 
     @property
     def quantises_qk(self) -> bool:
@@ -167,9 +170,8 @@ class Recipe:
 
     def to_json(self, indent: int | None = None) -> str:
         """The recipe as a JSON object with its schema version."""
-        return json.dumps(
-            {"schema": SCHEMA_VERSION, "name": self.name, "summary": self.summary, **self.options()}, indent=indent
-        )
+        text: str = self._json  # type: ignore[attr-defined]  # (no field: it says nothing that the fields do not)
+        return text if indent is None else json.dumps(json.loads(text), indent=indent)
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:

@@ -74,4 +74,4 @@ def device_name(device: torch.device) -> str:
 
 def wants_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd would record a computation on these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)

@@ -33,6 +33,15 @@ def test_readme_python_runs(capsys):
     assert "runs: " in out
 
 
+def test_the_examples_of_the_adaptive_page_run(capsys):
+    text = (ROOT / "docs/adaptive.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python runs\n(.*?)```", text, flags=re.S)
+    exec(compile(block, "docs/adaptive.md", "exec"), {})
+    shares = capsys.readouterr().out
+    assert "sage2pp_4b" in shares
+    assert "sage2pp_8b" in shares
+
+
 COMMANDS = re.findall(r"^lowbit ([^#\n]*)", README, flags=re.M)
 
 
@@ -54,7 +63,8 @@ def test_readme_commands_run(command, tmp_path, monkeypatch, capsys):
 
 
 def test_there_are_commands_in_the_readme():
-    assert {command.split()[0] for command in COMMANDS} == {"evaluate", "recipes", "doctor", "bench", "warmup"}
+    wanted = {"evaluate", "recipes", "doctor", "bench", "warmup", "calibrate"}
+    assert {command.split()[0] for command in COMMANDS} == wanted
 
 
 def test_the_page_of_recipes_is_current():

@@ -118,7 +118,7 @@ class Choice:
             f" ({self.exact_seconds / self.seconds:.2f}×)"
             * (self.seconds > 0)
             + f" by {self.cost.name}: {self.cost.summary}",
-            f"mean error ({self.metric}) {self.error:.5f}",
+            f"{'predicted effect' if self.metric == 'effect' else f'mean error ({self.metric})'} {self.error:.5f}",
         ]
         if not math.isnan(self.bound):
             away = (self.seconds - self.bound) / self.seconds if self.seconds else 0.0
@@ -213,9 +213,12 @@ class Chooser:
         recipes: Sequence[str] | None,
         pair: bool = False,
     ) -> None:
-        scored = {k: r for k, r in observations.records.items() if all(s.count for s in r.scores.values())}
+        everything = observations.records
+        scored = {k: r for k, r in everything.items() if not r.problem and all(s.count for s in r.scores.values())}
+        problems = [r.problem for r in everything.values() if r.problem]
         if not scored:
-            raise InvalidArgumentError("nothing was observed: no attention call with a row that counts")
+            why = f": {problems[0]}" if problems else ": no attention call with a row that counts"
+            raise InvalidArgumentError(f"nothing was observed that a recipe could be chosen for{why}")
         self.observations, self.table, self.mode, self.metric = observations, table, mode, metric
         self.records = scored
         self.notes: list[str] = []
@@ -223,9 +226,11 @@ class Chooser:
         self.groups = _groups(list(scored), mode)
         self.effects = effects
         self._factors = {name: self._effect_errors(name) for name in self.offered} if effects else {}
-        unscored = len(observations.records) - len(scored)
-        if unscored:
-            self.notes.append(f"{unscored} calls had no row that counts; they are not in the choice")
+        if problems:
+            first = " ".join(problems[0].split())
+            self.notes.append(f"{len(problems)} calls are not in the choice, as no candidate runs them all: {first}")
+        if unscored := len(everything) - len(scored) - len(problems):
+            self.notes.append(f"{unscored} calls are not in the choice, as no row of theirs counts")
 
     def _offered(self, recipes: Sequence[str] | None, pair: bool) -> list[str]:
         known = self.observations.candidates

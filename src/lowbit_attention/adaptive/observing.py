@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..bench.shapes import Shape
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, UnsupportedError
 from ..integrations.intercept import intercepted
 from ..machine import Machine, resolve_machine
 from ..recipe import Recipe
@@ -57,12 +57,13 @@ class Observer:
         begin = _now(args)
         out: Tensor = original(*args, **kwargs)
         middle = _now(args)
-        self._score(key, Call.of(*args, **kwargs))
+        dropout = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
+        self._score(key, Call.of(*args, **kwargs), dropout)
         self.observations.attention_seconds += middle - begin
         self.observations.scoring_seconds += _now(args) - middle
         return out
 
-    def _score(self, key: CallKey, call: Call) -> None:
+    def _score(self, key: CallKey, call: Call, dropout: float) -> None:
         if 0 in call.q.shape or 0 in call.k.shape or 0 in call.v.shape:
             return
         seen = self.observations
@@ -78,9 +79,15 @@ class Observer:
             seen.records[key] = record
         turn = record.count + key.index + round(key.timestep)
         sampled = take(call, self._sample, self._tile, turn)
-        for name, metrics in score(sampled, list(seen.candidates.values()), self._machine).items():
-            record.scores[name].add(metrics)
         record.count += 1
+        if not record.problem:
+            try:
+                if dropout:
+                    raise UnsupportedError(f"it has dropout ({dropout}), as a model in training has")
+                for name, metrics in score(sampled, list(seen.candidates.values()), self._machine).items():
+                    record.scores[name].add(metrics)
+            except UnsupportedError as error:  # float64, a head dimension above 256: such a call stays exact
+                record.problem = str(error)
         if (shape := _shape(call)).flops > record.shape.flops:
             record.shape = shape
         looked = self._looked.get(key.name, 0)
@@ -160,9 +167,11 @@ def observe(
 
 
 def _bar() -> Any:
-    from ..cli.common import progress
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-    return progress()
+    columns = TextColumn("{task.description}"), TextColumn("{task.completed:g} calls"), TimeElapsedColumn()
+    return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 def _now(args: tuple[Any, ...]) -> float:

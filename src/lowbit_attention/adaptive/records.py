@@ -55,7 +55,7 @@ class Score:
 
 @dataclass
 class Record:
-    """Everything known of one call. ``shape`` is that of the largest one seen."""
+    """Everything known of one call. ``shape``: of the largest one seen. ``problem``: why recipes cannot run it."""
 
     key: CallKey
     shape: Shape
@@ -63,12 +63,14 @@ class Record:
     mask: str
     count: int = 0
     scores: dict[str, Score] = field(default_factory=dict)
+    problem: str = ""
 
     def merge(self, other: Record) -> None:
         """Add what was seen of the same call."""
         if other.shape.flops > self.shape.flops:
             self.shape = other.shape
         self.count += other.count
+        self.problem = self.problem or other.problem
         for name, score in other.scores.items():
             self.scores.setdefault(name, Score()).merge(score)
 
@@ -168,8 +170,11 @@ class Observations:
             "recipes": [json.loads(r.to_json()) for r in self.candidates.values()],
             "columns": ["count", *METRICS, "worst"],
             "calls": [
-                {**key.as_dict(), "shape": r.shape.label, "dtype": r.dtype, "mask": r.mask, "count": r.count,
-                 "scores": {n: [s.count, *(getattr(s, m) for m in METRICS), s.worst] for n, s in r.scores.items()}}
+                {
+                    **key.as_dict(), "shape": r.shape.label, "dtype": r.dtype, "mask": r.mask, "count": r.count,
+                    "problem": r.problem,
+                    "scores": {n: [s.count, *(getattr(s, m) for m in METRICS), s.worst] for n, s in r.scores.items()},
+                }
                 for key, r in self.records.items()
             ],
             "distributions": {
@@ -223,6 +228,7 @@ def _copy(record: Record) -> Record:
 def _record(call: dict[str, Any], recipes: Iterable[str]) -> Record:
     key = CallKey(str(call["name"]), int(call["index"]), float(call["timestep"]))
     record = Record(key, parse_shape(call["shape"]), str(call["dtype"]), str(call["mask"]), int(call["count"]))
+    record.problem = str(call.get("problem", ""))
     known = list(recipes)
     for name, numbers in call["scores"].items():
         if name not in known:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..integrations.intercept import intercepted
 from ..machine import Machine
-from ..sdpa import SDPA, _leading, make_sdpa
+from ..sdpa import SDPA, as_autocast, leading, make_sdpa
 from .clock import ROOT, Clock, driven
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ def _operator(
     enable_gqa: bool = False,
 ) -> Tensor:
     """One call in compiled code: an operator, so that the recipe is looked up when the code runs."""
+    query, key, value, attn_mask = as_autocast(query, key, value, attn_mask)
     out: Tensor = torch.ops.lowbit_attention.routed(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, number, path
     )
@@ -142,7 +143,7 @@ def _routed(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
-    lead, _ = _leading(query, key, value, options[4])
+    lead, _ = leading(query, key, value, options[4])
     return query.new_empty(*lead, query.shape[-2], value.shape[-1])
 
 

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from ..api import attention
-from ..checks import check_hnd, check_tensors, resolve_scale
 from ..errors import InvalidArgumentError
 from ..machine import DEFAULT_MACHINE, Machine
 from ..metrics import Metrics, compare
 from ..recipe import Recipe
 from ..reference.exact import exact
 from ..reference.masks import Masking, valid_keys
-from ..sdpa import _check, _flatten, _flatten_mask, _leading
+from ..sdpa import make_call
 
 _TURN = (math.sqrt(5) - 1) / 2
 """The golden ratio: multiples of it, mod 1, are evenly spread however many there are."""
@@ -80,13 +79,10 @@ class Call:
         """
         if unknown:
             raise InvalidArgumentError(f"unknown arguments of scaled_dot_product_attention: {', '.join(unknown)}")
-        _check(query, key, value, dropout_p, is_causal, enable_gqa)
-        query, key, value = query.detach(), key.detach(), value.detach()
-        lead, kv_lead = _leading(query, key, value, enable_gqa)
-        q, k, v = _flatten(query, lead), _flatten(key, kv_lead), _flatten(value, kv_lead)
-        check_tensors(q, k, v, 4, "[B, H, N, D]")
-        check_hnd(q, k, v)
-        return cls(q, k, v, _flatten_mask(attn_mask, lead, q, k), is_causal, resolve_scale("scale", scale, q.shape[3]))
+        call = make_call(
+            query.detach(), key.detach(), value.detach(), attn_mask, dropout_p, is_causal, scale, enable_gqa, None, None
+        )
+        return cls(call.q, call.k, call.v, call.mask, is_causal, call.sm_scale)
 
 
 @dataclass(frozen=True)

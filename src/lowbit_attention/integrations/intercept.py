@@ -121,7 +121,7 @@ def _paths(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """Every module with its dotted path, without the wrappers that `torch.compile` puts around modules."""
     found: dict[int, tuple[nn.Module, str]] = {}
     for path, module in model.named_modules():
-        if not isinstance(module, torch._dynamo.OptimizedModule):
+        if "_orig_mod" not in module._modules:
             plain = ".".join(part for part in path.split(".") if part != "_orig_mod")
             found.setdefault(id(module), (module, plain))
     return list(found.values())

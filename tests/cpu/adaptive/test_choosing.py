@@ -182,7 +182,7 @@ def test_recipes_without_a_price():
 def test_nothing_observed():
     seen = cases.made_up(layers=1, steps=1)
     seen.records.clear()
-    with pytest.raises(InvalidArgumentError, match="nothing was observed"):
+    with pytest.raises(InvalidArgumentError, match="no attention call with a row that counts"):
         choose(seen, budget=1.0)
 
 

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from lowbit_attention import InvalidArgumentError
-from lowbit_attention.adaptive import CallKey, Observations, Sample, observe
+from lowbit_attention.adaptive import CallKey, Observations, Sample, choose, observe
 from lowbit_attention.adaptive.distributions import BINS, Summary, edges
+from lowbit_attention.adaptive.report import report_data
 
 
 class Scheduler:
@@ -145,6 +146,51 @@ def test_empty_calls_are_let_through():
     with observe(candidates=["sage2_8b"]) as watch:
         assert F.scaled_dot_product_attention(q, q, q).shape == q.shape
     assert watch.observations.records == {}
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "options", "why"),
+    [
+        ((1, 1, 40, 512), torch.float32, {}, "head_dim 512 is above 256"),
+        ((1, 1, 40, 16), torch.float64, {}, "would lose float64's digits"),
+        ((1, 1, 40, 16), torch.float32, {"dropout_p": 0.5}, "it has dropout"),
+    ],
+)
+def test_calls_that_no_recipe_runs_stay_exact(shape, dtype, options, why, tmp_path):
+    plain, odd = torch.randn(1, 2, 40, 16), torch.randn(shape, dtype=dtype)
+    with observe(candidates=["sage2_8b"]) as watch:
+        F.scaled_dot_product_attention(plain, plain, plain)
+        F.scaled_dot_product_attention(odd, odd, odd, **options)
+    watch.observations.save(tmp_path / "o.json")
+    seen = Observations.load(tmp_path / "o.json")
+    assert seen.records == watch.observations.records
+    choice = choose(seen, budget=1.0)
+    assert {k.name: r for k, r in choice.recipes.items()} == {"call 0": "sage2_8b"}
+    assert any(why in note for note in choice.notes)
+    with choice.policy().applied():
+        F.scaled_dot_product_attention(plain, plain, plain)
+        out = F.scaled_dot_product_attention(odd, odd, odd)
+    assert torch.equal(out, F.scaled_dot_product_attention(odd, odd, odd))
+    report_data(choice, "t")
+
+
+def test_a_progress_bar_counts_the_calls(capsys):
+    class Bar:
+        calls = 0
+
+        def add_task(self, *_, **__):
+            return 0
+
+        def update(self, task, advance, description):
+            assert description == f"observing layers.{self.calls % 3}[0] at 0"
+            self.calls += advance
+
+    model, bar = cases.net(), Bar()
+    with observe(model, ["sage2_8b"], progress=bar):
+        model(cases.tokens())
+    assert bar.calls == 3
+    with observe(model, ["sage2_8b"], progress=True):
+        model(cases.tokens())
 
 
 def test_under_compile_it_observes_the_same():

@@ -1,6 +1,7 @@
 """Policies: files that say what they are, and routing that does what they say."""
 
 import json
+import shutil
 
 import cases
 import pytest
@@ -89,6 +90,20 @@ def test_compiled_it_gives_the_same_without_a_break(backend):
     torch._dynamo.reset()
 
 
+def test_compiled_while_the_policy_knows_the_plain_model():
+    model = cases.net()
+    policy = mixed(model, steps=12)
+    with policy.applied(model, timesteps="forwards"):
+        want = run(model, 12)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with policy.applied(model, timesteps="forwards"):
+        found = run(compiled, 12)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler needs a C++ compiler, and none is here")
 def test_compiled_by_inductor():
     model = cases.net(layers=2)
     policy = mixed(model)
@@ -100,6 +115,21 @@ def test_compiled_by_inductor():
         found = run(compiled)
     for a, b in zip(found, want, strict=True):
         assert float((a - b).abs().max()) < 1e-2  # a linear layer in another order moves a rounding here and there
+    torch._dynamo.reset()
+
+
+def test_under_autocast():
+    model = cases.net(layers=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        policy = mixed(model)
+        assert all(r.dtype == "bfloat16" for r in observed(model, steps=1).records.values())
+        with policy.applied(model, timesteps="forwards"):
+            want = run(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16), policy.applied(compiled, timesteps="forwards"):
+        found = run(compiled)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
     torch._dynamo.reset()
 
 

@@ -75,7 +75,7 @@ def test_what_is_refused(model, seen):
         sensitivity(run, seen, model=model, by="head")
     with pytest.raises(InvalidArgumentError, match="sage1: not observed"):
         sensitivity(run, seen, model=model, recipes=["sage1"])
-    with pytest.raises(InvalidArgumentError, match="metric gave -1.0"):
+    with pytest.raises(InvalidArgumentError, match=r"metric gave -1\.0"):
         sensitivity(run, seen, model=model, metric=lambda a, b: -1.0, timesteps="forwards")
     with pytest.raises(InvalidArgumentError, match="no effect of sage1 in layer x"):
         Sensitivity("layer", {}, 0.0).effect("x", "sage1")

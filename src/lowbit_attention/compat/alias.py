@@ -1,0 +1,143 @@
+"""`install_as_sageattention`: ``import sageattention`` finds this library, until it is told otherwise."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import Distribution, DistributionFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .._version import __version__
+from ..errors import LowbitError
+from ..recipe import Recipe
+from ..sdpa import find_recipe_or_auto
+from . import sageattention as functions
+
+NAME = "sageattention"
+VERSION = f"2.2.0+lowbit.{__version__}"
+"""The release whose functions these are; consumers ask for at least 2.1.1."""
+
+_MODULES = (NAME, f"{NAME}.core")
+
+
+class SageAttentionAlias(DistributionFinder):
+    """What `install_as_sageattention` returns: ``remove()`` ends it, and so does the end of a ``with`` block."""
+
+    def __init__(self, recipe: str | Recipe) -> None:
+        self._sageattn = functions.make_sageattn(recipe)
+        self._hidden: dict[str, ModuleType] = {}
+
+    def remove(self) -> None:
+        """Take the alias away; what ``sageattention`` was before is there again. Twice is as good as once."""
+        if self not in sys.meta_path:
+            return
+        sys.meta_path.remove(self)
+        for name in _MODULES:
+            sys.modules.pop(name, None)
+        sys.modules.update(self._hidden)
+
+    def __enter__(self) -> SageAttentionAlias:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    # (importlib calls the rest)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The alias's modules."""
+        del path, target
+        if fullname not in _MODULES:
+            return None
+        return ModuleSpec(fullname, _Loader(self._sageattn), origin=functions.__file__, is_package=fullname == NAME)
+
+    def find_distributions(self, context: DistributionFinder.Context = DistributionFinder.Context()) -> Iterable[Any]:  # noqa: B008
+        """The alias's metadata, for ``importlib.metadata``."""
+        return iter([_Distribution()] if context.name in (None, NAME) else [])
+
+
+class _Loader(Loader):
+    def __init__(self, sageattn: Any) -> None:
+        self._sageattn = sageattn
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """The usual module."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Fill it with the functions."""
+        module.__doc__ = functions.__doc__
+        for name in functions.__all__:
+            setattr(module, name, getattr(functions, name))
+        module.sageattn = self._sageattn  # type: ignore[attr-defined]
+        module.__all__ = list(functions.__all__)  # type: ignore[attr-defined]
+        module.__version__ = VERSION  # type: ignore[attr-defined]
+
+
+class _Distribution(Distribution):
+    def read_text(self, filename: str) -> str | None:
+        """Name, version and top-level package."""
+        texts = {
+            "METADATA": f"Metadata-Version: 2.1\nName: {NAME}\nVersion: {VERSION}\n"
+            "Summary: an alias of lowbit-attention\n",
+            "top_level.txt": f"{NAME}\n",
+        }
+        return texts.get(filename)
+
+    def locate_file(self, path: Any) -> Path:
+        """Where a file of the alias would lie."""
+        return Path(functions.__file__).parent / str(path)
+
+
+def install_as_sageattention(recipe: str | Recipe = "auto", *, force: bool = False) -> SageAttentionAlias:
+    """Let ``import sageattention`` find `lowbit_attention.compat.sageattention`, in this process.
+
+    ``importlib.util.find_spec("sageattention")`` and ``importlib.metadata.version("sageattention")`` find it, too. Call
+    it before the library that is to use it is imported: most look for ``sageattention`` once.
+
+    Args:
+        recipe: what ``sageattention.sageattn`` runs.
+        force: also where the package ``sageattention`` is installed, which is hidden then.
+    Returns:
+        The alias; its ``remove()``, or the end of a ``with`` block, takes it away.
+
+    >>> with install_as_sageattention():
+    ...     from sageattention import sageattn
+    >>> sageattn.__name__
+    'sageattn'
+
+    Raises:
+        LowbitError: ``sageattention`` is installed or imported, and not ``force``; or the alias is there already.
+        InvalidRecipeError: an unknown recipe.
+    """
+    find_recipe_or_auto(recipe)
+    if any(isinstance(finder, SageAttentionAlias) for finder in sys.meta_path):
+        raise LowbitError("the alias sageattention is installed already; remove() it first")
+    alias = SageAttentionAlias(recipe)
+    found = next(_installed(), None)
+    if found and not force:
+        raise LowbitError(f"the package sageattention is {found}; force=True hides it while the alias is there")
+    alias._hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if _belongs(name)}
+    sys.meta_path.insert(0, alias)
+    importlib.invalidate_caches()
+    return alias
+
+
+def _belongs(name: str) -> bool:
+    return name == NAME or name.startswith(f"{NAME}.")
+
+
+def _installed() -> Iterator[str]:
+    """Where the real package is."""
+    if NAME in sys.modules:
+        yield f"imported already, from {getattr(sys.modules[NAME], '__file__', None)}"
+    spec = PathFinder.find_spec(NAME)
+    if spec is not None:
+        yield f"installed at {spec.origin}"

@@ -1,0 +1,108 @@
+"""`CallReport`: which calls ran where, and why not elsewhere."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+_MOST_KINDS = 200
+"""Reasons may hold sizes; beyond so many kinds the rest is counted together."""
+
+
+@dataclass(frozen=True)
+class CallKind:
+    """Calls that are counted together: an empty ``reason`` means that nothing spoke against the recipe."""
+
+    implementation: str
+    recipe: str
+    reason: str = ""
+
+
+TORCH = "torch"
+"""The implementation of calls that torch's own function ran, for the reason given."""
+
+OTHER_REASONS = CallKind(TORCH, "-", "other reasons")
+
+
+class CallReport:
+    """Calls of ``scaled_dot_product_attention`` by implementation, recipe and reason; ``print`` shows a table.
+
+    Replays of a CUDA graph are not counted: nothing of Python runs in them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[CallKind] = Counter()
+        self._traced: dict[CallKind, Tensor] = {}
+
+    @property
+    def counts(self) -> dict[CallKind, int]:
+        """Number of calls of each kind, most frequent first."""
+        with self._lock:
+            counts = self._counts.copy()
+        counts.update({kind: n for kind, t in self._traced.items() if (n := int(t))})
+        return dict(counts.most_common())
+
+    @property
+    def calls(self) -> int:
+        """All calls that arrived."""
+        return sum(self.counts.values())
+
+    @property
+    def ran(self) -> int:
+        """Calls that this library ran."""
+        return sum(n for kind, n in self.counts.items() if kind.implementation != TORCH)
+
+    @property
+    def fallbacks(self) -> dict[str, int]:
+        """Calls that torch's own function ran, by reason."""
+        return {kind.reason: n for kind, n in self.counts.items() if kind.implementation == TORCH}
+
+    def by_implementation(self) -> dict[str, int]:
+        """Calls by implementation: ``{"attention_wgmma": 60, "torch": 2}``."""
+        found: Counter[str] = Counter()
+        for kind, n in self.counts.items():
+            found[kind.implementation] += n
+        return dict(found.most_common())
+
+    def clear(self) -> None:
+        """Count from zero."""
+        with self._lock:
+            self._counts.clear()
+            for counter in self._traced.values():
+                counter.zero_()
+
+    def add(self, kind: CallKind) -> None:
+        """Count one call."""
+        with self._lock:
+            known = kind in self._counts or len(self._counts) < _MOST_KINDS
+            self._counts[kind if known else OTHER_REASONS] += 1
+
+    def traced(self, kind: CallKind) -> Tensor:
+        """The int64 scalar that compiled code adds to, where it calls torch's function without our operator.
+
+        Call it before anything is traced; a tensor made while torch.compile traces is part of the graph.
+        """
+        return self._traced.setdefault(kind, torch.zeros((), dtype=torch.int64))
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"{self.calls} calls of scaled_dot_product_attention, {self.ran} by this library")
+        table.add_column("calls", justify="right")
+        table.add_column("ran on")
+        table.add_column("recipe")
+        table.add_column("why not the recipe asked for", overflow="fold")
+        for kind, n in self.counts.items():
+            table.add_row(str(n), kind.implementation, kind.recipe, kind.reason)
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=120, color_system=None, force_terminal=False)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get()
