@@ -42,6 +42,15 @@ def test_the_examples_of_the_adaptive_page_run(capsys):
     assert "sage2pp_8b" in shares
 
 
+def test_the_pytorch_page_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/pytorch.md").read_text(encoding="utf-8"), flags=re.S)
+    assert len(blocks) >= 6
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "docs/pytorch.md", "exec"), namespace)
+    assert "1 calls of scaled_dot_product_attention, 1 by this library" in capsys.readouterr().out
+
+
 COMMANDS = re.findall(r"^lowbit ([^#\n]*)", README, flags=re.M)
 
 

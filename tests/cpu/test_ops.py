@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lowbit_attention import InvalidArgumentError, attention, recipe
+from lowbit_attention import InvalidArgumentError, attention, make_sdpa, recipe, sdpa
 from lowbit_attention.machine import MACHINES
 
 LAYOUTS = {"HND": (2, 4, 48, 32), "NHD": (2, 48, 4, 32)}
@@ -60,6 +60,43 @@ def test_opcheck():
     q, k, v = qkv()
     arguments = (q, k, v, None, "sage2_8b", False, None, None, "HND", True, None)
     torch.library.opcheck(torch.ops.lowbit_attention.attention.default, arguments)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("function", ["attention", "make_sdpa", "sdpa"])
+def test_recipe_objects_and_sdpa_compile_without_graph_breaks(function, backend):
+    q, k, v = qkv()
+    mine = recipe("sage2_8b").replace(smooth_v=True)
+    calls = {
+        "attention": lambda *t: attention(*t, recipe=mine),
+        "make_sdpa": lambda *t: make_sdpa(mine, like="sm_90a")(*t, is_causal=True, scale=0.3),
+        "sdpa": lambda *t: sdpa(*t, torch.ones(48, 48, dtype=torch.bool).tril(), enable_gqa=True),
+    }
+    with torch.no_grad():
+        got = torch.compile(calls[function], fullgraph=True, backend=backend)(q, k, v)
+        assert torch.equal(got, calls[function](q, k, v))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_export(layout, strict):
+    """A module that calls us exports with a dynamic length, and its program gives eager's numbers."""
+
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v):
+            out, lse = attention(q, k, v, recipe="sage2_8b", is_causal=True, layout=layout, return_lse=True)
+            return out + 1, lse
+
+    tokens = 2 if layout == "HND" else 1
+    length = torch.export.Dim("length", min=2, max=1000)
+    shapes = tuple({tokens: length} for _ in range(3))
+    with torch.no_grad():
+        program = torch.export.export(Module(), tuple(qkv(layout)), dynamic_shapes=shapes, strict=strict)
+        assert any("lowbit_attention.attention" in str(node.target) for node in program.graph.nodes)
+        for n in (48, 77):
+            given = [torch.randn(*(n if i == tokens else s for i, s in enumerate(LAYOUTS[layout]))) for _ in range(3)]
+            for ours, eager in zip(program.module()(*given), Module()(*given), strict=True):
+                assert torch.equal(ours, eager)
 
 
 def test_a_recipe_object_crosses_as_json():

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -26,6 +26,11 @@ Handler = Callable[..., Tensor]
 the model) of the innermost module whose forward is running, ``None`` without a model; the rest is the call's."""
 
 _TORCH: Handler = torch._C._nn.scaled_dot_product_attention
+_MHA = F.multi_head_attention_forward
+# The same code as another function: torch.compile keeps the first as one node, whose insides run when no module is
+# known to be running, and traces into this one.
+_MHA_TRACEABLE = FunctionType(_MHA.__code__, _MHA.__globals__, _MHA.__name__, _MHA.__defaults__, _MHA.__closure__)
+_MHA_TRACEABLE.__kwdefaults__ = _MHA.__kwdefaults__
 _SELF = __name__.partition(".")[0]
 
 
@@ -180,11 +185,15 @@ def _replace() -> None:
     _before = F.scaled_dot_product_attention  # torch's, or what someone else put in its place
     _swap(_TORCH, scaled_dot_product_attention)
     F.scaled_dot_product_attention = scaled_dot_product_attention
+    if F.multi_head_attention_forward is _MHA:
+        F.multi_head_attention_forward = _MHA_TRACEABLE
 
 
 def _restore() -> None:
     if F.scaled_dot_product_attention is scaled_dot_product_attention:  # (else someone replaced it in the block)
         F.scaled_dot_product_attention = _before
+    if F.multi_head_attention_forward is _MHA_TRACEABLE:
+        F.multi_head_attention_forward = _MHA
     _swap(scaled_dot_product_attention, _TORCH)
 
 

@@ -70,7 +70,9 @@ def state_of(model):
 @pytest.fixture(autouse=True)
 def torch_is_left_as_it_was():
     fastpath = torch.backends.mha.get_fastpath_enabled()
+    everything = dict(vars(F))
     yield
+    assert vars(F) == everything
     assert F.scaled_dot_product_attention is torchs()
     assert torch.backends.mha.get_fastpath_enabled() == fastpath
     assert intercept._active == ()

@@ -349,6 +349,27 @@ def test_compiled_with_changing_lengths(model):
     assert report.ran == 16
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("target", ["model", "process"])
+@torch.no_grad()
+def test_compiled_multihead_attention(backend, target):
+    """torch.compile keeps its function as one node, in which no module would be known to run."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 3).eval()
+    compiled, x = torch.compile(encoder, fullgraph=True, backend=backend), tokens()
+    native = compiled(x)
+    for _ in range(2):
+        torch._dynamo.utils.counters.clear()
+        with sdpa_enabled(encoder if target == "model" else None, "sage2_8b") as report:
+            want = encoder(x)
+            got = compiled(x)
+        assert report.by_implementation() == {"emulation": 6}
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+    assert torch.equal(compiled(x), native)
+
+
 @torch.no_grad()
 def test_compiled_under_autocast(model):
     torch._dynamo.reset()
