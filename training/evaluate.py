@@ -29,6 +29,8 @@ from lowbit_attention.subjects.diffusion import DiffusionConfig, DiffusionTransf
 from lowbit_attention.subjects.language import LanguageConfig, LanguageModel
 
 SUBJECTS = ("lm:2048", "lm:8192", "dit", "minilm")
+FULL_TEXT, FULL_PICTURES = 64 * 2048, 24
+"""Judged with --full: bytes of held-out text, and pictures."""
 SHOWN_PICTURES = 8
 _AMPLIFIED = 8.0
 
@@ -43,18 +45,18 @@ def make_subject(name: str, options: argparse.Namespace) -> Subject:
             with np.load(options.data) as data:
                 text = {split: torch.from_numpy(data[split]) for split in ("train", "held_out")}
         length = int(context or 2048)
-        # 64 windows of 2048 bytes or 16 of 8192, in two batches: few launches, and they fit the emulation's memory
-        windows = max(2, 64 * 2048 // length) if full else 2
+        windows = max(2, (options.text or (FULL_TEXT if full else 0)) // length)
+        # 32 windows of 2048 bytes or 8 of 8192 at once: few launches, and they fit the emulation's memory
         batch = max(1, 32 * 2048 // length) if full else 1
         return load_subject(
             "lm", model=_model(options, "lm"), context=length, windows=windows, batch=batch,
             calibration_windows=max(1, 8 * 2048 // length) if full else 1, device=device, **text,
         )  # fmt: skip
     if kind == "dit":
-        pictures, calibration = (24, 8) if full else (4, 1)
+        pictures, calibration = options.pictures or (FULL_PICTURES if full else 4), 8 if full else 1
         return load_subject(
-            "dit", model=_model(options, "dit"), pictures=pictures, batch=pictures, calibration_pictures=calibration,
-            steps=options.steps, device=device,
+            "dit", model=_model(options, "dit"), pictures=pictures, batch=min(pictures, 64),
+            calibration_pictures=calibration, steps=options.steps, device=device,
         )  # fmt: skip
     return load_subject(kind, texts=150 if full else 40, device=device)
 
@@ -95,6 +97,8 @@ def main(arguments: list[str] | None = None, tell: Callable[[str], None] = print
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
     )
     parser.add_argument("--full", action="store_true", help="as many inputs as in the docs: for a GPU")
+    parser.add_argument("--text", type=int, help="bytes of held-out text that are judged")
+    parser.add_argument("--pictures", type=int, help="pictures that are judged")
     parser.add_argument("--data", type=Path, help="corpus.npz instead of this Python's standard library")
     parser.add_argument("--weights", type=Path, help="folder with lm.safetensors and dit.safetensors")
     parser.add_argument("--random", type=int, default=10, help="random policies for each adaptive one")
