@@ -1,6 +1,8 @@
 """Compile the kernel manifest for every architecture, without a GPU, and check the machine code.
 
-``make kernels`` compiles what CI wants, ``make kernels-all`` everything; ``--json FILE`` keeps the figures.
+``make kernels`` compiles what CI wants, ``make kernels-all`` everything; ``--json FILE`` keeps the figures. The main
+loops of `attention_mma` may not grow: tools/instruction_limits.json holds their instructions that are no MMAs;
+``--tighten`` writes those that have become fewer.
 """
 
 from __future__ import annotations
@@ -18,9 +20,27 @@ from rich.console import Console
 from rich.table import Table
 
 from lowbit_attention.cli.common import progress
-from lowbit_attention.cuda.instances import MANIFEST, Instance
+from lowbit_attention.cuda.inspect import disassemble, main_loop
+from lowbit_attention.cuda.instances import MANIFEST, MMA_ARCHS, Instance, MmaConfig, mma_config, mma_recipes
 from lowbit_attention.cuda.machine_code import problems
 from lowbit_attention.jit.compiler import compile_source
+from lowbit_attention.recipes import RECIPES
+
+LIMITS = Path(__file__).with_name("instruction_limits.json")
+NATIVE = ("sm_80", "sm_86", "sm_89", "sm_120")
+"""Where `attention_mma` is at home; elsewhere the compiler makes its MMAs of others."""
+
+
+def limited() -> dict[str, MmaConfig]:
+    """Configurations whose main loop is limited, by their instance's description."""
+    found = (
+        mma_config(RECIPES[n], d, arch)
+        for arch in MMA_ARCHS
+        if arch in NATIVE
+        for d in (64, 128)
+        for n in mma_recipes(arch)
+    )
+    return {str(config.instance()): config for config in found}
 
 
 def check(instance: Instance) -> dict[str, Any]:
@@ -28,11 +48,14 @@ def check(instance: Instance) -> dict[str, Any]:
     began = time.perf_counter()
     compiled = compile_source(instance.source(), instance.options())
     seconds = time.perf_counter() - began
+    config = limited().get(str(instance))
+    other = None if config is None else main_loop(disassemble(compiled.cubin), config.own_mmas).other
     return {
         "instance": str(instance),
         "seconds": round(seconds, 2),
         "bytes": len(compiled.cubin),
         "resources": {name: dataclasses.asdict(used) for name, used in sorted(compiled.resources.items())},
+        "other": other,
         "problems": problems(instance, compiled),
     }
 
@@ -40,6 +63,9 @@ def check(instance: Instance) -> dict[str, Any]:
 def main(
     only: Annotated[str, typer.Option(help="Instances whose description holds this text.")] = "",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
+    tighten: Annotated[
+        bool, typer.Option(help="Lower the limits that are met with room, and set missing ones.")
+    ] = False,
 ) -> None:
     """Compile and check; exit code 1 if anything is wrong."""
     wanted = [instance for instance in MANIFEST if only in str(instance)]
@@ -52,12 +78,29 @@ def main(
             rows.append(done.result())
             bar.advance(task)
     rows.sort(key=lambda row: str(row["instance"]))
-    table = Table("instance", "kernel", "registers", "spills", "KiB", "s")
+    limits: dict[str, int] = json.loads(LIMITS.read_text()) if LIMITS.exists() else {}
+    for row in rows:
+        if row["other"] is not None:
+            limit = limits.get(row["instance"])
+            if limit is None and not tighten:
+                row["problems"].append(
+                    f"no limit for its main loop of {row['other']} instructions (run with --tighten)"
+                )
+            elif limit is not None and row["other"] > limit:
+                row["problems"].append(
+                    f"its main loop has {row['other']} instructions that are no MMAs (limit {limit})"
+                )
+            elif tighten:
+                limits[row["instance"]] = row["other"]
+    if tighten:
+        LIMITS.write_text(json.dumps(dict(sorted(limits.items())), indent=1) + "\n")
+    table = Table("instance", "kernel", "registers", "spills", "loop", "KiB", "s")
     for row in rows:
         for name, used in row["resources"].items():
             spills = used["spill_stores"] + used["spill_loads"]
             size = f"{row['bytes'] / 1024:.0f}"
-            table.add_row(row["instance"], name, str(used["registers"]), str(spills), size, str(row["seconds"]))
+            loop = "" if row["other"] is None else str(row["other"])
+            table.add_row(row["instance"], name, str(used["registers"]), str(spills), loop, size, str(row["seconds"]))
     console = Console(width=120)
     console.print(table)
     if json_file is not None:

@@ -18,6 +18,8 @@ from lowbit_attention import RECIPES, Recipe, attention, budget, compare
 from lowbit_attention.ablations import ABLATIONS
 from lowbit_attention.adaptive.tuning import read_benchmark
 from lowbit_attention.cli.demo import DEFAULT_RECIPES
+from lowbit_attention.cli.inspect import markdown_table
+from lowbit_attention.cuda.inspect import inspect
 from lowbit_attention.demo import study
 from lowbit_attention.demo.minilm import MiniLM
 from lowbit_attention.demo.text import passages
@@ -245,6 +247,28 @@ def fidelity_page() -> None:
     (DOCS / "fidelity.md").write_text(text, encoding="utf-8")
 
 
+def machine_code() -> None:
+    """docs/kernels/mma.md: the main loops' instructions, between its two marks."""
+    page = DOCS / "kernels/mma.md"
+    specs = [
+        "sage1",
+        "int8_fp16",
+        "sage2_8b",
+        "sage2pp_8b",
+        "sage2pp_4b:smooth_q=false",
+        "sage2pp_4b",
+        "sage2_4b",
+        "rotated_4b",
+    ]
+    jobs = [
+        (recipe(spec), head_dim, arch) for arch in ("sm_89", "sm_120") for head_dim in (128, 64) for spec in specs
+    ] + [(recipe(spec), 128, arch) for arch in ("sm_80", "sm_86") for spec in specs[:2]]
+    rows = [inspect(*job) for job in track(jobs, "machine code")]
+    begin, end = "<!-- machine code -->\n", "<!-- /machine code -->"
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    page.write_text(before + begin + markdown_table(rows) + end + rest.split(end)[1], encoding="utf-8")
+
+
 def pictures() -> None:
     """docs/images: why smoothing works, on real tensors, and the demo's errors by layer."""
     model = MiniLM()
@@ -324,6 +348,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "fidelity": fidelity_page,
     "remedies": remedies_page,
     "costs": costs,
+    "machine_code": machine_code,
     "pictures": pictures,
 }
 

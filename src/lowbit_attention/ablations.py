@@ -59,20 +59,25 @@ ABLATIONS: dict[str, Ablation] = {
             "pv_format",
             "P·V formats (INT4 Q·K, Q and K smoothed)",
             {
-                "INT8": "sage2_4b:pv_format=int8,p_max=127,v_max=127,accumulator=int32",
-                "INT8 by its tile's maximum": (
-                    "sage2_4b:pv_format=u8,p_max=255,v_max=127,accumulator=int32,softmax_max=tile"
+                "INT8": "sage2_4b:pv_format=int8,p_max=127,v_max=127,accumulator=int32,row_sum=unrounded",
+                "INT8, row sum over the rounded P": (
+                    "sage2_4b:pv_format=int8,p_max=127,v_max=127,accumulator=int32,row_sum=rounded"
                 ),
-                "E5M2": "sage2_4b:pv_format=e5m2,p_max=57344,v_max=57344",
-                "E4M3": "sage2_4b",
-                "FP16": "sage2_4b:pv_format=fp16,p_max=1,v_max=256,v_scale_power_of_two=true,accumulator=fp32",
+                "INT8 by its tile's maximum": (
+                    "sage2_4b:pv_format=u8,p_max=255,v_max=127,accumulator=int32,softmax_max=tile,row_sum=unrounded"
+                ),
+                "E5M2": "sage2_4b:pv_format=e5m2,p_max=57344,v_max=57344,row_sum=unrounded",
+                "E4M3": "sage2_4b:row_sum=unrounded",
+                "FP16": (
+                    "sage2_4b:pv_format=fp16,p_max=1,v_max=256,v_scale_power_of_two=true,accumulator=fp32,row_sum=unrounded"
+                ),
             },
         ),
         Ablation(
             "pv_range",
             "(P_r, V_r) and the accumulator (INT8 Q·K, E4M3 P·V)",
             {
-                "(448, 448), FP32": "sage2_8b:accumulator=fp32",
+                "(448, 448), FP32": "sage2_8b:accumulator=fp32,row_sum=rounded",
                 "(448, 448), FP22": "sage2_8b",
                 "(448, 2.25), FP16": "sage2pp_8b:p_max=448,v_max=2.25",
                 "(224, 4.5), FP16": "sage2pp_8b",
@@ -83,10 +88,10 @@ ABLATIONS: dict[str, Ablation] = {
             "accumulator",
             "How long the tensor core sums before FP32 does (INT8 Q·K, E4M3 P·V)",
             {
-                "FP32": "sage2_8b:accumulator=fp32",
+                "FP32": "sage2_8b:accumulator=fp32,row_sum=rounded",
                 "FP22, every tile": "sage2_8b",
-                "FP22, single level": "sage2_8b:keys_per_promotion=never",
-                "FP22, single level, smooth V": "sage2_8b:keys_per_promotion=never,smooth_v=true",
+                "FP22, single level": "sage2_8b:keys_per_promotion=never,row_sum=unrounded",
+                "FP22, single level, smooth V": "sage2_8b:keys_per_promotion=never,row_sum=unrounded,smooth_v=true",
                 "FP16, 64 keys": "sage2pp_8b",
                 "FP16, 512 keys": "sage2pp_8b:p_max=28,v_max=4.5,keys_per_promotion=512",
                 "FP16, 512 keys, restarted": "fast_8b:smooth_v=false",

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import Parameter
 
 from .errors import InvalidArgumentError
 
@@ -67,8 +68,12 @@ def check_kind(name: str, t: Tensor) -> None:
     if t.is_nested or t.layout is not torch.strided:
         kind = "nested" if t.is_nested else str(t.layout).removeprefix("torch.")
         fail(f"{name} is a {kind} tensor; attention_varlen takes sequences of different lengths")
-    if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not isinstance(t, FakeTensor):
-        fail(f"{name} is a {type(t).__name__}, a tensor subclass that dispatches by itself; give its plain tensor")
+    cls = type(t)
+    if cls is Tensor or isinstance(t, FakeTensor):
+        return
+    of_cls, *plain = (getattr(c.__torch_function__, "__func__", c.__torch_function__) for c in (cls, Tensor, Parameter))
+    if cls.__torch_dispatch__ is not Tensor.__torch_dispatch__ or of_cls not in plain:
+        fail(f"{name} is a {cls.__name__}, a tensor subclass that dispatches by itself; give its plain tensor")
 
 
 def _named(q: Any, k: Any, v: Any) -> tuple[tuple[str, Any], ...]:

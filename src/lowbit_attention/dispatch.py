@@ -166,8 +166,12 @@ def _fastest_kernel(request: Request) -> tuple[Choice | None, list[Verdict]]:
     candidates: list[tuple[float, Implementation, Recipe, str]] = []
     against: list[Verdict] = []
     for kernel in IMPLEMENTATIONS:
-        for recipe in kernel.auto_recipes if kernel.is_kernel else ():
-            if reasons := (*kernel.not_supported_reasons(request, recipe), *outside_reasons(recipe)):
+        for recipe in kernel.auto_recipes_for(request) if kernel.is_kernel else ():
+            if reasons := (
+                *kernel.not_supported_reasons(request, recipe),
+                *kernel.not_worth_reasons(request),
+                *outside_reasons(recipe),
+            ):
                 against.append(Verdict(kernel.name, recipe.name, False, reasons))
                 continue
             speedup = kernel.measured_speedup(request, recipe)

@@ -31,7 +31,7 @@ class Implementation(ABC):
     name: ClassVar[str]
     is_kernel: ClassVar[bool] = False
     auto_recipes: ClassVar[tuple[Recipe, ...]] = ()
-    """For a kernel: the recipes ``auto`` may run on it, the fastest first."""
+    """For a kernel: the recipes ``auto`` may run on it, the fastest first (see `auto_recipes_for`)."""
     decides_by_request: ClassVar[bool] = True
     """Whether its answers depend on the request and recipe alone, so that a choice may be remembered."""
 
@@ -47,6 +47,16 @@ class Implementation(ABC):
 
         ``mask`` has four dimensions that broadcast to ``[B, Hq, Nq, Nk]``.
         """
+
+    def auto_recipes_for(self, request: Request) -> tuple[Recipe, ...]:
+        """The recipes ``auto`` may run for ``request``, the fastest first."""
+        del request
+        return self.auto_recipes
+
+    def not_worth_reasons(self, request: Request) -> tuple[str, ...]:
+        """Why ``auto`` should not use this kernel for ``request``, though it could run."""
+        del request
+        return ()
 
     def remark(self, request: Request) -> str:
         """What `explain` says when this implementation is chosen for ``request``."""

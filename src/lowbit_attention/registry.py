@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .cuda.hopper import KERNEL
+from .cuda.mma import MMA_KERNEL
 from .implementations import Emulation, Implementation, TiledExact, TorchSDPA
 
-IMPLEMENTATIONS: list[Implementation] = [KERNEL, TorchSDPA(), TiledExact(), Emulation()]
+IMPLEMENTATIONS: list[Implementation] = [KERNEL, MMA_KERNEL, TorchSDPA(), TiledExact(), Emulation()]

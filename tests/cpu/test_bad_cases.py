@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from lowbit_attention import (
     InvalidArgumentError,
@@ -269,9 +270,14 @@ def test_different_devices():
         sdpa_8b(q, k, v, torch.ones(33, 33, dtype=torch.bool, device="meta"))
 
 
+def patched_on_meta(q, k, v):
+    with sdpa_enabled(recipe=RECIPE):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
 def test_meta_tensors_have_shapes_only():
     q, k, v = (t.to("meta") for t in qkv())
-    for out in (attention(q, k, v, recipe=RECIPE), sdpa_8b(q, k, v, is_causal=True)):
+    for out in (attention(q, k, v, recipe=RECIPE), sdpa_8b(q, k, v, is_causal=True), patched_on_meta(q, k, v)):
         assert (out.shape, out.device.type) == (q.shape, "meta")
 
 
@@ -434,6 +440,30 @@ def test_a_dispatching_subclass_is_refused_or_torchs():
     with sdpa_enabled(recipe=RECIPE) as report:
         assert torch.equal(F.scaled_dot_product_attention(*(Wrapper(t) for t in (q, k, v))), want)
     assert "Wrapper" in next(iter(report.fallbacks))
+
+
+@pytest.mark.parametrize("variant", [causal_upper_left, causal_lower_right])
+@torch.no_grad()
+def test_a_causal_bias_means_what_it_says(variant):
+    """Torch's mask that holds no mask: reading its memory as one would be a wrong answer."""
+    q, k, v = qkv(lengths=(20, 33))
+    bias = variant(20, 33)
+    with pytest.raises(InvalidArgumentError, match="attn_mask is a CausalBias"):
+        sdpa_8b(q, k, v, bias)
+    close(patched(q, k, v, bias), q, k, v, causal_offset=0 if variant is causal_upper_left else 13)
+    torch._dynamo.reset()
+    call = torch.compile(lambda *t: F.scaled_dot_product_attention(*t, bias), backend="aot_eager")
+    with sdpa_enabled(recipe=RECIPE) as report:
+        close(call(q, k, v), q, k, v, causal_offset=0 if variant is causal_upper_left else 13)
+    assert report.ran == 1
+
+
+def test_under_a_torch_function_mode():
+    """A default device is one."""
+    q, k, v = qkv()
+    want = patched(q, k, v)
+    with torch.device("cpu"):
+        assert torch.equal(patched(q, k, v), want)
 
 
 def test_nested_and_sparse_tensors_are_refused():

@@ -31,7 +31,7 @@ from lowbit_attention.implementations import Implementation, Output
 from lowbit_attention.registry import IMPLEMENTATIONS
 from lowbit_attention.request import Request
 
-REAL = ["attention_wgmma", "torch_sdpa", "tiled_exact", "emulation"]
+REAL = ["attention_wgmma", "attention_mma", "torch_sdpa", "tiled_exact", "emulation"]
 FAST, ACCURATE = recipe("fast_8b"), recipe("sage2_8b")
 
 

@@ -33,15 +33,6 @@ def test_readme_python_runs(capsys):
     assert "runs: " in out
 
 
-def test_the_examples_of_the_adaptive_page_run(capsys):
-    text = (ROOT / "docs/adaptive.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python runs\n(.*?)```", text, flags=re.S)
-    exec(compile(block, "docs/adaptive.md", "exec"), {})
-    shares = capsys.readouterr().out
-    assert "sage2pp_4b" in shares
-    assert "sage2pp_8b" in shares
-
-
 def test_the_pytorch_page_runs(capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/pytorch.md").read_text(encoding="utf-8"), flags=re.S)
     assert len(blocks) >= 6
@@ -49,6 +40,15 @@ def test_the_pytorch_page_runs(capsys):
     for block in blocks:
         exec(compile(block, "docs/pytorch.md", "exec"), namespace)
     assert "1 calls of scaled_dot_product_attention, 1 by this library" in capsys.readouterr().out
+
+
+def test_the_examples_of_the_adaptive_page_run(capsys):
+    text = (ROOT / "docs/adaptive.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python runs\n(.*?)```", text, flags=re.S)
+    exec(compile(block, "docs/adaptive.md", "exec"), {})
+    shares = capsys.readouterr().out
+    assert "sage2pp_4b" in shares
+    assert "sage2pp_8b" in shares
 
 
 COMMANDS = re.findall(r"^lowbit ([^#\n]*)", README, flags=re.M)

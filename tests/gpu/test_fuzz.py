@@ -28,5 +28,6 @@ def test_random_calls(part):
     assert tally.cases == len(numbers)
     cases = [make_case("gpu", 0, number) for number in numbers]
     empty = sum(case.refusal is None and any(0 in shape for shape in case.shapes) for case in cases)
-    assert tally.ran == {KERNEL: tally.cases - tally.refused - empty, "emulation": empty}
+    assert tally.ran[KERNEL] == tally.cases - tally.refused - empty
+    assert tally.ran["emulation"] == empty  # (the kernel takes no empty call)
     assert tally.ran[KERNEL] >= 0.9 * tally.cases

@@ -10,7 +10,7 @@ import typer
 
 from .. import __version__
 from ..errors import LowbitError
-from . import bench, calibrate, demo, doctor, evaluate, recipes, warmup
+from . import bench, calibrate, demo, doctor, evaluate, inspect, recipes, warmup
 
 app = typer.Typer(
     name="lowbit",
@@ -27,6 +27,7 @@ app = typer.Typer(
     * `lowbit recipes` — what the recipes are
     * `lowbit doctor` — what is installed here and what can run
     * `lowbit warmup` — compile the kernels before they are needed
+    * `lowbit inspect` — what the kernels' main loops cost, from their machine code
     """,
 )
 app.command("demo")(demo.command)
@@ -36,6 +37,7 @@ app.command("recipes")(recipes.command)
 app.command("doctor")(doctor.command)
 app.command("bench")(bench.command)
 app.command("warmup")(warmup.command)
+app.command("inspect")(inspect.command)
 
 # typer carries its own copy of click since 0.25: the errors' base classes are reached through typer's public name.
 _UsageError: Any = typer.BadParameter.__mro__[1]

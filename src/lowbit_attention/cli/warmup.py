@@ -11,6 +11,7 @@ import typer
 
 from ..cuda.instances import MANIFEST
 from ..cuda.launch import cache
+from ..cuda.mma import ARCH_OF
 from ..errors import InvalidArgumentError
 from .common import console, progress
 
@@ -52,8 +53,9 @@ def _present() -> list[str]:
     known = {instance.arch for instance in MANIFEST}
     found = set()
     for device in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        major, minor = torch.cuda.get_device_capability(device)
-        found |= {name for name in (f"sm_{major}{minor}", f"sm_{major}{minor}a") if name in known}
+        capability = torch.cuda.get_device_capability(device)
+        # Hopper's own kernels; those of other cards run there, too, but few calls want them
+        found |= {"sm_90a"} if capability == (9, 0) else {ARCH_OF.get(capability, "")} & known
     if not found:
         raise InvalidArgumentError(
             f"no GPU here that there are kernels for; say which with --arch ({', '.join(sorted(known))})"

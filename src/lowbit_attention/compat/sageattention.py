@@ -342,14 +342,15 @@ def _same_words(
 
 
 def _make(base: str, promotion: int | str, granularity: str, smooth_k: bool, smooth_v: bool) -> Recipe:
+    recipe = RECIPES[base]
     wanted = {
         "q_granularity": TOKEN_GRANULARITIES[granularity],
         "k_granularity": TOKEN_GRANULARITIES[granularity],
         "smooth_k": smooth_k,
         "smooth_v": smooth_v,
         "keys_per_promotion": promotion,
+        "row_sum": "unrounded" if promotion == "never" else recipe.row_sum,
     }
-    recipe = RECIPES[base]
     changes = {name: value for name, value in wanted.items() if getattr(recipe, name) != value}
     return recipe.replace(**changes) if changes else recipe
 

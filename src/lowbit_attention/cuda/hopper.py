@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -21,14 +20,17 @@ from ..recipes import recipe as find_recipe
 from ..reference.formats import round_e4m3
 from ..reference.masks import LOG2E
 from ..request import Request
-from .instances import DTYPE_CODES, HEAD_DIMS, TILE_KEYS, WgmmaConfig, pack_instance, wgmma_config
+from .instances import DTYPE_CODES, WgmmaConfig, pack_instance, wgmma_config
 from .launch import Arguments, Kernel, cache, load
 from .packing import Packer, PackPlan, loadable, packer
-
-_LARGEST_LENGTH = 1 << 30
-"""Tokens; so that sums of two lengths stay in 32 bits."""
-_MOST_HEADS = 65535
-"""Batch × heads: CUDA's limit of a grid's second dimension."""
+from .schedule import (
+    compiler_reasons,
+    heads_side_by_side,
+    log2_rounded_down,
+    multiprocessors,
+    request_reasons,
+    schedule,
+)
 
 ARGUMENTS = Arguments("P3q P3q P 7P 6f 10i 4i 8I 0q".replace(" ", ""))
 """``AttentionArgs``."""
@@ -66,20 +68,7 @@ class HopperAttention(Implementation):
     def not_supported_reasons(self, request: Request, recipe: Recipe) -> tuple[str, ...]:
         reasons = list(_device_reasons(request.device))
         reasons += _recipe_reasons(recipe)
-        if request.dtype not in DTYPE_CODES:
-            reasons.append(f"it takes float16, bfloat16 and float32, not {request.dtype}")
-        if request.mask != "none":
-            reasons.append(f"it takes no {request.mask} mask yet")
-        if max(request.head_dim, request.v_head_dim) > HEAD_DIMS[-1]:
-            reasons.append(f"head_dim {max(request.head_dim, request.v_head_dim)} is above {HEAD_DIMS[-1]}")
-        if request.machine is not None:
-            reasons.append(f"like={request.machine.name!r} asks for an emulation")
-        if 0 in (request.batch, request.q_heads, request.kv_heads, request.q_len, request.kv_len, request.v_head_dim):
-            reasons.append("the call is empty")
-        if max(request.q_len, request.kv_len) > _LARGEST_LENGTH:
-            reasons.append(f"it takes up to {_LARGEST_LENGTH} tokens")
-        if request.batch * request.kv_heads > _MOST_HEADS:
-            reasons.append(f"batch × kv heads {request.batch * request.kv_heads} is above {_MOST_HEADS}")
+        reasons += request_reasons(request)
         return (*reasons, *inference_only(request))
 
     def run(
@@ -139,62 +128,30 @@ def _make_plan(request: Request, recipe: Recipe, index: int) -> _Plan:
     q_blocks = -(-request.q_len // config.q_rows)
     items = q_blocks * request.q_heads * request.batch
     offset = request.kv_len if request.causal_offset is None else request.causal_offset
-    section = _section(request, pack, index)
     integers = (
         request.q_heads, request.kv_heads, request.q_len, request.kv_len, head_dim, v_head_dim,
         offset, pack.tiles, items, DTYPE_CODES[request.dtype],
-        q_blocks, request.q_heads, section, section * q_blocks,
-        *divisor(section * q_blocks), *divisor(section), *divisor(request.q_heads),
-        *divisor(request.q_heads // request.kv_heads),
+        *schedule(request, q_blocks, heads_side_by_side(request, pack, index)),
     )  # fmt: skip
     kind = recipe.softmax_max
-    log2_p_max = torch.tensor(math.log2(recipe.p_max), dtype=torch.float32)
-    if float(log2_p_max) > math.log2(recipe.p_max):  # rounded down, so that P never exceeds P_r
-        log2_p_max = torch.nextafter(log2_p_max, torch.tensor(-math.inf))
     return _Plan(
         request=request,
         recipe=recipe,
         pack=pack,
         packer=packer(pack.dim, request.dtype, index),
         kernel=_kernel(config, index),
-        grid=(min(items, _multiprocessors(index)), 1, 1),
-        log2_p_max=float(log2_p_max),
+        grid=(min(items, multiprocessors(index)), 1, 1),
+        log2_p_max=log2_rounded_down(recipe.p_max),
         max_options=(kind.slack, kind.headroom) if isinstance(kind, RestartedMax) else (0.0, 0.0),
         integers=integers,
         v_head_dim=request.v_head_dim,
     )
 
 
-def _section(request: Request, pack: PackPlan, index: int) -> int:
-    """Query heads that are worked on side by side (csrc/attend/schedule.cuh).
-
-    Without causality all blocks are of equal length, and one head after the other makes the best use of L2. With it,
-    as many as keep their K and V in half of L2, so that equally long blocks of different heads run together.
-    """
-    if not request.is_causal:
-        return 1
-    group = request.q_heads // request.kv_heads
-    kv_bytes = 2 * pack.tiles * TILE_KEYS * pack.dim
-    heads = max(1, int(torch.cuda.get_device_properties(index).L2_cache_size) // 2 // kv_bytes) * group
-    total = request.batch * request.q_heads
-    return next(d for d in range(min(heads, total), 0, -1) if total % d == 0)
-
-
-def divisor(d: int) -> tuple[int, int]:
-    """Multiplier and shift so that ``n // d == n * multiplier >> shift`` for 0 ≤ n < 2³¹ (``Divisor``)."""
-    shift = 31 + (d - 1).bit_length()
-    return -(-(1 << shift) // d), shift
-
-
 @lru_cache(maxsize=64)
 def _kernel(config: WgmmaConfig, device: int) -> Kernel:
     del device
     return load(config.instance(), "attention_wgmma", config.threads, config.shared_bytes)
-
-
-@lru_cache(maxsize=16)
-def _multiprocessors(device: int) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @lru_cache(maxsize=16)
@@ -207,8 +164,7 @@ def _device_reasons(device: torch.device) -> tuple[str, ...]:
         reasons.append(
             f"it runs on Hopper GPUs (compute capability 9.0), and this one has {'.'.join(map(str, capability))}"
         )
-    if find_spec("cuda") is None or find_spec("cuda.bindings") is None or find_spec("cuda.core") is None:
-        reasons.append('the run-time compiler is not installed: pip install "lowbit-attention[cuda13]" (or cuda12)')
+    reasons += compiler_reasons()
     return tuple(reasons)
 
 
@@ -244,8 +200,8 @@ def _recipe_reasons(recipe: Recipe) -> tuple[str, ...]:
         reasons.append(f"it promotes after {multiple}, not after {keys or 'all'} with {recipe.accumulator}")
     if not isinstance(recipe.softmax_max, RunningMax | RestartedMax):
         reasons.append(f"it has no softmax_max={recipe.softmax_max}")
-    if recipe.row_sum == "rounded" or (recipe.row_sum == "accumulator" and recipe.accumulator != "fp8_f16"):
-        reasons.append(f"it has no row_sum={recipe.row_sum} with {recipe.accumulator} sums")
+    if recipe.row_sum == "rounded":
+        reasons.append("it has no row_sum=rounded")
     if recipe.row_sum == "unrounded" and isinstance(recipe.softmax_max, RestartedMax):
         reasons.append("it has no restarted maximum with row_sum=unrounded")
     if float(round_e4m3(torch.tensor(recipe.v_max))) != recipe.v_max:

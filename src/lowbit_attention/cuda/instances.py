@@ -24,7 +24,7 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """`Dtype` of csrc/tile/strided.cuh."""
 
 TILE_KEYS = 128
-"""Keys of a packed tile."""
+"""Keys of a tile that is packed for wgmma."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,59 @@ class Instance:
         return f"{self.kernel} {self.arch} " + " ".join(f"{name}={value}" for name, value in self.defines)
 
 
-def pack_instance(head_dim: int, dtype: torch.dtype, arch: str) -> Instance:
+@dataclass(frozen=True)
+class PackFormat:
+    """How K and V lie in tiles; the macros of csrc/kernels/pack.cu.
+
+    ``k_lanes``: bits that a number of K takes; ``v_half``: V in FP16, else in E4M3; ``rotate``: K is rotated. Tiles of
+    64 keys (mma.sync's) are records of K, V and K's scales side by side; those of 128 (wgmma's) lie in an array each.
+    """
+
+    tile_keys: int = TILE_KEYS
+    k_lanes: int = 8
+    v_half: bool = False
+    rotate: bool = False
+
+    @property
+    def is_record(self) -> bool:
+        """Whether a tile's K, V and scales lie side by side."""
+        return self.tile_keys == 64
+
+    def k_bytes(self, dim: int) -> int:
+        """Bytes of a tile's K."""
+        return self.tile_keys * dim * self.k_lanes // 8
+
+    def v_bytes(self, dim: int) -> int:
+        """Bytes of a tile's V."""
+        return self.tile_keys * dim * (2 if self.v_half else 1)
+
+    def record_bytes(self, dim: int) -> int:
+        """Bytes of a record: K, V, four scales, and what keeps records at multiples of 128."""
+        return self.k_bytes(dim) + self.v_bytes(dim) + 128
+
+
+WGMMA_FORMAT = PackFormat()
+
+
+def pack_instance(head_dim: int, dtype: torch.dtype, arch: str, form: PackFormat = WGMMA_FORMAT) -> Instance:
     """The packing kernels for K and V of that type, channels padded to ``head_dim``."""
-    return Instance("pack", arch, (("HEAD_DIM", head_dim), ("INPUT_DTYPE", DTYPE_CODES[dtype])))
+    return Instance(
+        "pack",
+        arch,
+        (
+            ("HEAD_DIM", head_dim),
+            ("INPUT_DTYPE", DTYPE_CODES[dtype]),
+            ("TILE_KEYS", form.tile_keys),
+            ("K_LANES", form.k_lanes),
+            ("V_HALF", int(form.v_half)),
+            ("ROTATE", int(form.rotate)),
+        ),
+    )
+
+
+def smooth_q_instance(head_dim: int, dtype: torch.dtype, arch: str) -> Instance:
+    """The kernels that smooth Q takes besides, for Q and K of that type."""
+    return Instance("smooth_q", arch, (("HEAD_DIM", head_dim), ("INPUT_DTYPE", DTYPE_CODES[dtype])))
 
 
 @dataclass(frozen=True)
@@ -127,8 +177,12 @@ class WgmmaConfig:
                 ("PROMOTE_FIRST", int(self.promote_first)),
                 ("RESTART", int(self.restart)),
                 ("SUM_IN_MMA", int(self.sum_in_mma)),
+                ("TILE_KEYS", TILE_KEYS),
             ),
             mma=("IGMMA.64x64x32.S8.S8", f"QGMMA.64x{columns}x32.{sums}.E4M3.E4M3"),
+            # 64 + 68 + 64 registers of scores, sums and output leave too few of 224: some eight a tile go to the stack,
+            # which costs less than 64 additions for the row sum do
+            spill_limit=128 if self.sum_in_mma and not self.sums_f16 and self.head_dim == 128 else 0,
         )
 
 
@@ -147,6 +201,118 @@ def wgmma_config(recipe: Recipe, head_dim: int) -> WgmmaConfig:
     )
 
 
+MMA_GEOMETRY = MACHINES["sm_89"].geometry
+"""Tiles of `attention_mma`, on every architecture."""
+
+MMA_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+"""Architectures that `attention_mma` is compiled for; their machine code runs on later cards of the same generation."""
+
+_FP8_MMA = {"sm_89": "QMMA.16832.{sums}.E4M3.E4M3", "sm_120": "QMMA.16832.{sums}.E4M3.E4M3"}
+"""Where FP8 MMAs are the card's own; on sm_90 and sm_100 the compiler makes FP16 ones of them."""
+_INT4_MMA = ("sm_80", "sm_86", "sm_89")
+"""Where INT4 MMAs are the card's own."""
+
+
+@dataclass(frozen=True)
+class MmaConfig:
+    """What `attention_mma` is compiled for; the macros of csrc/kernels/attention_mma.cu.
+
+    ``qk_lanes``: bits that a number of Q and K takes (4-bit numbers may lie in 8-bit lanes); ``v_half``: FP16 P·V, else
+    E4M3; ``sums_f16``: in FP16 sums; ``promote``: each tile's sums are added to an FP32 output, else the MMA sums all;
+    ``sum_in_mma``: the row sum is taken by an MMA with ones; ``smooth_q``, ``rotate``: what happens to Q first.
+    """
+
+    arch: str
+    head_dim: int
+    qk_lanes: int = 8
+    v_half: bool = False
+    sums_f16: bool = False
+    promote: bool = True
+    sum_in_mma: bool = False
+    smooth_q: bool = False
+    rotate: bool = False
+
+    @property
+    def groups(self) -> int:
+        """Query tiles of 128 rows of a thread block (kGroups)."""
+        return 2 if self.v_half and self.head_dim == 128 else 1
+
+    @property
+    def q_rows(self) -> int:
+        """Query rows of a thread block."""
+        return self.groups * MMA_GEOMETRY.b_q
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.q_rows // MMA_GEOMETRY.warp_rows * 32
+
+    @property
+    def own_mmas(self) -> int:
+        """MMAs of a warp's iteration (64 keys) where the card has them all."""
+        blocks, keys = MMA_GEOMETRY.warp_rows // 16, MMA_GEOMETRY.b_k
+        qk = blocks * (keys // 8) * (self.head_dim * self.qk_lanes // 8 // 32)
+        pv = blocks * (self.head_dim // 8) * (keys // (16 if self.v_half else 32))
+        return qk + pv + (blocks * keys // 32 if self.sum_in_mma else 0)
+
+    @property
+    def form(self) -> PackFormat:
+        """How K and V are packed for it."""
+        return PackFormat(MMA_GEOMETRY.b_k, self.qk_lanes, self.v_half, self.rotate)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Size of the kernel's ``Shared``: two stages of tiles, Q, and a scratch of the warps' maxima."""
+        stage = self.form.k_bytes(self.head_dim) + self.form.v_bytes(self.head_dim)
+        stage += self.groups * MMA_GEOMETRY.b_k * 4 if self.smooth_q else 0
+        return 2 * stage + self.q_rows * self.head_dim * self.qk_lanes // 8 + self.groups * 16
+
+    def instance(self) -> Instance:
+        """Its compilation."""
+        lanes = "16864.S4.S4" if self.qk_lanes == 4 and self.arch in _INT4_MMA else "16832.S8.S8"
+        sums = "F16" if self.sums_f16 else "F32"
+        pv = f"HMMA.16816.{sums}" if self.v_half else _FP8_MMA.get(self.arch, "HMMA.16816.{sums}").format(sums=sums)
+        return Instance(
+            "attention_mma",
+            self.arch,
+            (
+                ("HEAD_DIM", self.head_dim),
+                ("QK_LANES", self.qk_lanes),
+                ("V_HALF", int(self.v_half)),
+                ("SUMS_F16", int(self.sums_f16)),
+                ("PROMOTE", int(self.promote)),
+                ("SUM_IN_MMA", int(self.sum_in_mma)),
+                ("SMOOTH_Q", int(self.smooth_q)),
+                ("ROTATE", int(self.rotate)),
+                ("TILE_KEYS", MMA_GEOMETRY.b_k),
+            ),
+            mma=(f"IMMA.{lanes}", pv),
+            # sm_90 and sm_100 have no FP8 and INT4 MMAs: unpacking operands for others takes registers, and the kernel
+            # runs there to be tested, or where nothing else does
+            spill_limit=1024 if self.arch in ("sm_90", "sm_100") else 0,
+        )
+
+
+def mma_config(recipe: Recipe, head_dim: int, arch: str, int4_mma: bool | None = None) -> MmaConfig:
+    """The configuration that runs a recipe which `attention_mma` supports, for channels padded to ``head_dim``.
+
+    ``int4_mma``: whether 4-bit numbers go through the INT4 MMA; by default where the card has one.
+    """
+    int4 = arch in _INT4_MMA if int4_mma is None else int4_mma
+    return MmaConfig(
+        arch,
+        head_dim,
+        qk_lanes=4 if recipe.qk_bits == 4 and int4 else 8,
+        v_half=recipe.pv_format == "fp16",
+        sums_f16=recipe.accumulator in ("fp8_f16", "fp16"),
+        # FP32 sums lose nothing in an MMA that a promotion would keep
+        promote=recipe.accumulator != "fp32" and recipe.promotion_keys(MMA_GEOMETRY) is not None,
+        sum_in_mma=recipe.row_sum == "accumulator",
+        smooth_q=recipe.smooth_q,
+        rotate=recipe.rotation == "hadamard",
+    )
+
+
 def padded_head_dim(head_dim: int) -> int | None:
     """The smallest compiled head dimension that holds ``head_dim`` channels; ``None`` if none does."""
     return next((d for d in HEAD_DIMS if head_dim <= d), None)
@@ -158,10 +324,41 @@ def _manifest() -> Iterable[Instance]:
             yield pack_instance(head_dim, dtype, "sm_90a")
         for name in WGMMA_RECIPES:
             yield wgmma_config(RECIPES[name], head_dim).instance()
+    for arch in MMA_ARCHS:
+        for head_dim in HEAD_DIMS:
+            configs = [mma_config(RECIPES[name], head_dim, arch) for name in mma_recipes(arch)]
+            if arch == "sm_90":  # the INT4 MMA is tested there
+                configs += [
+                    mma_config(RECIPES[n], head_dim, arch, True) for n in MMA_RECIPES if RECIPES[n].qk_bits == 4
+                ]
+            yield from (config.instance() for config in dict.fromkeys(configs))
+            dtypes = DTYPE_CODES if arch == "sm_90" else (torch.float16, torch.bfloat16)  # (tests use float32, too)
+            for form in dict.fromkeys(config.form for config in configs):
+                yield from (pack_instance(head_dim, dtype, arch, form) for dtype in dtypes)
+            yield from (smooth_q_instance(head_dim, dtype, arch) for dtype in dtypes)
 
 
 WGMMA_RECIPES = ("sage2_8b", "sage2pp_8b", "fast_8b")
 """Named recipes that `attention_wgmma` runs; their options may vary within what its `not_supported_reasons` says."""
 
+MMA_RECIPES = (
+    "sage1",
+    "sage2_v1_4b",
+    "sage2_8b",
+    "sage2_4b",
+    "sage2pp_8b",
+    "sage2pp_4b",
+    "hadamard_attn",
+    "rotated_4b",
+    "int8_fp16",
+)
+"""Named recipes that `attention_mma` runs, likewise; where there is no FP8, those with FP16 P·V."""
+
+
+def mma_recipes(arch: str) -> tuple[str, ...]:
+    """Those of `MMA_RECIPES` that run on ``arch``."""
+    return tuple(n for n in MMA_RECIPES if arch not in ("sm_80", "sm_86") or RECIPES[n].pv_format == "fp16")
+
+
 MANIFEST: tuple[Instance, ...] = tuple(_manifest())
-"""Every instance that a recipe can ask for."""
+"""Every instance that a named recipe can ask for."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .instances import TILE_KEYS
+from .instances import WGMMA_FORMAT, PackFormat
 
 TOKEN_ORDER = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
 """Position p of every 16 tokens of a packed V row holds token ``TOKEN_ORDER[p]``: the order of P's registers."""
@@ -17,7 +17,7 @@ def swizzled_offsets(rows: int, row_bytes: int) -> Tensor:
     """Byte offset of every 16-byte chunk of a tile, int64 ``[rows, row_bytes / 16]``."""
     row = torch.arange(rows)[:, None]
     chunk = torch.arange(row_bytes // _CHUNK)
-    moved = chunk ^ (row % 8) if row_bytes == 128 else chunk ^ (row // 2 % 4)
+    moved = chunk ^ (row * min(row_bytes, 128) // 128 % (min(row_bytes, 128) // _CHUNK))
     return row * row_bytes + moved * _CHUNK
 
 
@@ -28,15 +28,19 @@ def unswizzle(tiles: Tensor, rows: int, row_bytes: int) -> Tensor:
     return flat.reshape(*tiles.shape[:-1], rows, row_bytes)
 
 
-def unpack_keys(k_tiles: Tensor, head_dim: int) -> Tensor:
-    """Packed K, uint8 ``[..., T, 128 · head_dim]``, to INT8 ``[..., T · 128, head_dim]``."""
-    rows = unswizzle(k_tiles, TILE_KEYS, head_dim).view(torch.int8)
+def unpack_keys(k_tiles: Tensor, head_dim: int, form: PackFormat = WGMMA_FORMAT) -> Tensor:
+    """Packed K, uint8 ``[..., T, bytes of a tile]``, to INT8 ``[..., T · keys, head_dim]``."""
+    rows = unswizzle(k_tiles, form.tile_keys, head_dim * form.k_lanes // 8).view(torch.int8)
+    if form.k_lanes == 4:  # the first of two numbers is the low nibble
+        rows = torch.stack((rows << 4 >> 4, rows >> 4), dim=-1).flatten(-2)
     return rows.flatten(-3, -2)
 
 
-def unpack_values(v_tiles: Tensor, head_dim: int) -> Tensor:
-    """Packed V, uint8 ``[..., T, head_dim · 128]``, to E4M3 ``[..., T · 128, head_dim]``."""
-    rows = unswizzle(v_tiles, head_dim, TILE_KEYS)  # [..., T, head_dim, 128 positions]
+def unpack_values(v_tiles: Tensor, head_dim: int, form: PackFormat = WGMMA_FORMAT) -> Tensor:
+    """Packed V, uint8 ``[..., T, bytes of a tile]``, to E4M3 or FP16 ``[..., T · keys, head_dim]``."""
+    if form.v_half:
+        return unswizzle(v_tiles, form.tile_keys, 2 * head_dim).view(torch.float16).flatten(-3, -2)
+    rows = unswizzle(v_tiles, head_dim, form.tile_keys)  # [..., T, head_dim, positions]
     place = torch.empty(_CHUNK, dtype=torch.int64)
     place[torch.tensor(TOKEN_ORDER)] = torch.arange(_CHUNK)  # token → position
     groups = rows.reshape(*rows.shape[:-1], -1, _CHUNK)[..., place.to(rows.device)]

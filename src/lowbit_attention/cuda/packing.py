@@ -8,9 +8,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..granularity import PerThread
 from ..recipe import Recipe
 from ..reference.quantize import Means
-from .instances import TILE_KEYS, pack_instance, padded_head_dim
+from .instances import WGMMA_FORMAT, PackFormat, pack_instance, padded_head_dim
 from .launch import Arguments, Kernel, load
 from .layout import unpack_keys, unpack_values
 
@@ -22,7 +23,7 @@ _BLOCKS = 1056
 """Thread blocks that fill the card: 8 on each of 132 multiprocessors."""
 _ALIGNMENT = 256
 
-ARGUMENTS = Arguments("P3q P3q 8P f 10i 0q".replace(" ", ""))
+ARGUMENTS = Arguments("P3q P3q 8P 3q f 14i 0q".replace(" ", ""))
 """``PackArgs``."""
 
 
@@ -52,28 +53,43 @@ class PackPlan:
     v_scale: int
     v_mean: int
     partials: int
+    k_stride: int
+    v_stride: int
+    k_scale_stride: int
     workspace_bytes: int
     recipe: Recipe
+    form: PackFormat
 
     @classmethod
-    def of(cls, batch: int, kv_heads: int, kv_len: int, head_dim: int, v_head_dim: int, recipe: Recipe) -> PackPlan:
+    def of(
+        cls,
+        batch: int,
+        kv_heads: int,
+        kv_len: int,
+        head_dim: int,
+        v_head_dim: int,
+        recipe: Recipe,
+        form: PackFormat = WGMMA_FORMAT,
+    ) -> PackPlan:
         """The plan for these sizes."""
         dim = padded_head_dim(max(head_dim, v_head_dim))
         if dim is None:
             raise ValueError(f"head_dim {max(head_dim, v_head_dim)} has no packed form")
         heads = batch * kv_heads
-        tiles = -(-kv_len // TILE_KEYS)
+        tiles = -(-kv_len // form.tile_keys)
         wanted = min(-(-_BLOCKS // (2 * heads)), _MOST_SPLITS, max(1, kv_len // _LEAST_SPLIT))
-        at_once = _STATISTICS_THREADS * 8 // dim * 8  # tokens whose loads a block has in flight
-        tokens_a_split = -(-kv_len // (wanted * at_once)) * at_once
+        in_flight = _STATISTICS_THREADS * 8 // dim * 8  # tokens that a block loads at once
+        tokens_a_split = -(-kv_len // (wanted * in_flight)) * in_flight
         splits = -(-kv_len // tokens_a_split)
-        tiles_a_block = _power_of_two_below(max(128 // dim, min(8, heads * tiles // _BLOCKS)))
+        at_once = _PACK_THREADS * 16 * 8 // (dim * form.tile_keys)  # tiles of V that a block packs at once
+        tiles_a_block = _power_of_two_below(max(at_once, min(8, heads * tiles // _BLOCKS)))
         blocks = -(-tiles // tiles_a_block)
-        tile_bytes = TILE_KEYS * dim
+        k_bytes, v_bytes, record = form.k_bytes(dim), form.v_bytes(dim), form.record_bytes(dim)
+        arrays = {"k_tiles": k_bytes, "v_tiles": v_bytes, "k_scales": 4 * 4}
         sizes = {
-            "k_tiles": heads * tiles * tile_bytes,
-            "v_tiles": heads * tiles * tile_bytes,
-            "k_scales": heads * tiles * 4 * 4,
+            name: heads * tiles * size for name, size in ({"k_tiles": record} if form.is_record else arrays).items()
+        }
+        sizes |= {
             "k_mean": heads * dim * 4,
             "k_largest_scale": heads * 4,
             "v_scale": heads * dim * 4,
@@ -84,6 +100,8 @@ class PackPlan:
         for name, size in sizes.items():
             offsets[name] = end
             end += -(-size // _ALIGNMENT) * _ALIGNMENT
+        if form.is_record:
+            offsets |= {"v_tiles": k_bytes, "k_scales": k_bytes + v_bytes}
         return cls(
             kv_heads=kv_heads,
             kv_len=kv_len,
@@ -96,8 +114,12 @@ class PackPlan:
             tiles_a_block=tiles_a_block,
             statistics_grid=(splits, heads, 2),
             pack_grid=(blocks, heads, 2),
+            k_stride=record if form.is_record else k_bytes,
+            v_stride=record if form.is_record else v_bytes,
+            k_scale_stride=record // 4 if form.is_record else 4,
             workspace_bytes=end,
             recipe=recipe,
+            form=form,
             **offsets,
         )
 
@@ -109,8 +131,9 @@ def _power_of_two_below(x: int) -> int:
 class Packer:
     """The packing kernels for one input type and padded head dimension."""
 
-    def __init__(self, head_dim: int, dtype: torch.dtype) -> None:
-        instance = pack_instance(head_dim, dtype, "sm_90a")
+    def __init__(self, head_dim: int, dtype: torch.dtype, arch: str, form: PackFormat) -> None:
+        instance = pack_instance(head_dim, dtype, arch, form)
+        self._overlaps = has_dependent_launch(arch)
         self._statistics: Kernel = load(instance, "statistics", _STATISTICS_THREADS)
         self._pack: Kernel = load(instance, "pack", _PACK_THREADS)
 
@@ -126,21 +149,31 @@ class Packer:
                 workspace + plan.k_tiles, workspace + plan.k_scales, workspace + plan.v_tiles,
                 workspace + plan.k_mean, workspace + plan.k_largest_scale,
                 workspace + plan.v_scale, workspace + plan.v_mean,
+                plan.k_stride, plan.v_stride, plan.k_scale_stride,
                 plan.recipe.v_max,
                 plan.kv_heads, plan.kv_len, plan.head_dim, plan.v_head_dim,
                 plan.splits, plan.tokens_a_split, plan.tiles, plan.tiles_a_block,
                 plan.recipe.smooth_k, plan.recipe.smooth_v,
+                plan.recipe.qk_max, not isinstance(plan.recipe.k_granularity, PerThread),
+                plan.form.is_record, plan.recipe.v_scale_power_of_two,
             )
         )  # fmt: skip
         self._statistics(plan.statistics_grid, device, arguments)
-        self._pack(plan.pack_grid, device, arguments, overlaps=True)
+        self._pack(plan.pack_grid, device, arguments, overlaps=self._overlaps)
 
 
 @lru_cache(maxsize=64)
-def packer(head_dim: int, dtype: torch.dtype, device: int) -> Packer:
+def packer(
+    head_dim: int, dtype: torch.dtype, device: int, arch: str = "sm_90a", form: PackFormat = WGMMA_FORMAT
+) -> Packer:
     """The packing kernels, loaded once a device."""
     del device
-    return Packer(head_dim, dtype)
+    return Packer(head_dim, dtype, arch, form)
+
+
+def has_dependent_launch(arch: str) -> bool:
+    """Whether a kernel may begin while the one before it ends (griddepcontrol)."""
+    return int(arch.removeprefix("sm_").rstrip("a")) >= 90
 
 
 def loadable(x: Tensor) -> Tensor:
@@ -158,8 +191,8 @@ def loadable(x: Tensor) -> Tensor:
 class PackedTiles:
     """Packed K and V on the device.
 
-    k ``[B, Hkv, Nk, D]`` INT8, k_scale ``[B, Hkv, 4 · T]`` (four a tile of 128 keys), v ``[B, Hkv, Nk, Dv]`` E4M3,
-    v_scale ``[B, Hkv, Dv]``, means ``[B, Hkv, D or Dv]``.
+    k ``[B, Hkv, Nk, D]`` INT8 (4-bit numbers, too), k_scale ``[B, Hkv, 4 · T]`` (four a tile), v ``[B, Hkv, Nk, Dv]``
+    float32 holding E4M3 or FP16 numbers, v_scale ``[B, Hkv, Dv]``, means ``[B, Hkv, D or Dv]``.
     """
 
     k: Tensor
@@ -175,30 +208,42 @@ class PackedTiles:
         return Means(k=self.k_mean, v=self.v_mean)
 
 
-def pack_kv(k: Tensor, v: Tensor, recipe: Recipe) -> PackedTiles:
+def pack_kv(k: Tensor, v: Tensor, recipe: Recipe, form: PackFormat = WGMMA_FORMAT, arch: str = "sm_90a") -> PackedTiles:
     """Pack ``[B, Hkv, Nk, D]`` tensors with the kernels and read the result back into plain order (for tests)."""
     batch, heads, length = k.shape[:3]
     head_dim, v_head_dim = k.shape[3], v.shape[3]
     k, v = loadable(k), loadable(v)
-    plan = PackPlan.of(batch, heads, length, k.shape[3], v.shape[3], recipe)
+    plan = PackPlan.of(batch, heads, length, k.shape[3], v.shape[3], recipe, form)
     workspace = torch.full((plan.workspace_bytes,), 0xFF, dtype=torch.uint8, device=k.device)
     with torch.cuda.device(k.device):
-        packer(plan.dim, k.dtype, k.device.index)(k, v, plan, workspace.data_ptr(), k.device.index)
+        packer(plan.dim, k.dtype, k.device.index, arch, form)(k, v, plan, workspace.data_ptr(), k.device.index)
 
-    def part(offset: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        count = torch.Size(shape).numel() * dtype.itemsize
-        return workspace[offset : offset + count].view(dtype).reshape(batch, heads, *shape[1:])
+    def part(offset: int, *shape: int) -> Tensor:
+        count = torch.Size(shape).numel() * 4
+        return workspace[offset : offset + count].view(torch.float32).reshape(batch, heads, *shape[1:])
 
-    pairs, tile_bytes = batch * heads, TILE_KEYS * plan.dim
-    keys = unpack_keys(part(plan.k_tiles, pairs, plan.tiles, tile_bytes, dtype=torch.uint8), plan.dim)
-    values = unpack_values(part(plan.v_tiles, pairs, plan.tiles, tile_bytes, dtype=torch.uint8), plan.dim).float()
-    rest = (keys[..., length:, :], keys[..., head_dim:], values[..., length:, :], values[..., v_head_dim:])
+    def tiles(offset: int, stride: int, size: int) -> Tensor:
+        rows = workspace[offset:].as_strided(
+            (batch, heads, plan.tiles, size), (heads * plan.tiles * stride, plan.tiles * stride, stride, 1)
+        )
+        return rows.contiguous()
+
+    pairs, dim = batch * heads, plan.dim
+    keys = unpack_keys(tiles(plan.k_tiles, plan.k_stride, form.k_bytes(dim)), dim, form)
+    values = unpack_values(tiles(plan.v_tiles, plan.v_stride, form.v_bytes(dim)), dim, form).float()
+    k_scale = tiles(plan.k_scales, 4 * plan.k_scale_stride, 16).view(torch.float32).flatten(2)
+    if form.is_record:  # where a group of zeros has the scale 0
+        k_scale = torch.where(k_scale == 0, 1.0, k_scale)
+    if not isinstance(recipe.k_granularity, PerThread):  # all four are the same
+        k_scale = k_scale[..., ::4]
+    inside = dim if form.rotate else head_dim  # (a rotation fills the padding)
+    rest = (keys[..., length:, :], keys[..., inside:], values[..., length:, :], values[..., v_head_dim:])
     return PackedTiles(
-        k=keys[:, :, :length, :head_dim],
-        k_scale=part(plan.k_scales, pairs, plan.tiles * 4),
+        k=keys[:, :, :length, :inside],
+        k_scale=k_scale,
         v=values[:, :, :length, :v_head_dim],
-        v_scale=part(plan.v_scale, pairs, plan.dim)[..., :v_head_dim],
-        k_mean=part(plan.k_mean, pairs, plan.dim)[..., :head_dim],
-        v_mean=part(plan.v_mean, pairs, plan.dim)[..., :v_head_dim],
+        v_scale=part(plan.v_scale, pairs, dim)[..., :v_head_dim],
+        k_mean=part(plan.k_mean, pairs, dim)[..., :head_dim],
+        v_mean=part(plan.v_mean, pairs, dim)[..., :v_head_dim],
         padding_is_zero=not any(bool(x.any()) for x in rest),
     )

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 Handler = Callable[..., Tensor]
 """``handler(original, name, *args, **kwargs)``: ``original`` is torch's own function, ``name`` the dotted path (within
@@ -66,6 +67,10 @@ _before: Handler = _TORCH
 
 def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention`` while `intercepted` is in force."""
+    given = (*args, *kwargs.values())
+    if has_torch_function(given):  # a subclass's own attention (torch.nn.attention.bias), which looks for this function
+        answer: Tensor = handle_torch_function(scaled_dot_product_attention, given, *args, **kwargs)
+        return answer
     if _busy.handling:
         return _TORCH(*args, **kwargs)
     for interception in reversed(_active):

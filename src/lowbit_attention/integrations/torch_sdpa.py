@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -71,7 +72,7 @@ class _Rerouted:
             elif not torch.compiler.is_exporting():
                 (self.gradients if grad else self.dropout).add_(1)
             return _original(original, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        if compiling or isinstance(query, FakeTensor):
+        if compiling or isinstance(query, FakeTensor) or query.is_meta:
             if isinstance(self.like, Machine):
                 raise InvalidArgumentError(
                     f"like={self.like.name!r}: inside torch.compile give the machine's name, not the object"
@@ -251,9 +252,13 @@ _slots: weakref.WeakValueDictionary[str, _Rerouted] = weakref.WeakValueDictionar
 
 
 def _take_slot(handler: _Rerouted) -> str:
-    slot = next(str(n) for n in range(len(_slots) + 1) if str(n) not in _slots)
-    _slots[slot] = handler
+    with _slots_lock:
+        slot = next(str(n) for n in range(len(_slots) + 1) if str(n) not in _slots)
+        _slots[slot] = handler
     return slot
+
+
+_slots_lock = threading.Lock()
 
 
 LIBRARY.define(

@@ -31,3 +31,10 @@ __device__ inline u32 int8x4(float a, float b, float c, float d, float inverse) 
   for (int i = 0; i < 4; ++i) bits[i] = __float_as_uint(__fadd_rn(x[i], 12582912.0f));
   return prmt_b32(prmt_b32(bits[0], bits[1], 0x0040), prmt_b32(bits[2], bits[3], 0x0040), 0x5410);
 }
+
+// Four INT8 bytes of −8 … 7 to four INT4 nibbles, the first lowest.
+__device__ inline u32 int4x4(u32 four) {
+  const u32 low = four & 0x0F0F0F0F;     // 0d 0c 0b 0a
+  const u32 pairs = low | low >> 4;      // .. dc .. ba in bytes 2 and 0
+  return prmt_b32(pairs, 0, 0x4420) & 0xFFFF;
+}

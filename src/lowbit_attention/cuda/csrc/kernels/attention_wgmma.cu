@@ -20,6 +20,7 @@
 #include "attend/softmax.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/wgmma.cuh"
+#include "tile/output.cuh"
 #include "tile/strided.cuh"
 #include "tile/swizzle.cuh"
 
@@ -197,18 +198,6 @@ struct Thread {  // where a thread stands in its warpgroup
         q(threadIdx.x % 4) {}
   __device__ int row(int half) const { return 16 * warp + quad + 8 * half; }
 };
-
-template <Dtype kDtype>
-__device__ __forceinline__ void store_pair(void* out, i64 at, float a, float b) {
-  if constexpr (kDtype == kFloat32) {
-    *reinterpret_cast<Vec8*>(static_cast<float*>(out) + at) = {__float_as_uint(a), __float_as_uint(b)};
-  } else {
-    *reinterpret_cast<u32*>(static_cast<u16*>(out) + at) = kDtype == kFloat16 ? cvt_f16x2_f32(b, a) : cvt_bf16x2_f32(b, a);
-  }
-}
-
-template <Dtype kDtype>
-constexpr float kLargest = kDtype == kFloat16 ? 65504.0f : kDtype == kBFloat16 ? 3.3895313892515355e38f : 3.4028234663852886e38f;
 
 struct Consumer {
   const AttentionArgs& args;
@@ -414,7 +403,7 @@ struct Consumer {
     for (int half = 0; half < 2; ++half) {
       float sum = rows.sum[half];
 #if SUM_IN_MMA
-      sum = __fmaf_rn(sum, last[half], sum_of(sums[0], kDim / 2 + 2 * half));
+      if (kInterval > 1) sum = __fmaf_rn(sum, last[half], sum_of(sums[0], kDim / 2 + 2 * half));
 #else
       sum += __shfl_xor_sync(0xFFFFFFFF, sum, 1);
       sum += __shfl_xor_sync(0xFFFFFFFF, sum, 2);

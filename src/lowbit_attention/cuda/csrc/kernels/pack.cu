@@ -1,11 +1,18 @@
-// K and V to the tiles that attention loads: statistics over the tokens, then one pass that smooths and rounds.
+// K and V to the tiles that attention loads: statistics over the tokens, then one pass that smooths, rotates and rounds.
 //
-// K: K − k̄ to INT8, four scales a tile (keys with equal (key mod 8) / 2 share one).
-// V: V − v̄ or V to E4M3, one scale a channel; transposed, tokens reordered for P's registers. V_r is an E4M3 number, so
-//    that rounding takes away by what a product with the scale's inverse may exceed it.
-// Both as tiles of 128 keys, swizzled, zeros past the last token and the last channel.
+// K: K − k̄ to INT8 or INT4, four scales a tile (keys with equal (key mod 8) / 2 share one) or one.
+// V: V − v̄ or V, one scale a channel. To E4M3, transposed, tokens reordered for P's registers; V_r is an E4M3 number, so
+//    that rounding takes away by what a product with the scale's inverse may exceed it. Or to FP16, token by token.
+// Tiles are swizzled, with zeros past the last token and the last channel.
 //
-// Compiled for: HEAD_DIM 64 or 128 (channels are padded to it), INPUT_DTYPE of tile/strided.cuh.
+// Compiled for:
+//   HEAD_DIM     64 or 128 (channels are padded to it)
+//   INPUT_DTYPE  of tile/strided.cuh
+//   TILE_KEYS    128 (wgmma) or 64 (mma.sync)
+//   K_LANES      bits of a lane of K: 8 or 4
+//   V_HALF       V in FP16 (1) or E4M3 (0)
+//   ROTATE       K is rotated after smoothing
+#include "attend/rotate.cuh"
 #include "attend/scale.cuh"
 #include "ptx/barrier.cuh"
 #include "tile/strided.cuh"
@@ -17,18 +24,23 @@ constexpr int kChunks = kDim / kChunk;  // 8-channel chunks of a token
 struct PackArgs {
   Strided k, v;       // [B, Hkv, Nk, D] and [B, Hkv, Nk, Dv]
   float* partials;    // [2 (K, V)][B · Hkv][splits][3 (sum, low, high)][kDim]
-  u8* k_tiles;        // [B · Hkv][tiles][128 keys × kDim]
-  float* k_scales;    // [B · Hkv][tiles][4]
-  u8* v_tiles;        // [B · Hkv][tiles][kDim × 128 keys]
+  u8* k_tiles;        // [B · Hkv][tiles], `k_stride` bytes apart: [64 or 128 keys][kDim] lanes
+  float* k_scales;    // [B · Hkv][tiles], `k_scale_stride` floats apart: [4]
+  u8* v_tiles;        // [B · Hkv][tiles], `v_stride` bytes apart: E4M3 [kDim][keys], or FP16 [keys][kDim]
   float* k_mean;      // [B · Hkv][kDim]; zeros without smooth K
   float* k_largest_scale;  // [B · Hkv], of all tiles
   float* v_scale;     // [B · Hkv][kDim]
   float* v_mean;      // [B · Hkv][kDim]; zeros without smooth V
+  i64 k_stride, v_stride, k_scale_stride;
   float v_max;        // V_r
   i32 kv_heads, kv_len, k_channels, v_channels;
   i32 splits, tokens_a_split;  // of the statistics
   i32 tiles, tiles_a_block;    // of the packing
   i32 smooth_k, smooth_v;
+  i32 k_max;              // 127 or 7
+  i32 one_k_scale;        // the tile's keys share a scale
+  i32 zero_scale_is_zero; // what a group of zeros gets for a scale: 0 or 1
+  i32 v_power_of_two;     // V's scales are powers of two
 };
 
 struct Statistics {
@@ -163,14 +175,14 @@ __device__ void pack_keys(const PackArgs& args) {
     const Statistics all = gathered(args, threadIdx.x);
     const float m = args.smooth_k ? mean_of(all, args.kv_len) : 0.0f;
     mean[threadIdx.x] = m;
-    if (blockIdx.x == 0) {
-      args.k_mean[head * kDim + threadIdx.x] = m;
+    if (blockIdx.x == 0) args.k_mean[head * kDim + threadIdx.x] = m;
+    if (blockIdx.x == 0 && !ROTATE) {  // (else the tiles say)
       if (threadIdx.x == 0) largest_of_head = 0;
       bar_sync(1, kDim);
       const float largest = max_nan_f32(fabsf(__fsub_rn(all.high, m)), fabsf(__fsub_rn(all.low, m)));
       atomicMax(&largest_of_head, __float_as_int(largest) & 0x7FFFFFFF);
       bar_sync(1, kDim);
-      if (threadIdx.x == 0) args.k_largest_scale[head] = scale_of(__int_as_float(largest_of_head), 127.0f).delta;
+      if (threadIdx.x == 0) args.k_largest_scale[head] = scale_of(__int_as_float(largest_of_head), float(args.k_max)).delta;
     }
   }
   __syncthreads();
@@ -191,14 +203,33 @@ __device__ void pack_keys(const PackArgs& args) {
         raw[i] = load_raw<kDtype>(args.k, base + i64(token) * args.k.token, chunk * kChunk);
       }
     }
+#if ROTATE
+    float rotated[kPasses][kChunk];
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      const bool inside = tile * kTileKeys + i * kRows + row < args.kv_len;
+#pragma unroll
+      for (int c = 0; c < kChunk; ++c) {
+        rotated[i][c] = inside ? __fsub_rn(to_float<kDtype>(raw[i], c), mine[c]) : 0.0f;
+      }
+      rotation_begins<kDim>(rotated[i]);
+      butterflies<kChunk, 1>(rotated[i]);
+      butterflies<kChunk, 2>(rotated[i]);
+      butterflies<kChunk, 4>(rotated[i]);
+#pragma unroll
+      for (int lanes = 1; lanes < kChunks; lanes *= 2) butterflies_across(rotated[i], lanes);
+      rotation_ends<kDim>(rotated[i]);
+    }
+    const auto value = [&](int i, int c) { return rotated[i][c]; };
+#else
+    const auto value = [&](int i, int c) { return __fsub_rn(to_float<kDtype>(raw[i], c), mine[c]); };
+#endif
     float largest = 0.0f;
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       if (tile * kTileKeys + i * kRows + row < args.kv_len) {
 #pragma unroll
-        for (int c = 0; c < kChunk; ++c) {
-          largest = max_nan_f32(largest, fabsf(__fsub_rn(to_float<kDtype>(raw[i], c), mine[c])));
-        }
+        for (int c = 0; c < kChunk; ++c) largest = max_nan_f32(largest, fabsf(value(i, c)));
       }
     }
     // 16 neighbouring threads hold tokens of one group; two such half warps make the group, whichever they are
@@ -207,36 +238,59 @@ __device__ void pack_keys(const PackArgs& args) {
     if (threadIdx.x % 16 == 0) half_warp_max[threadIdx.x / 16] = largest;
     __syncthreads();
     const int group = row % 8 / 2;
-    const float group_max = kDim == 128 ? max_nan_f32(half_warp_max[2 * group], half_warp_max[2 * group + 1])
-                                        : max_nan_f32(half_warp_max[group], half_warp_max[group + 4]);
-    const Scale scale = scale_of(group_max, 127.0f);
+    float group_max = kDim == 128 ? max_nan_f32(half_warp_max[2 * group], half_warp_max[2 * group + 1])
+                                  : max_nan_f32(half_warp_max[group], half_warp_max[group + 4]);
+    if (args.one_k_scale) {
+#pragma unroll
+      for (int i = 0; i < kPackThreads / 16; ++i) group_max = max_nan_f32(group_max, half_warp_max[i]);
+    }
+    const Scale scale = scale_of(group_max, float(args.k_max));
     const i64 number = head * args.tiles + tile;
-    if (chunk == 0 && row < 8 && row % 2 == 0) args.k_scales[number * 4 + group] = scale.delta;
-    u8* out = args.k_tiles + number * (kTileKeys * kDim);
+    if (chunk == 0 && row < 8 && row % 2 == 0) {
+      const bool zero = scale.inverse == 0.0f && scale.delta == 1.0f;
+      args.k_scales[number * args.k_scale_stride + group] = zero && args.zero_scale_is_zero ? 0.0f : scale.delta;
+      // (the bits of floats that are not negative compare like integers, NaN last)
+      if (ROTATE && !zero) atomicMax(reinterpret_cast<i32*>(args.k_largest_scale + head), __float_as_int(scale.delta));
+    }
+    u8* out = args.k_tiles + number * args.k_stride;
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const int at = i * kRows + row;
       float x[kChunk];
 #pragma unroll
-      for (int c = 0; c < kChunk; ++c) x[c] = __fsub_rn(to_float<kDtype>(raw[i], c), mine[c]);
+      for (int c = 0; c < kChunk; ++c) x[c] = value(i, c);
       Vec8 bytes = {int8x4(x[0], x[1], x[2], x[3], scale.inverse), int8x4(x[4], x[5], x[6], x[7], scale.inverse)};
       if (tile * kTileKeys + at >= args.kv_len) bytes = {0, 0};
+#if K_LANES == 4
+      *reinterpret_cast<u32*>(out + swizzled<kDim / 2>(at, chunk / 4) + chunk % 4 * 4) =
+          int4x4(bytes.word[0]) | int4x4(bytes.word[1]) << 16;
+#else
       *reinterpret_cast<Vec8*>(out + swizzled<kDim>(at, chunk / 2) + chunk % 2 * 8) = bytes;
+#endif
     }
   }
 }
 
+// V's scale from a channel's largest magnitude.
+__device__ inline Scale value_scale(float largest, const PackArgs& args) {
+  Scale scale = scale_of(largest, args.v_max);
+  if (args.v_power_of_two && scale.inverse != 0.0f) {  // rounded up; the inverse is exact
+    const u32 bits = __float_as_uint(scale.delta);
+    scale.delta = __uint_as_float(bits + 0x7FFFFF & 0xFF800000);
+    scale.inverse = __fdiv_rn(1.0f, scale.delta);
+  }
+  return scale;
+}
+
 template <Dtype kDtype>
 __device__ void pack_values(const PackArgs& args) {
-  constexpr int kTokens = 16;                          // a thread's: one 16-byte chunk of a channel's row
-  constexpr int kAtOnce = kPackThreads / kDim;         // tiles that the block packs at once
   __shared__ float mean[kDim], inverse[kDim];
   const i64 head = blockIdx.y;
   if (threadIdx.x < kDim) {
     const Statistics all = gathered(args, threadIdx.x);
     const float m = args.smooth_v ? mean_of(all, args.kv_len) : 0.0f;
     const float largest = max_nan_f32(fabsf(__fsub_rn(all.high, m)), fabsf(__fsub_rn(all.low, m)));
-    const Scale scale = scale_of(largest, args.v_max);
+    const Scale scale = value_scale(largest, args);
     mean[threadIdx.x] = m, inverse[threadIdx.x] = scale.inverse;
     if (blockIdx.x == 0) {
       args.v_mean[head * kDim + threadIdx.x] = m;
@@ -244,10 +298,41 @@ __device__ void pack_values(const PackArgs& args) {
     }
   }
   __syncthreads();
-  const int chunk = threadIdx.x % kChunks, group = threadIdx.x % kDim / kChunks;
+  const int chunk = threadIdx.x % kChunks;
   const i64 base = head / args.kv_heads * args.v.batch + head % args.kv_heads * args.v.head;
   const int end = min(args.tiles, int(blockIdx.x + 1) * args.tiles_a_block);
-  for (int tile = blockIdx.x * args.tiles_a_block + threadIdx.x / kDim; tile < end; tile += kAtOnce) {
+#if V_HALF
+  constexpr int kRows = kPackThreads / kChunks;  // tokens that the block reads at once
+  for (int tile = blockIdx.x * args.tiles_a_block; tile < end; ++tile) {
+    u8* out = args.v_tiles + (head * args.tiles + tile) * args.v_stride;
+#pragma unroll
+    for (int row = threadIdx.x / kChunks; row < kTileKeys; row += kRows) {
+      const int token = tile * kTileKeys + row;
+      Raw<kDtype> raw = zero_raw<kDtype>();
+      if (token < args.kv_len && chunk * kChunk < args.v_channels) {
+        raw = load_raw<kDtype>(args.v, base + i64(token) * args.v.token, chunk * kChunk);
+      }
+      Vec16 halves;
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        float x[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int c = chunk * kChunk + 2 * pair + i;
+          x[i] = __fmul_rn(__fsub_rn(to_float<kDtype>(raw, 2 * pair + i), mean[c]), inverse[c]);
+          if (token >= args.kv_len) x[i] = 0.0f;
+        }
+        halves.word[pair] = cvt_f16x2_f32(x[1], x[0]);
+      }
+      *reinterpret_cast<Vec16*>(out + swizzled<2 * kDim>(row, chunk)) = halves;
+    }
+  }
+#else
+  constexpr int kTokens = 16;                                // a thread's: one 16-byte chunk of a channel's row
+  constexpr int kThreads = kChunks * (kTileKeys / kTokens);  // that a tile takes
+  const int group = threadIdx.x % kThreads / kChunks;
+  for (int tile = blockIdx.x * args.tiles_a_block + threadIdx.x / kThreads; tile < end;
+       tile += kPackThreads / kThreads) {
     const int first = tile * kTileKeys + group * kTokens;
     Raw<kDtype> raw[kTokens];
 #pragma unroll
@@ -257,7 +342,7 @@ __device__ void pack_values(const PackArgs& args) {
         raw[i] = load_raw<kDtype>(args.v, base + i64(first + i) * args.v.token, chunk * kChunk);
       }
     }
-    u8* out = args.v_tiles + (head * args.tiles + tile) * (kTileKeys * kDim);
+    u8* out = args.v_tiles + (head * args.tiles + tile) * args.v_stride;
 #pragma unroll
     for (int c = 0; c < kChunk; ++c) {
       const int channel = chunk * kChunk + c;
@@ -279,13 +364,18 @@ __device__ void pack_values(const PackArgs& args) {
       *reinterpret_cast<Vec16*>(out + swizzled<kTileKeys>(channel, group)) = bytes;
     }
   }
+#endif
 }
 
-extern "C" __global__ void __launch_bounds__(kStatisticsThreads) statistics(const __grid_constant__ PackArgs args) {
+// (For mma.sync's older cards the assembler would rather spill than have fewer blocks than it likes; 0: as it likes.)
+constexpr int kBlocks = TILE_KEYS == 64 ? 2 : 0;
+
+extern "C" __global__ void __launch_bounds__(kStatisticsThreads, kBlocks) statistics(const __grid_constant__ PackArgs args) {
   griddepcontrol_launch_dependents();
+  if (ROTATE && blockIdx.x == 0 && blockIdx.z == 0 && threadIdx.x == 0) args.k_largest_scale[blockIdx.y] = 0.0f;
   gather_statistics<Dtype(INPUT_DTYPE)>(args);
 }
-extern "C" __global__ void __launch_bounds__(kPackThreads) pack(const __grid_constant__ PackArgs args) {
+extern "C" __global__ void __launch_bounds__(kPackThreads, kBlocks) pack(const __grid_constant__ PackArgs args) {
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();  // the statistics are there
   if (blockIdx.z == 0) pack_keys<Dtype(INPUT_DTYPE)>(args);

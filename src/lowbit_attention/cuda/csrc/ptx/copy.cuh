@@ -19,3 +19,29 @@ __device__ inline Vec16 ld_global_nc_v4(const void* from) {
                : "l"(from));
   return out;
 }
+
+// 16 bytes from global to shared memory, without registers; in groups that a thread commits and awaits.
+__device__ inline void cp_async_cg_16(u32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ inline void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ void cp_async_wait_group() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ inline u32 ld_shared(u32 address) {
+  u32 out;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(out) : "r"(address) : "memory");
+  return out;
+}
+__device__ inline Vec8 ld_shared_v2(u32 address) {
+  Vec8 out;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(out.word[0]), "=r"(out.word[1]) : "r"(address) : "memory");
+  return out;
+}
+__device__ inline float ld_global_f32(const float* from) {
+  float out;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(out) : "l"(from));
+  return out;
+}

@@ -15,6 +15,11 @@ __device__ inline float lg2_approx_ftz_f32(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
   return out;
 }
+__device__ inline float rcp_approx_ftz_f32(float x) {  // 1 ulp
+  float out;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
 __device__ inline float max_nan_f32(float a, float b) {  // NaN if either is NaN, so a bad input shows
   float out;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));

@@ -18,3 +18,15 @@ struct alignas(8) Vec8 {
 };
 
 __device__ inline u32 shared_address(const void* pointer) { return u32(__cvta_generic_to_shared(pointer)); }
+
+// The compiler keeps the number in a register and does not compute it again where it is used.
+__device__ inline void pin_register(u32& x) { asm volatile("" : "+r"(x)); }
+__device__ inline void pin_register(float& x) { asm volatile("" : "+f"(x)); }
+template <class Type>
+__device__ void pin_register(const Type*& x) {
+  asm volatile("" : "+l"(x));
+}
+__device__ inline i32 pinned(i32 x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}

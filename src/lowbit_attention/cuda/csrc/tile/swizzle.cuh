@@ -1,16 +1,19 @@
 // How the tiles that the tensor cores read lie in memory, packed and shared alike.
 //
-// A tile is rows of 128 or 64 bytes (both K-major for the MMA), their 16-byte chunks exchanged so that eight rows'
-// equal chunks lie in different banks. tests/cpu/cuda/test_layout.py proves these maps against the MMA's own order.
+// A tile is rows of 32 to 256 bytes, their 16-byte chunks exchanged so that eight rows' equal chunks lie in different
+// banks. tests/cpu/cuda/test_layout.py proves these maps against the MMA's own order.
 #pragma once
 #include "ptx/types.cuh"
 
-constexpr int kTileKeys = 128;  // keys a tile: the widest wgmma whose 64 sums a thread leave room for O and P·V's sums
+// Keys a tile. wgmma: 128, the widest whose 64 sums a thread leave room for O and P·V's sums; mma.sync: 64, the papers'.
+constexpr int kTileKeys = TILE_KEYS;
 
+// Byte offset of a row's 16-byte chunk. Rows of 128 and 64 bytes lie as wgmma's swizzles want them; all of them so that
+// eight neighbouring rows' equal chunks fill the 128 bytes that shared memory delivers at once.
 template <int kRowBytes>
-__device__ constexpr int swizzled(int row, int chunk) {  // byte offset of a row's 16-byte chunk
-  static_assert(kRowBytes == 128 || kRowBytes == 64, "the wgmma swizzles that fit 8-bit rows of 128 or 64 channels");
-  const int moved = kRowBytes == 128 ? chunk ^ (row % 8) : chunk ^ (row / 2 % 4);
+__device__ constexpr int swizzled(int row, int chunk) {
+  static_assert(kRowBytes == 256 || kRowBytes == 128 || kRowBytes == 64 || kRowBytes == 32, "no such swizzle");
+  const int moved = kRowBytes >= 128 ? chunk ^ (row % 8) : kRowBytes == 64 ? chunk ^ (row / 2 % 4) : chunk ^ (row / 4 % 2);
   return row * kRowBytes + moved * 16;
 }
 

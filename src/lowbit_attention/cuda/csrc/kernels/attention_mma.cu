@@ -1,0 +1,598 @@
+// Attention by mma.sync, for Ampere, Ada, Blackwell and (to be tested) Hopper: INT8 or INT4 Q·Kᵀ, FP8 or FP16 P·V, on K
+// and V that kernels/pack.cu has packed.
+//
+// A warp has 32 query rows; a thread block 128 (or 256, in two groups) and two stages of key tiles in shared memory. A
+// tile is 64 keys: scores of all of them, the softmax, then P·V sixteen channels at a time, each sum added to O as soon
+// as it is there, so that sums need few registers.
+//
+// docs/kernels/mma.md counts the instructions. Compiled for:
+//   HEAD_DIM     64 or 128 (channels are padded to it)
+//   QK_LANES     bits of a lane of Q and K: 8, or 4 (the INT4 MMA)
+//   V_HALF       P and V in FP16 (1) or E4M3 (0)
+//   SUMS_F16     P·V in FP16 sums (1) or FP32-typed ones (0)
+//   PROMOTE      add each tile's sums to an FP32 output (1), or let the MMA sum everything (0)
+//   SUM_IN_MMA   the row sum is taken over the rounded P by an MMA with ones (1), or over P before rounding (0)
+//   SMOOTH_Q     Q is smoothed, and its tile mean's logits come in `delta`
+//   ROTATE       Q is rotated (K was, when it was packed)
+#include "attend/quantize_block.cuh"
+#include "attend/schedule.cuh"
+#include "attend/softmax.cuh"
+#include "ptx/barrier.cuh"
+#include "ptx/copy.cuh"
+#include "ptx/mma.cuh"
+#include "tile/output.cuh"
+#include "tile/strided.cuh"
+#include "tile/swizzle.cuh"
+
+struct MmaArgs {
+  Strided q;              // [B, Hq, Nq, D]
+  void* out;              // [B, Hq, Nq, Dv] in q's type, channels next to each other
+  i64 out_batch, out_head, out_token;  // strides in elements
+  float* lse;             // [B, Hq, Nq], or null
+  const u8* tiles;        // [B · Hkv][tile_count]: a PackedTile each
+  const float* k_mean;    // [B · Hkv][kDim], for lse
+  const float* k_largest_scale;  // [B · Hkv], of all tiles
+  const float* v_scale;   // [B · Hkv][kDim]
+  const float* v_mean;    // [B · Hkv][kDim]
+  const float* q_mean;    // [B · Hq][query tiles of 128][kDim]
+  const float* delta;     // [this launch's query tiles][64 · tile_count], in base-2 logits
+  float sm_scale;         // logits = sm_scale · q · k
+  float logits_scale;     // |sm_scale| · log2 e
+  float log2_p_max;       // log2 P_r, rounded down
+  float largest_fast_factor;  // of a score's unit in logits; above it tiles take the careful way
+  i32 q_heads, kv_heads, q_len, kv_len, channels, v_channels;
+  i32 causal_offset;      // query i sees key j if j ≤ i + causal_offset; kv_len without causality
+  i32 tile_count, first_item;
+  i32 dtype, q_max, q_granularity;
+  Schedule schedule;
+};
+
+// ---- tile numbers
+
+constexpr int kDim = HEAD_DIM;
+constexpr int kWarpRows = 32;  // two m16 blocks: each K and V fragment that ldmatrix brings serves two MMAs
+constexpr int kScaleRows = 128;  // rows of a query tile: the mean and the per-block scale are theirs
+// V in FP16 is twice as large: two stages of it leave room for one thread block on a card with 100 KB, so that one has
+// twice the rows.
+constexpr int kGroups = V_HALF && HEAD_DIM == 128 ? 2 : 1;
+constexpr int kWarps = kGroups * kScaleRows / kWarpRows;
+constexpr int kRows = kWarps * kWarpRows;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kBlocks = kGroups == 2 ? 1 : 2;  // a multiprocessor's, by registers: 8 warps of up to 255
+constexpr int kStages = 2;
+constexpr int kQkRowBytes = kDim * QK_LANES / 8;
+constexpr int kVRowBytes = V_HALF ? 2 * kDim : kTileKeys;
+constexpr int kKTileBytes = kTileKeys * kQkRowBytes;
+constexpr int kVTileBytes = kTileKeys * kDim * (V_HALF ? 2 : 1);
+constexpr int kScores = kTileKeys / 2;  // of a thread and an m16 block: 2 rows × 16 keys
+// Left alone, the assembler lets P·V run ahead of the additions to O, or of the exponentials, and then lacks registers.
+// It must not look further than these fences (about a clock each): every so many channels, and between the phases.
+constexpr int kFencedChannels = V_HALF || !SUMS_F16 ? 32 : kDim;
+constexpr bool kFencedPhases = V_HALF && SUMS_F16;
+constexpr float kLn2 = 0.6931471805599453f;
+[[maybe_unused]] constexpr float kMostUnits = 2097152.0f;  // 2^21 of ΔS, beside |s| < 2^21: together they stay exact with kMagic
+
+struct PackedTile {  // as kernels/pack.cu writes them
+  u8 k[kKTileBytes];     // [64 keys][kDim] lanes
+  u8 v[kVTileBytes];     // E4M3 [kDim][64 keys], or FP16 [64 keys][kDim]
+  float k_scale[4];
+  u8 unused[112];        // rows begin at multiples of 128
+};
+
+struct Stage {
+  u8 k[kKTileBytes];
+  u8 v[kVTileBytes];
+#if SMOOTH_Q
+  float delta[kGroups][kTileKeys];
+#endif
+};
+
+struct Shared {
+  Stage stages[kStages];
+  u8 q[kWarps][kWarpRows * kQkRowBytes];
+  float warp_max[kGroups][4];
+};
+
+// ---- the MMAs of the policies
+
+__device__ __forceinline__ void multiply_qk(i32 (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const i32 (&c)[4]) {
+#if QK_LANES == 4
+  mma_m16n8k64_s32_s4(d, a, b0, b1, c);
+#else
+  mma_m16n8k32_s32_s8(d, a, b0, b1, c);
+#endif
+}
+
+#if SUMS_F16
+using Sums = u32[2];
+#else
+using Sums = float[4];
+#endif
+__device__ __forceinline__ void multiply_pv(Sums& d, const u32 (&a)[4], u32 b0, u32 b1, const Sums& c) {
+#if V_HALF && SUMS_F16
+  mma_m16n8k16_f16_f16(d, a, b0, b1, c);
+#elif V_HALF
+  mma_m16n8k16_f32_f16(d, a, b0, b1, c);
+#elif SUMS_F16
+  mma_m16n8k32_f16_e4m3(d, a, b0, b1, c);
+#else
+  mma_m16n8k32_f32_e4m3(d, a, b0, b1, c);
+#endif
+}
+__device__ __forceinline__ float sum_of(const Sums& sums, int i) {
+#if SUMS_F16
+  return cvt_f32_f16(u16(i % 2 ? sums[i / 2] >> 16 : sums[i / 2]));
+#else
+  return sums[i];
+#endif
+}
+
+constexpr int kPvDepth = V_HALF ? 16 : 32;             // keys of a P·V MMA
+constexpr int kPvSteps = kTileKeys / kPvDepth;
+constexpr int kPRegisters = 4 * kPvSteps;              // A fragments of P, of an m16 block
+
+// ---- a warp
+
+struct Warp {
+  const MmaArgs& args;
+  const int warp, lane, quad, turn;
+  u32 q_at;           // shared address of the lane's ldmatrix row of Q
+  u32 k_at, v_at;     // of its rows of K and V, in the stage that comes next
+#if SMOOTH_Q
+  u32 delta_at;       // of its keys' ΔS, likewise
+#endif
+  float q_scale;                               // δ_Q · logits_scale of the lane's four rows
+  float base[2][2];   // of a row: log2 P_r − m, rounded down, what is added to its logits; ∞ before the first key
+  float sum[2][2];    // of a row: Σ P
+  float o[2][kDim / 8][4];
+
+  __device__ __forceinline__ Warp(const MmaArgs& args, Shared& shared)
+      : args(args),
+        warp(__shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0)),  // (so that the compiler knows it is the warp's)
+        lane(threadIdx.x % 32),
+        quad(threadIdx.x % 32 / 4),
+        turn(threadIdx.x % 4) {
+    const int matrix = lane / 8, row = lane % 8;
+    // A: rows 0–7, 8–15 of the first 16 bytes, then of the second; B: both halves of keys 0–7, then of keys 8–15. In the
+    // next 32 bytes the chunks' places differ by an exclusive or.
+    q_at = shared_address(shared.q[warp]) + swizzled<kQkRowBytes>(matrix % 2 * 8 + row, matrix / 2);
+    k_at = shared_address(shared.stages[0].k) + swizzled<kQkRowBytes>(matrix / 2 * 8 + row, matrix % 2);
+    // FP16, transposed: keys 0–7 and 8–15 of eight channels, then of the next eight. E4M3: all 64 keys of eight channels.
+    v_at = shared_address(shared.stages[0].v) +
+           (V_HALF ? swizzled<kVRowBytes>(matrix % 2 * 8 + row, matrix / 2) : swizzled<kVRowBytes>(row, matrix));
+    pin_register(q_at), pin_register(k_at), pin_register(v_at);
+#if SMOOTH_Q
+    delta_at = shared_address(shared.stages[0].delta) + warp / 4 * 4 * kTileKeys + 8 * turn;
+    pin_register(delta_at);
+#endif
+#pragma unroll
+    for (int i = 0; i < 4; ++i) base[i / 2][i % 2] = kInfinity, sum[i / 2][i % 2] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kDim; ++i) o[i / (kDim / 2)][i / 4 % (kDim / 8)][i % 4] = 0.0f;
+  }
+
+  __device__ __forceinline__ int row(int block, int half) const { return warp * kWarpRows + 16 * block + 8 * half + quad; }
+
+  // Where the MMAs start: kMagicBits, so that the scores come out as floats, and in it ΔS in units of the scores.
+  template <bool kMasked>
+  __device__ __forceinline__ void scores_begin(i32 (&c)[4], int n, float inverse_factor) const {
+#if SMOOTH_Q
+    if constexpr (!kMasked) {
+      const Vec8 pair = ld_shared_v2(delta_at + 32 * n);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        c[i] = c[i + 2] = __float_as_int(__fmaf_rn(__uint_as_float(pair.word[i]), inverse_factor, kMagic));
+      }
+    } else
+#endif
+    {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[i] = kMagicBits;
+    }
+  }
+
+  template <bool kMasked>
+  __device__ __forceinline__ void compute_scores(i32 (&s)[2][kScores], float inverse_factor) {
+    constexpr int kSteps = kQkRowBytes / 32;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      u32 a[2][4];
+#pragma unroll
+      for (int block = 0; block < 2; ++block) ldmatrix_m8n8_x4(a[block], (q_at ^ 32 * step) + block * 16 * kQkRowBytes);
+#pragma unroll
+      for (int n = 0; n < kTileKeys / 8; n += 2) {
+        u32 b[4];
+        ldmatrix_m8n8_x4(b, (k_at ^ 32 * step) + n * 8 * kQkRowBytes);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          i32 c[4];
+          if (step == 0) scores_begin<kMasked>(c, n + j, inverse_factor);
+#pragma unroll
+          for (int block = 0; block < 2; ++block) {
+            i32(&d)[4] = reinterpret_cast<i32(&)[4]>(s[block][4 * (n + j)]);
+            multiply_qk(d, a[block], b[2 * j], b[2 * j + 1], step == 0 ? c : d);
+          }
+        }
+      }
+    }
+  }
+
+  // Scores of a tile that hides keys, or whose factor wants care, to logits, exactly; hidden ones to −∞.
+  __device__ __forceinline__ void to_logits(i32 (&s)[kScores], float factor, const Visible& visible) const {
+    constexpr float kLargestLogit = 3.4028234663852886e38f;
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      float x = __fmul_rn(float(s[i] - kMagicBits), factor);
+#if SMOOTH_Q
+      x = __fadd_rn(x, __uint_as_float(ld_shared(delta_at + i / 4 * 32 + i % 2 * 4)));
+#endif
+      x = max_nan_f32(min_nan_f32(x, kLargestLogit), -kLargestLogit);
+      s[i] = i / 4 * 8 + i % 2 > visible.last[i / 2 % 2] ? __float_as_int(-kInfinity) : __float_as_int(x);
+    }
+  }
+
+  // The smallest base that the thread's keys let each row have, rounded down so that P never exceeds P_r.
+  template <bool kMasked>
+  __device__ __forceinline__ void smallest_base(const i32 (&s)[kScores], float factor, float (&out)[2]) const {
+    const float of_zero = fma_rm_f32(kMagic, factor, args.log2_p_max);  // log2 P_r + kMagic · factor
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if constexpr (kMasked) {
+        float top = -kInfinity;
+#pragma unroll
+        for (int i = 0; i < kScores; ++i) {
+          if (i / 2 % 2 == half) top = max_nan_f32(top, __int_as_float(s[i]));
+        }
+        out[half] = sub_rm_f32(args.log2_p_max, top);
+      } else {
+        i32 top = s[2 * half];  // (as floats they are positive, so they compare like integers)
+#pragma unroll
+        for (int i = 0; i < kScores; ++i) {
+          if (i / 2 % 2 == half) top = max(top, s[i]);
+        }
+        out[half] = fma_rm_f32(-__int_as_float(top), factor, of_zero);
+      }
+    }
+  }
+
+  // The base of the tile, in a quad's threads alike, and what O is to be multiplied with.
+  template <bool kMasked>
+  __device__ __forceinline__ void update(float (&mine)[2], float (&base)[2], float (&scale)[2]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float old = base[half];
+      mine[half] = min_nan_f32(mine[half], __shfl_xor_sync(0xFFFFFFFF, mine[half], 1));
+      mine[half] = min_nan_f32(mine[half], __shfl_xor_sync(0xFFFFFFFF, mine[half], 2));
+      base[half] = min_nan_f32(old, mine[half]);
+      // 2^(m_old − m_new); 0 where nothing was summed yet: new − ∞
+      scale[half] = (kMasked && base[half] == kInfinity ? 0.0f : base[half]) - old;
+      pin_register(scale[half]);  // (so that the new base can take the old one's register)
+    }
+  }
+
+  // P of one m16 block, as the next MMA's A fragments.
+  template <bool kMasked>
+  __device__ __forceinline__ void exponentials(i32 (&s)[kScores], u32 (&p)[kPRegisters], const float (&row_base)[2],
+                                               float (&row_sum)[2], float factor) const {
+    float base[2];  // added to s · factor
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (kMasked) base[half] = row_base[half] == kInfinity ? 0.0f : row_base[half];
+      else base[half] = fma_rm_f32(-kMagic, factor, row_base[half]);
+    }
+#pragma unroll
+    for (int i = 0; i < kScores; i += 8) {  // 16 keys
+      float e[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float x = __int_as_float(s[i + j]), b = base[j / 2 % 2];
+        e[j] = ex2_approx_ftz_f32(kMasked ? x + b : __fmaf_rn(x, factor, b));
+      }
+#if !SUM_IN_MMA
+      row_sum[0] += (e[0] + e[1]) + (e[4] + e[5]);
+      row_sum[1] += (e[2] + e[3]) + (e[6] + e[7]);
+#endif
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#if V_HALF
+        p[i / 2 + half] = cvt_f16x2_f32(e[2 * half + 1], e[2 * half]);
+        p[i / 2 + half + 2] = cvt_f16x2_f32(e[2 * half + 5], e[2 * half + 4]);
+#else
+        p[i / 4 + half] = u32(cvt_e4m3x2_f32(e[2 * half + 1], e[2 * half])) |
+                          u32(cvt_e4m3x2_f32(e[2 * half + 5], e[2 * half + 4])) << 16;
+#endif
+      }
+    }
+  }
+
+  // O · scale + P·V, and the row sum's share.
+  __device__ __forceinline__ void multiply_values(const u32 (&p)[2][kPRegisters], const float (&scale)[2][2]) {
+    constexpr int kWide = V_HALF ? 16 : 8;           // channels at a time
+    constexpr int kSteps = kTileKeys / kPvDepth;     // MMAs in a row
+#pragma unroll
+    for (int channels = 0; channels < kDim; channels += kWide) {
+#if PROMOTE
+      Sums sums[2][kWide / 8] = {};
+#endif
+      if (channels % kFencedChannels == 0 && channels > 0) pmevent_if(args.tile_count < 0);
+      u32 b[4];
+      if (!V_HALF) ldmatrix_m8n8_x4(b, v_at + channels * kVRowBytes);
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        if (V_HALF) ldmatrix_m8n8_x4_trans(b, (v_at ^ 2 * channels) + step * 16 * kVRowBytes);
+#pragma unroll
+        for (int block = 0; block < 2; ++block) {
+          const u32(&a)[4] = reinterpret_cast<const u32(&)[4]>(p[block][4 * step]);
+#pragma unroll
+          for (int j = 0; j < kWide / 8; ++j) {
+            const int first = 2 * (V_HALF ? j : step);
+#if PROMOTE
+            multiply_pv(sums[block][j], a, b[first], b[first + 1], sums[block][j]);
+#else
+            Sums& to = o[block][channels / 8 + j];
+            multiply_pv(to, a, b[first], b[first + 1], to);
+#endif
+          }
+        }
+      }
+#if PROMOTE
+#pragma unroll
+      for (int i = 0; i < kWide; ++i) {
+        const int block = i / (kWide / 2), j = i / 4 % (kWide / 8);
+        float& x = o[block][channels / 8 + j][i % 4];
+        x = __fmaf_rn(x, scale[block][i % 4 / 2], sum_of(sums[block][j], i % 4));
+      }
+#endif
+    }
+#if SUM_IN_MMA
+    constexpr u32 kFourOnes = 0x38383838;  // E4M3
+#pragma unroll
+    for (int block = 0; block < 2; ++block) {
+      Sums sums = {};
+#pragma unroll
+      for (int step = 0; step < kPvSteps; ++step) {
+        multiply_pv(sums, reinterpret_cast<const u32(&)[4]>(p[block][4 * step]), kFourOnes, kFourOnes, sums);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        sum[block][half] = __fmaf_rn(sum[block][half], scale[block][half], sum_of(sums, 2 * half));
+      }
+    }
+#endif
+  }
+
+  // One tile. kMasked: it hides keys, or its factor wants care.
+  template <bool kMasked>
+  __device__ __forceinline__ void advance(float k_scale, i32 first_row, i32 tile) {
+    float factor = q_scale * k_scale;
+    if (kMasked) factor = min_nan_f32(factor, kLargestFactor);
+    float inverse_factor = 0.0f;
+#if SMOOTH_Q
+    if (!kMasked) inverse_factor = fminf(rcp_approx_ftz_f32(factor), kLargestFactor);  // (0: a group of zeros)
+#endif
+    i32 s[2][kScores];
+    compute_scores<kMasked>(s, inverse_factor);
+    if constexpr (kMasked) {
+      const i32 key = tile * kTileKeys + 2 * turn;
+#pragma unroll
+      for (int block = 0; block < 2; ++block) {
+        const Visible visible = {{last_key(first_row + row(block, 0), args.causal_offset, args.kv_len) - key,
+                                  last_key(first_row + row(block, 1), args.causal_offset, args.kv_len) - key}};
+        to_logits(s[block], factor, visible);
+      }
+    }
+    float mine[2][2], scale[2][2];
+    u32 p[2][kPRegisters];
+#pragma unroll
+    for (int block = 0; block < 2; ++block) smallest_base<kMasked>(s[block], factor, mine[block]);
+#pragma unroll
+    for (int block = 0; block < 2; ++block) update<kMasked>(mine[block], base[block], scale[block]);
+#if !PROMOTE
+    const bool moved = __any_sync(0xFFFFFFFF, scale[0][0] < 0 || scale[0][1] < 0 || scale[1][0] < 0 || scale[1][1] < 0);
+#endif
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      scale[i / 2][i % 2] = ex2_approx_ftz_f32(scale[i / 2][i % 2]);
+#if !SUM_IN_MMA
+      sum[i / 2][i % 2] *= scale[i / 2][i % 2];
+#endif
+    }
+    if (kFencedPhases) pmevent_if(args.tile_count < 0);
+#pragma unroll
+    for (int block = 0; block < 2; ++block) exponentials<kMasked>(s[block], p[block], base[block], sum[block], factor);
+#if !PROMOTE
+    if (moved) {
+#pragma unroll
+      for (int i = 0; i < kDim; ++i) {
+        o[i / (kDim / 2)][i / 4 % (kDim / 8)][i % 4] *= scale[i / (kDim / 2)][i % 4 / 2];
+      }
+    }
+#endif
+    if (kFencedPhases) pmevent_if(args.tile_count < 0);
+    multiply_values(p, scale);
+  }
+
+  __device__ __forceinline__ void next_stage(i32 step) {
+    k_at += step, v_at += step;
+#if SMOOTH_Q
+    delta_at += step;
+#endif
+  }
+
+  // O / l · δ_V + v̄, and lse. Rows that saw no key give 0 and −∞.
+  template <Dtype kDtype>
+  __device__ __forceinline__ void finish(const Work& work) {
+    const i64 channels = (i64(work.batch) * args.kv_heads + work.kv_head) * kDim + 2 * turn;
+#pragma unroll
+    for (int block = 0; block < 2; ++block) {
+      float inverse[2], seen[2];
+      const i32 token = work.first_row + row(block, 0);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float total = sum[block][half];
+#if !SUM_IN_MMA
+        total += __shfl_xor_sync(0xFFFFFFFF, total, 1);
+        total += __shfl_xor_sync(0xFFFFFFFF, total, 2);
+#endif
+        const bool blind = base[block][half] == kInfinity;
+        seen[half] = blind ? 0.0f : 1.0f;
+        inverse[half] = blind ? 0.0f : 1.0f / total;
+        if (args.lse != nullptr && turn == 0 && token + 8 * half < args.q_len) {
+          float& lse = args.lse[(i64(work.batch) * args.q_heads + work.head) * args.q_len + token + 8 * half];
+          // Σ P = P_r · Σ 2^(x − m) = Σ 2^(x + base); lse already holds q · k̄
+          lse = blind ? -kInfinity : (__log2f(total) - base[block][half]) * kLn2 + lse;
+        }
+      }
+      const i64 at = work.batch * args.out_batch + work.head * args.out_head + token * args.out_token + 2 * turn;
+#pragma unroll
+      for (int i = 0; i < kDim / 8; ++i) {
+        const Vec8 v_scale = *reinterpret_cast<const Vec8*>(args.v_scale + channels + 8 * i);
+        const Vec8 v_mean = *reinterpret_cast<const Vec8*>(args.v_mean + channels + 8 * i);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float y[2];
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            const float scaled = o[block][i][2 * half + c] * inverse[half] * __uint_as_float(v_scale.word[c]);
+            y[c] = __fmaf_rn(__uint_as_float(v_mean.word[c]), seen[half], scaled);
+            y[c] = max_nan_f32(min_nan_f32(y[c], kLargest<kDtype>), -kLargest<kDtype>);
+          }
+          if (token + 8 * half < args.q_len && 8 * i < args.v_channels) {
+            store_pair<kDtype>(args.out, at + 8 * half * args.out_token + 8 * i, y[0], y[1]);
+          }
+        }
+      }
+    }
+  }
+};
+
+// ---- a thread block
+
+// Begins the copies of a key tile; the threads' addresses are apart by 16 bytes.
+struct Loader {
+  const u8* mine;          // in global memory, of the next tile
+  const float* scale;      // likewise
+  u32 to;                  // in shared memory
+#if SMOOTH_Q
+  const u8* delta;
+  u32 to_delta;
+#endif
+  // A warp copies neighbouring bytes; `mine` is the middle of them, which offsets of ±2 KB reach.
+  static constexpr int kWarpBytes = (kKTileBytes + kVTileBytes) / kWarps, kMiddle = kWarpBytes / 2;
+  static_assert(kWarpBytes <= 4096 && kWarpBytes % 512 == 0, "what an instruction's offset reaches");
+
+  __device__ __forceinline__ Loader(const MmaArgs& args, Shared& shared, const Work& work) {
+    const i64 first = (i64(work.batch) * args.kv_heads + work.kv_head) * args.tile_count;
+    const u32 place = threadIdx.x / 32 * kWarpBytes + threadIdx.x % 32 * 16 + kMiddle;
+    mine = args.tiles + first * sizeof(PackedTile) + place;
+    to = shared_address(&shared.stages[0]) + place;
+    scale = reinterpret_cast<const PackedTile*>(args.tiles)[first].k_scale + threadIdx.x % 4;
+    pin_register(to);
+#if SMOOTH_Q
+    const i64 query_tile = i64(blockIdx.x) * kGroups + threadIdx.x / 16 % kGroups;
+    delta = reinterpret_cast<const u8*>(args.delta + query_tile * args.tile_count * kTileKeys) + threadIdx.x % 16 * 16;
+    to_delta = shared_address(shared.stages[0].delta) + threadIdx.x % (16 * kGroups) * 16;
+#endif
+  }
+  // Returns the thread's scale of K.
+  __device__ __forceinline__ float next(i32 step) {
+    pin_register(mine), pin_register(scale);
+#pragma unroll
+    for (int i = -kMiddle; i < kMiddle; i += 512) cp_async_cg_16(to + i, mine + i);
+    const float k_scale = ld_global_f32(scale);
+#if SMOOTH_Q
+    cp_async_cg_16(to_delta, delta);
+    to_delta += step;
+    delta += kTileKeys * sizeof(float);
+#endif
+    to += step;
+    mine += sizeof(PackedTile), scale += sizeof(PackedTile) / sizeof(float);
+    return k_scale;
+  }
+};
+
+// Returns whether some factor, or ΔS in a score's units, wants care; the same for the whole warp.
+template <Dtype kDtype>
+__device__ __forceinline__ bool quantize_queries(const MmaArgs& args, Shared& shared, Warp& me, const Work& work) {
+  const i64 base = i64(work.batch) * args.q.batch + i64(work.head) * args.q.head;
+  const i64 kv_head = i64(work.batch) * args.kv_heads + work.kv_head, head = i64(work.batch) * args.q_heads + work.head;
+  const i32 first_row = work.first_row + me.warp * kWarpRows;
+  const QueryOptions options = {args.q_len, args.channels, args.q_max, args.q_granularity, args.sm_scale, args.logits_scale};
+  const float* mean = nullptr;
+#if SMOOTH_Q
+  const i32 query_tiles = (args.q_len + kScaleRows - 1) / kScaleRows;
+  mean = args.q_mean + (head * query_tiles + min(first_row / kScaleRows, query_tiles - 1)) * kDim;
+#endif
+  float* mean_logit = args.lse == nullptr ? nullptr : args.lse + head * args.q_len + first_row;
+  float unit;
+  me.q_scale = quantize_32_rows<kDtype, kDim, QK_LANES, SMOOTH_Q, ROTATE>(
+      args.q, base, first_row, options, mean, args.k_mean + kv_head * kDim, mean_logit, shared.q[me.warp],
+      shared.warp_max[me.warp / 4], me.warp / 4, unit);
+  bool careful = me.q_scale * args.k_largest_scale[kv_head] > args.largest_fast_factor;
+#if SMOOTH_Q
+  // |ΔS| / (δ_Q δ_K) ≤ |q̄| |k| / (δ_Q δ_K), and |k| ≤ √d · q_max · δ_K, rotated or not
+  float square = 0.0f;
+  for (int i = me.turn; i < kDim; i += 4) square += mean[i] * mean[i];
+  square += __shfl_xor_sync(0xFFFFFFFF, square, 1);
+  square += __shfl_xor_sync(0xFFFFFFFF, square, 2);
+  careful |= !(sqrtf(square * kDim) * float(args.q_max) * unit < kMostUnits);
+#endif
+  return __any_sync(0xFFFFFFFF, careful);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) attention_mma(const __grid_constant__ MmaArgs args) {
+  extern __shared__ __align__(128) u8 memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  griddepcontrol_wait();  // K and V are packed
+  const i32 item = args.first_item + i32(blockIdx.x);
+  const Work work = work_item(item, args.schedule, kRows);
+  const KeyTiles tiles = key_tiles(work.first_row, kRows, args.q_len, args.causal_offset, args.kv_len);
+  Loader loader(args, shared, work);
+  i32 step = sizeof(Stage);  // to the other stage, and back
+  float k_scale = tiles.count > 0 ? loader.next(step) : 0.0f;
+  cp_async_commit_group();
+
+  Warp me(args, shared);
+  bool careful;
+  if (args.dtype == kBFloat16) careful = quantize_queries<kBFloat16>(args, shared, me, work);
+  else if (args.dtype == kFloat16) careful = quantize_queries<kFloat16>(args, shared, me, work);
+  else careful = quantize_queries<kFloat32>(args, shared, me, work);
+
+  const auto await = [&] {  // everybody is done with the tile before, and the next one is there
+    cp_async_wait_group<0>();
+    __syncthreads();
+  };
+  const auto load_next = [&] {
+    const float before = k_scale;
+    k_scale = loader.next(-step);
+    cp_async_commit_group();
+    return before;
+  };
+  const auto next_stage = [&] {
+    me.next_stage(step);
+    step = -step;
+  };
+  // The last tile of all is left to the other loop, so that here there always is a next one to be loaded. Both loops are
+  // the same for all warps, which spares the compiler's care for those that go their own way.
+  const i32 fast = __syncthreads_or(careful) ? 0 : max(min(tiles.full, tiles.count - 1), 0);
+  for (i32 tile = 0; tile < fast; ++tile) {
+    await();
+    me.advance<false>(load_next(), 0, 0);
+    next_stage();
+  }
+  // the work is found again: the loop above has no registers to keep it
+  const Work again = work_item(pinned(item), args.schedule, kRows);
+  const KeyTiles all = key_tiles(again.first_row, kRows, args.q_len, args.causal_offset, args.kv_len);
+  const i32 mine =
+      key_tiles(again.first_row + me.warp * kWarpRows, kWarpRows, args.q_len, args.causal_offset, args.kv_len).count;
+  for (i32 tile = fast; tile < all.count; ++tile) {
+    await();
+    const float scale = tile + 1 < all.count ? load_next() : k_scale;
+    if (tile < mine) me.advance<true>(scale, again.first_row, tile);
+    next_stage();
+  }
+  const Work done = work_item(pinned(item), args.schedule, kRows);
+  if (args.dtype == kBFloat16) me.finish<kBFloat16>(done);
+  else if (args.dtype == kFloat16) me.finish<kFloat16>(done);
+  else me.finish<kFloat32>(done);
+}
