@@ -1,4 +1,4 @@
-"""The trained subjects for `lowbit calibrate`: ``--subject lowbit_attention.subjects.calibration:lm`` (or ``:dit``)."""
+"""The trained subjects as `lowbit calibrate` takes them: ``--subject lm`` and ``--subject dit``."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 from study import UNIFORM, Row, Settings, Study, run
 
 from lowbit_attention import InvalidArgumentError
-from lowbit_attention.adaptive import Sample, observe
+from lowbit_attention.adaptive import Sample, find_subject, observe
 from lowbit_attention.adaptive.calibrate import observe_subject
 from lowbit_attention.subjects import load_subject, weights
 from lowbit_attention.subjects.base import EndMetric
@@ -136,13 +136,14 @@ def test_the_script_writes_tables_policies_and_pictures(tmp_path):
     np.savez(tmp_path / "corpus.npz", train=TEXT.numpy(), held_out=TEXT.numpy())
     found = evaluate.main(
         ["--out", str(tmp_path / "out"), "--weights", str(tmp_path / "w"), "--data", str(tmp_path / "corpus.npz"),
-         "--subjects", "lm:64", "dit", "--device", "cpu", "--random", "2", "--runs", "1", "--steps", "2"],
+         "--subjects", "lm:64", "dit", "--device", "cpu", "--random", "2", "--runs", "1", "--steps", "2",
+         "--text", "320", "--pictures", "3"],
         tell=lambda text: None,
     )  # fmt: skip
     assert len(found) == 2
     with (tmp_path / "out/results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {row["subject"] for row in rows} == {"lm:64", "dit"}
+    assert {(row["subject"], row["inputs"]) for row in rows} == {("lm:64", "5"), ("dit", "3")}
     text = (tmp_path / "out/results.md").read_text()
     assert "2 random policies of these shares" in text
     assert text.count("applied again, gives the same bits") == 2
@@ -158,7 +159,6 @@ def test_an_unknown_subject_is_an_error():
         load_subject("gpt")
 
 
-@pytest.mark.skipif(not (weights.FOLDER / "lm.safetensors").is_file(), reason="not trained yet")
 def test_the_language_model_was_trained():
     subject = load_subject("lm", context=1024, windows=2)
     out = subject.outputs(lambda: None)
@@ -166,13 +166,23 @@ def test_the_language_model_was_trained():
     assert (weights.FOLDER / "lm.safetensors").stat().st_size <= 10_000_000
 
 
-@pytest.mark.skipif(not (weights.FOLDER / "dit.safetensors").is_file(), reason="not trained yet")
 def test_the_diffusion_transformer_was_trained():
     subject = load_subject("dit", pictures=2, steps=8)
     out = subject.outputs(lambda: None)
     assert float(out.std()) > 0.2  # pictures with contrast, and smooth as pictures are, which noise is not
     assert float((out[..., 1:] - out[..., :-1]).abs().mean()) < 0.5 * float(out.std())
     assert (weights.FOLDER / "dit.safetensors").stat().st_size <= 10_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "layers", "timesteps"),
+    [("lm", LanguageModel, 12, None), ("dit", DiffusionTransformer, 8, "forwards")],
+)
+def test_the_command_knows_the_trained_ones(name, kind, layers, timesteps):
+    subject = find_subject(name)
+    assert isinstance(subject.model, kind)
+    assert len(subject.model.blocks) == layers
+    assert (len(subject.prompts), subject.timesteps) == (2, timesteps)
 
 
 @pytest.mark.parametrize("make", [language, diffusion])
