@@ -49,7 +49,21 @@ def minilm(chunks: int = 3, tokens: int = 512) -> Subject:
     return Subject(f"MiniLM-L6, {chunks} chunks of {tokens} tokens", model, prompts, run)
 
 
-SUBJECTS: dict[str, Callable[[], Subject]] = {"minilm": minilm}
+def lm() -> Subject:
+    """The trained language model of bytes (docs/subjects.md), on training text."""
+    from ..subjects.calibration import lm as make
+
+    return make()
+
+
+def dit() -> Subject:
+    """The trained diffusion transformer (docs/subjects.md), drawing two pictures a prompt."""
+    from ..subjects.calibration import dit as make
+
+    return make()
+
+
+SUBJECTS: dict[str, Callable[[], Subject]] = {"minilm": minilm, "lm": lm, "dit": dit}
 """Every subject, by name."""
 
 

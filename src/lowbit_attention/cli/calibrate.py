@@ -76,6 +76,7 @@ def command(
 
     * `lowbit calibrate --subject minilm --out out/minilm`: under two minutes on two cores
     * `lowbit calibrate -s minilm -o out --budget 0.08 --mode per-layer`: a looser budget
+    * `lowbit calibrate -s dit -o out`: a diffusion transformer, so layers × timesteps (lm: a language model)
     * `lowbit calibrate -s minilm -o out --fraction 0.4 -r rotated_4b -r sage2_8b`: SageAttention2's rule
     * `lowbit calibrate -s my_model:make -o out --like here --cost this`: your model, on your GPU
     """

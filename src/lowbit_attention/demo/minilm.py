@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,11 +23,14 @@ Attention = Callable[[str, Tensor, Tensor, Tensor, Tensor | None, float], Tensor
 class MiniLM:
     """The encoder and its tokenizer.
 
+    Args:
+        attention: ``None``: what `attention_by` says; ``"sdpa"``: torch's, which others may reroute.
+
     Raises:
         MissingExtraError: if the extra ``demo`` is not installed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, attention: Literal["sdpa"] | None = None) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the weights are in the package; nothing is to be fetched
         folder = _model_folder()
         try:
@@ -43,9 +46,9 @@ class MiniLM:
         # The mask function too, or the padding mask would arrive as None.
         transformers.AttentionMaskInterface.register(_NAME, sdpa_mask)
         transformers.AttentionInterface.register(_NAME, self._forward)
-        self._model = transformers.AutoModel.from_pretrained(folder, attn_implementation=_NAME).eval()
-        self._names = {id(module): name for name, module in self._model.named_modules()}
-        self.layers = int(self._model.config.num_hidden_layers)
+        self.model = transformers.AutoModel.from_pretrained(folder, attn_implementation=attention or _NAME).eval()
+        self._names = {id(module): name for name, module in self.model.named_modules()}
+        self.layers = int(self.model.config.num_hidden_layers)
 
     def _forward(
         self,
@@ -82,7 +85,7 @@ class MiniLM:
     @torch.no_grad()
     def embed(self, batch: dict[str, Tensor]) -> Tensor:
         """Sentence embeddings: the mean of the last hidden states over the real tokens, of length 1; ``[B, 384]``."""
-        hidden = self._model(**batch).last_hidden_state
+        hidden = self.model(**batch).last_hidden_state
         weight = batch["attention_mask"][..., None].to(hidden.dtype)
         return torch.nn.functional.normalize((hidden * weight).sum(dim=1) / weight.sum(dim=1), dim=-1)
 

@@ -18,7 +18,9 @@ from .quantize import Means, Packed, pack
 from .softmax import OnlineSoftmax
 
 _TILE_ELEMENTS = 1 << 20
-"""Logits held at once (4 MiB of float32), if one head's rows × b_k are not more."""
+_TILE_ELEMENTS_CUDA = 1 << 24
+"""Logits held at once (4 MiB of float32; on a GPU, where every operation costs a launch, 64 MiB), if one head's
+rows × b_k are not more."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def _emulate(
     out = q.new_zeros(batch * heads, rows, v.shape[3])
     lse = q.new_full((batch * heads, rows), -math.inf)
     if out.numel() or lse.numel():
-        at_once = max(1, _TILE_ELEMENTS // (rows * machine.geometry.b_k))
+        elements = _TILE_ELEMENTS_CUDA if q.is_cuda else _TILE_ELEMENTS
+        at_once = max(1, elements // (rows * machine.geometry.b_k))
         for first in range(0, batch * heads, at_once):
             part = slice(first, min(first + at_once, batch * heads))
             out[part], lse[part] = _slices(packed, recipe, sm_scale, masking, machine, part)

@@ -76,7 +76,7 @@ def test_effects_and_modes(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-s", "bert"], "subject 'bert' is neither one of minilm"),
+        (["-s", "bert"], "subject 'bert' is neither one of minilm, lm, dit"),
         (["-s", "small_subjects:nothing"], "has no attribute 'nothing'"),
         (["-s", "no_such_module:make"], "No module named 'no_such_module'"),
         (["-s", "small_subjects:not_a_subject"], "returned a int, not a Subject"),
