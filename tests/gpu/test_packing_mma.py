@@ -214,9 +214,7 @@ def test_channels_too_large_to_smooth(name, dtype):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @EVERY_DTYPE
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize(
-    "name", ["int8 e4m3", "int8 fp16", "int8 fp16 per block", "int8 rotated", "int4", "int4 rotated"]
-)
+@pytest.mark.parametrize("name", ["int8 e4m3", "int8 fp16", "sage1", "int8 rotated", "int4", "int4 rotated"])
 def test_what_is_not_finite_shows_in_its_scale_alone(name, head_dim, dtype, bad):
     """A bad number of K makes its group's scale NaN, one of V its channel's; every other bit is as it should be."""
     r, form = form_of(name)
