@@ -7,7 +7,8 @@ pytest.importorskip("cuda.core", reason="needs the extra cuda12 or cuda13")
 import wgmma_cases
 from fuzz import run
 from fuzz_cases import make_case
-from wgmma_cases import KERNEL, hopper_only
+from kernel_cases import hopper_only
+from wgmma_cases import KERNEL
 
 pytestmark = hopper_only
 

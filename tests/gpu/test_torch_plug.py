@@ -11,7 +11,8 @@ import torch.nn.functional as F
 pytest.importorskip("cuda.core", reason="needs the extra cuda12 or cuda13")
 
 import wgmma_cases
-from wgmma_cases import KERNEL, hopper_only
+from kernel_cases import hopper_only
+from wgmma_cases import KERNEL
 
 from lowbit_attention import (
     InvalidArgumentError,
