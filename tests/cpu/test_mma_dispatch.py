@@ -13,7 +13,7 @@ from lowbit_attention import RECIPES, Recipe, budget, recipe
 from lowbit_attention.cuda import hopper, mma, schedule
 from lowbit_attention.cuda.instances import MMA_RECIPES, mma_recipes
 from lowbit_attention.cuda.mma import MMA_KERNEL
-from lowbit_attention.dispatch import explain_request
+from lowbit_attention.dispatch import AUTO_MIN_LENGTH, explain_request
 from lowbit_attention.machine import MACHINES
 from lowbit_attention.request import Request, device_name
 
@@ -209,7 +209,7 @@ def test_auto_by_card(card: Any, monkeypatch: pytest.MonkeyPatch, arch: str, run
     errors = {"sm_89": {name: {"normal": 0.04} for name in ("sage2_8b", "sage2pp_8b", "int8_fp16", "fast_8b")}}
     monkeypatch.setattr(budget, "measured", lambda: errors)
     card(CARDS[arch])
-    told = explain_request(request())
+    told = explain_request(request(q_len=AUTO_MIN_LENGTH, kv_len=AUTO_MIN_LENGTH))
     verdicts = [v for v in told.verdicts if v.implementation == "attention_mma"]
     assert verdicts
     if runs is None:
@@ -217,6 +217,8 @@ def test_auto_by_card(card: Any, monkeypatch: pytest.MonkeyPatch, arch: str, run
         assert all(says in "; ".join(v.reasons) for v in verdicts)
     else:
         assert (told.implementation, told.recipe) == ("attention_mma", runs)
+        short = explain_request(request(q_len=AUTO_MIN_LENGTH - 1, kv_len=AUTO_MIN_LENGTH))
+        assert short.implementation != "attention_mma"
 
 
 @pytest.mark.parametrize("name", MMA_RECIPES)
