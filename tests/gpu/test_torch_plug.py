@@ -78,12 +78,13 @@ def test_the_kernel_runs_every_layer(recipe):
 
 @torch.no_grad()
 def test_auto_runs_the_kernel_where_it_is_worth_it():
-    short, long = qkv(), qkv(batch=1, heads=(4, 4), lengths=(8192, 8192), dim=128)
+    short, long = qkv(), qkv(batch=1, heads=(32, 32), lengths=(16384, 16384), dim=128)
     with sdpa_enabled() as report:
         assert torch.equal(F.scaled_dot_product_attention(*short), torch._C._nn.scaled_dot_product_attention(*short))
         F.scaled_dot_product_attention(*long)
     assert report.by_implementation() == {KERNEL: 1, "torch": 1}
-    assert "300 tokens are fewer than" in next(iter(report.fallbacks))
+    reason = next(iter(report.fallbacks))
+    assert "300 tokens are fewer than" in reason or "× torch's speed" in reason  # (on a card that was timed)
 
 
 MODELS = {

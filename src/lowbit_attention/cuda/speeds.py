@@ -17,9 +17,10 @@ from .instances import padded_head_dim
 
 CARDS = ("H100", "H200")
 """In the names of the cards that the measurements hold for: the same processor with another memory."""
-_NEIGHBOURS = 2
 _FARTHEST = 3.0
 """Octaves (of batch × heads, queries and keys together) beyond which a measurement says nothing."""
+_AS_NEAR = 0.5
+"""Octaves by which a measurement may be farther than the nearest and still count."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Measured:
 def speedup(request: Request, recipe: Recipe) -> float | None:
     """Torch's time over ours for such a call, ``None`` where nothing alike was timed.
 
-    The smaller one of the two nearest measurements of the same padded head dimension and causality, so that a doubt
-    speaks for torch.
+    The smallest of the nearest measurements of the same padded head dimension and causality, so that a doubt speaks for
+    torch.
     """
     if not any(card in device_name(request.device) for card in CARDS) or RECIPES.get(recipe.name) != recipe:
         return None
@@ -52,14 +53,15 @@ def speedup(request: Request, recipe: Recipe) -> float | None:
     table = [m for m in _table() if (m.recipe, m.head_dim, m.is_causal) == (recipe.name, dim, request.is_causal)]
     if not table:
         return None
-    lengths = [
-        min(n, max(getattr(m, of) for m in table)) for n, of in ((request.q_len, "q_len"), (request.kv_len, "kv_len"))
-    ]
+    q_len = min(request.q_len, max(m.q_len for m in table))
+    kv_len = min(request.kv_len, max(m.kv_len for m in table))
     slices = request.batch * request.q_heads
-    near = sorted((m.distance(slices, *lengths), m.speedup) for m in table)[:_NEIGHBOURS]
-    if near[0][0] > _FARTHEST:
+    near = [(m.distance(slices, q_len, kv_len), m.speedup) for m in table]
+    nearest = min(distance for distance, _ in near)
+    if nearest > _FARTHEST:
         return None
-    return min(found for distance, found in near if distance <= max(_FARTHEST, near[0][0]))
+    reach = nearest + _AS_NEAR if nearest else 0.0  # (the very shape was timed)
+    return min(found for distance, found in near if distance <= reach)
 
 
 @lru_cache(maxsize=1)

@@ -275,9 +275,10 @@ __device__ void pack_keys(const PackArgs& args) {
 __device__ inline Scale value_scale(float largest, const PackArgs& args) {
   Scale scale = scale_of(largest, args.v_max);
   if (args.v_power_of_two && scale.inverse != 0.0f) {  // rounded up; the inverse is exact
-    constexpr float kUp = 18446744073709551616.0f;     // 2^64: out of the subnormals, whose bits hold no exponent
-    const u32 bits = __float_as_uint(__fmul_rn(scale.delta, kUp));
-    scale.delta = __fmul_rn(__uint_as_float(bits + 0x7FFFFF & 0xFF800000), 1.0f / kUp);
+    const bool subnormal = scale.delta < 1.1754943508222875e-38f;  // 2^-126: its bits hold no exponent, times 2 they do
+    const u32 bits = __float_as_uint(subnormal ? __fadd_rn(scale.delta, scale.delta) : scale.delta);
+    const float power = __uint_as_float(bits + 0x7FFFFF & 0xFF800000);
+    scale.delta = subnormal ? __fmul_rn(power, 0.5f) : power;
     scale.inverse = __fdiv_rn(1.0f, scale.delta);
   }
   return scale;
