@@ -24,7 +24,7 @@ _TURN = (math.sqrt(5) - 1) / 2
 
 @dataclass(frozen=True)
 class Sample:
-    """How much of a call is scored: ``heads`` (of any batch entry) and ``tiles`` of query rows, evenly spread.
+    """How much of a call is scored: ``heads`` (each of some batch entry) and ``tiles`` of query rows, evenly spread.
 
     Every key of a chosen head counts, and whole query tiles, as scales and means are shared within them. Successive
     calls look at other heads and tiles. ``None`` means all. ``tokens``: how many tokens of a call the distributions of
@@ -105,12 +105,27 @@ def spread(count: int | None, of: int, turn: int) -> list[int]:
     return sorted(int((i + turn * _TURN % 1) * of / count) for i in range(count))
 
 
+def slices(count: int | None, batch: int, heads: int, turn: int) -> list[tuple[int, int]]:
+    """``count`` of the pairs (batch entry, head), others each turn; ascending.
+
+    Evenly over the heads first: heads differ more than inputs do, and steps over batch · heads that are a multiple of
+    ``heads`` would hit one head only. Each head's entries begin elsewhere.
+
+    >>> slices(4, 8, 4, 0)
+    [(0, 0), (1, 2), (4, 1), (6, 3)]
+    """
+    found = []
+    for number in spread(count, batch * heads, turn):
+        head, entry = divmod(number, batch)
+        found.append(((entry + int(head * _TURN % 1 * batch)) % batch, head))
+    return sorted(found)
+
+
 def take(call: Call, sample: Sample, tile: int, turn: int) -> Sampled:
     """The part of a call that is scored: whole query tiles of ``tile`` rows, every key."""
     batch, heads, rows = call.q.shape[:3]
     device = call.q.device
-    slices = torch.tensor(spread(sample.heads, batch * heads, turn), device=device, dtype=torch.int64)
-    b, h = slices // heads, slices % heads
+    b, h = torch.tensor(slices(sample.heads, batch, heads, turn), device=device, dtype=torch.int64).unbind(dim=1)
     h_kv = h // (heads // call.k.shape[1])
     tiles = spread(sample.tiles, -(-rows // tile), turn)
     whole = len(tiles) == -(-rows // tile)

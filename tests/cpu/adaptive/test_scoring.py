@@ -5,7 +5,7 @@ import torch
 
 from lowbit_attention import InvalidArgumentError, attention, compare, recipe
 from lowbit_attention.adaptive import Sample
-from lowbit_attention.adaptive.scoring import Call, score, spread, take
+from lowbit_attention.adaptive.scoring import Call, score, slices, spread, take
 from lowbit_attention.machine import MACHINES
 from lowbit_attention.synthetic import make
 
@@ -42,11 +42,11 @@ def test_of_everything_it_is_the_plain_comparison(is_causal, scale):
 def test_of_a_sample_it_is_the_comparison_of_its_heads_and_rows(is_causal, turn):
     q, k, v = tensors(length=700)
     sampled = take(Call.of(q, k, v, is_causal=is_causal), Sample(heads=3, tiles=2), 128, turn)
-    slices, tiles = spread(3, 8, turn), spread(2, 6, turn)
+    tiles = spread(2, 6, turn)
     rows = torch.cat([torch.arange(700)[t * 128 : (t + 1) * 128] for t in tiles])
     chosen = torch.zeros(2, 4, 700, dtype=torch.bool)
-    for s in slices:
-        chosen[s // 4, s % 4, rows] = True
+    for entry, head in slices(3, 2, 4, turn):
+        chosen[entry, head, rows] = True
     assert sampled.call.q.shape == (1, 3, len(rows), 32)
     found = score(sampled, RECIPES, ADA)
     for name, metrics in found.items():
@@ -76,8 +76,8 @@ def test_masks(kind):
         assert found.l1 == pytest.approx(plain(q, k, v, "sage2_8b", mask, is_causal).l1, rel=1e-9)
         rows = torch.cat([torch.arange(300)[t * 128 : (t + 1) * 128] for t in spread(2, 3, 1)])
         chosen = torch.zeros(2, 4, 300, dtype=torch.bool)
-        for s in spread(2, 8, 1):
-            chosen[s // 4, s % 4, rows] = True
+        for entry, head in slices(2, 2, 4, 1):
+            chosen[entry, head, rows] = True
         found = score(take(call, Sample(heads=2, tiles=2), 128, 1), RECIPES[:1], ADA)["sage2_8b"]
         assert found.l1 == pytest.approx(plain(q, k, v, "sage2_8b", mask, is_causal, rows=chosen).l1, rel=1e-6)
 
@@ -121,6 +121,23 @@ def test_spread_is_even_and_moves_on():
                 assert 0 <= chosen[0] <= chosen[-1] < of
                 seen |= set(chosen)
             assert seen == set(range(of))
+
+
+@pytest.mark.parametrize(("batch", "heads"), [(1, 24), (2, 24), (8, 3), (8, 4), (32, 16), (3, 5)])
+def test_a_sample_sees_different_heads_and_inputs(batch, heads):
+    everything = [(b, h) for b in range(batch) for h in range(heads)]
+    assert slices(None, batch, heads, 7) == everything
+    seen = set()
+    for turn in range(12 * batch * heads):
+        for count in (1, 4, heads + 1, batch * heads - 1):
+            chosen = slices(count, batch, heads, turn)
+            assert chosen == sorted(set(chosen))
+            assert len(chosen) == min(count, batch * heads)
+            assert len({h for _, h in chosen}) == min(count, heads)
+        seen |= set(slices(4, batch, heads, turn))
+    assert seen == set(everything)
+    if batch > 1:
+        assert len({b for b, _ in slices(4, batch, heads, 0)}) > 1
 
 
 @pytest.mark.parametrize("options", [{"heads": 0}, {"tiles": 1.5}, {"tokens": None}, {"heads": True}])
