@@ -25,6 +25,7 @@ from .launch import Arguments, Kernel, cache, load
 from .packing import Packer, PackPlan, loadable, packer
 from .schedule import (
     compiler_reasons,
+    cut,
     heads_side_by_side,
     log2_rounded_down,
     multiprocessors,
@@ -33,7 +34,7 @@ from .schedule import (
 )
 from .speeds import speedup
 
-ARGUMENTS = Arguments("P3q P3q P 7P 6f 10i 4i 8I 0q".replace(" ", ""))
+ARGUMENTS = Arguments("P3q P3q P 7P 6f 12i 4i 8I 0q".replace(" ", ""))
 """``AttentionArgs``."""
 
 
@@ -130,11 +131,11 @@ def _make_plan(request: Request, recipe: Recipe, index: int) -> _Plan:
     instances = (pack_instance(pack.dim, request.dtype, "sm_90a"), config.instance())
     cache().get_all((i.source(), i.options()) for i in instances)  # (side by side, the first time)
     q_blocks = -(-request.q_len // config.q_rows)
-    items = q_blocks * request.q_heads * request.batch
+    pieces = cut(q_blocks * request.q_heads * request.batch, multiprocessors(index), config.consumers)
     offset = request.kv_len if request.causal_offset is None else request.causal_offset
     integers = (
         request.q_heads, request.kv_heads, request.q_len, request.kv_len, head_dim, v_head_dim,
-        offset, pack.tiles, items, DTYPE_CODES[request.dtype],
+        offset, pack.tiles, pieces.count, pieces.whole, pieces.rest, DTYPE_CODES[request.dtype],
         *schedule(request, q_blocks, heads_side_by_side(request, pack, index)),
     )  # fmt: skip
     kind = recipe.softmax_max
@@ -144,7 +145,7 @@ def _make_plan(request: Request, recipe: Recipe, index: int) -> _Plan:
         pack=pack,
         packer=packer(pack.dim, request.dtype, index),
         kernel=_kernel(config, index),
-        grid=(min(items, multiprocessors(index)), 1, 1),
+        grid=(min(pieces.count, multiprocessors(index)), 1, 1),
         log2_p_max=log2_rounded_down(recipe.p_max),
         max_options=(kind.slack, kind.headroom) if isinstance(kind, RestartedMax) else (0.0, 0.0),
         integers=integers,

@@ -153,13 +153,14 @@ class WgmmaConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Size of the kernel's ``Shared``: K and V stages, Q, O, scales, barriers."""
+        """Size of the kernel's ``Shared``: K and V stages, Q, O, scales and means, barriers."""
         stages = 4 if self.head_dim == 64 else 2 if self.output_in_shared else 3
         tile = TILE_KEYS * self.head_dim
         ones = 8 * TILE_KEYS if self.sum_in_mma else 0
         rows = self.consumers * 64
         used = stages * (2 * tile + ones) + 2 * rows * self.head_dim
         used += rows * self.head_dim * 4 if self.output_in_shared else 0
+        used += 2 * 2 * self.head_dim * 4  # V's scales and means
         used += stages * 16 + 2 * self.consumers * 4 * 32 + 2 * rows * 4 + 8 + (2 * stages + 4) * 8
         return -(-used // 1024) * 1024
 
@@ -179,7 +180,7 @@ class WgmmaConfig:
                 ("SUM_IN_MMA", int(self.sum_in_mma)),
                 ("TILE_KEYS", TILE_KEYS),
             ),
-            mma=("IGMMA.64x64x32.S8.S8", f"QGMMA.64x{columns}x32.{sums}.E4M3.E4M3"),
+            mma=("IGMMA.64x128x32.S8.S8", f"QGMMA.64x{columns}x32.{sums}.E4M3.E4M3"),
             # 64 + 68 + 64 registers of scores, sums and output leave too few of 224: some eight a tile go to the stack,
             # which costs less than 64 additions for the row sum do
             spill_limit=128 if self.sum_in_mma and not self.sums_f16 and self.head_dim == 128 else 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -68,6 +69,26 @@ def heads_side_by_side(request: Request, pack: PackPlan, index: int) -> int:
     heads = max(1, int(torch.cuda.get_device_properties(index).L2_cache_size) // 2 // kv_bytes) * group
     total = request.batch * request.q_heads
     return next(d for d in range(min(heads, total), 0, -1) if total % d == 0)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The order of work's blocks when the last turn's are cut: ``whole`` blocks, then ``rest`` blocks in pieces."""
+
+    whole: int
+    rest: int
+    count: int
+    """Whole blocks and pieces together."""
+
+
+def cut(blocks: int, places: int, most: int) -> Pieces:
+    """Cut the blocks that are left for the last turn into up to ``most`` pieces each, as many as find a place.
+
+    576 blocks on 132 places: four turns and 48 blocks, each in two pieces, which take less than a turn.
+    """
+    rest = blocks % places
+    pieces = min(most, places // rest) if rest else 1
+    return Pieces(blocks - rest, rest, blocks - rest + rest * pieces)
 
 
 def divisor(d: int) -> tuple[int, int]:

@@ -22,7 +22,7 @@ def test_a_kernel_of_the_manifest_is_clean(smoke):
     instance, compiled = smoke
     assert instance in MANIFEST
     assert problems(instance, compiled) == []
-    assert "IGMMA.64x64x32.S8.S8" in instructions(compiled.cubin)
+    assert "IGMMA.64x128x32.S8.S8" in instructions(compiled.cubin)
 
 
 def test_a_missing_mma_is_told(smoke):
@@ -56,8 +56,8 @@ def test_serialised_mmas_are_remarked_by_the_compiler(smoke):
     """An MMA that not every thread executes: ptxas waits after every MMA and says so, as 'info'."""
     instance, _ = smoke
     source = instance.source()
-    call = "    begin_pv(0, !interval_begins);"
-    text = source.text.replace(call, "    if (threadIdx.x % 2 == 0)" + call)
+    call = "      begin_pv<0, 4>(!begins);"
+    text = source.text.replace(call, "      if (threadIdx.x % 2 == 0)" + call)
     assert text != source.text
     compiled = compile_source(dataclasses.replace(source, text=text), instance.options())
     assert any("serialized" in problem for problem in problems(instance, compiled))

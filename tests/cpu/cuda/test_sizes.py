@@ -57,7 +57,8 @@ def test_shared_memory_is_what_the_kernels_struct_takes(name, head_dim):
     assert all(offsets[member] % 1024 == 0 for member in ("k", "v", "q"))  # where a swizzle's pattern begins
     assert TILE_KEYS * head_dim % 1024 == 0  # … and of the stages that follow, and of Q's second warpgroup
     assert constants["kRows"] * head_dim % 1024 == 0
-    assert offsets["k_scale"] % 16 == 0  # a bulk copy's destination
+    for member in ("k_scale", "v_scale", "v_mean"):
+        assert offsets[member] % 16 == 0  # a bulk copy's destination
     assert config.q_rows == constants["kConsumers"] * constants["kRows"]
     assert config.threads == constants["kThreads"]
     assert config.geometry.b_q == constants["kRows"]

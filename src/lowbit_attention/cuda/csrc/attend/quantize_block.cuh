@@ -3,9 +3,42 @@
 // A quad (four neighbouring lanes) has rows r, r + 8, r + 16 and r + 24 of the warp, which share a scale per thread;
 // each of its lanes has four of every 16 channels.
 #pragma once
-#include "attend/quantize_q.cuh"
 #include "attend/rotate.cuh"
+#include "attend/scale.cuh"
 #include "ptx/barrier.cuh"
+#include "tile/strided.cuh"
+#include "tile/swizzle.cuh"
+
+template <Dtype kDtype>
+struct Four {  // channels as they lie in memory
+  u32 word[kDtype == kFloat32 ? 4 : 2];
+};
+
+template <Dtype kDtype>
+__device__ __forceinline__ Four<kDtype> load_four(const Strided& q, i64 offset, int channel, bool inside) {
+  Four<kDtype> out = {};
+  if (!inside) return out;
+  if constexpr (kDtype == kFloat32) {
+    const Vec16 raw = *reinterpret_cast<const Vec16*>(static_cast<const float*>(q.data) + offset + channel);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out.word[i] = raw.word[i];
+  } else {
+    const Vec8 raw = *reinterpret_cast<const Vec8*>(static_cast<const u16*>(q.data) + offset + channel);
+    out.word[0] = raw.word[0], out.word[1] = raw.word[1];
+  }
+  return out;
+}
+
+template <Dtype kDtype>
+__device__ __forceinline__ float to_float(const Four<kDtype>& four, int i) {
+  if constexpr (kDtype == kFloat32) {
+    return __uint_as_float(four.word[i]);
+  } else {
+    const u32 pair = four.word[i / 2];
+    if constexpr (kDtype == kFloat16) return cvt_f32_f16(u16(i % 2 ? pair >> 16 : pair));
+    else return __uint_as_float(i % 2 ? pair & 0xFFFF0000 : pair << 16);
+  }
+}
 
 enum QGranularity : i32 { kPerThread = 0, kPerWarp = 1, kPerBlock = 2 };  // who shares a scale of Q
 

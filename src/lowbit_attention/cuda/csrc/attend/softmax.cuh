@@ -23,16 +23,14 @@ struct Visible {  // which keys a row sees: those up to last[half], counted from
   i32 last[2];
 };
 
-// This thread's largest logit of each row, −∞ if all are hidden; hidden scores become kHidden. `a` and `b` are the
-// halves of a tile.
+// This thread's largest logit of each row, −∞ if all are hidden; hidden scores become kHidden.
 template <bool kMasked>
-__device__ __forceinline__ void largest_logit(i32 (&a)[32], i32 (&b)[32], float factor, const Visible& visible,
-                                              float (&m)[2]) {
+__device__ __forceinline__ void largest_logit(i32 (&scores)[64], float factor, const Visible& visible, float (&m)[2]) {
   i32 top[2] = {kHidden, kHidden};
 #pragma unroll
   for (int i = 0; i < 64; ++i) {
     const int half = i / 2 % 2;
-    i32& s = i < 32 ? a[i % 32] : b[i % 32];
+    i32& s = scores[i];
     if constexpr (kMasked) {
       if (i / 4 * 8 + i % 2 > visible.last[half]) s = kHidden;
     }
@@ -122,14 +120,13 @@ struct Rows {      // state of a thread's two rows
   }
 };
 
-// Turns half a tile's scores into P in E4M3 (`p`, the FP8 MMA's A fragments); with kSums, adds Σ P before rounding.
+// Turns a tile's scores into P in E4M3 (`p`, the FP8 MMA's A fragments); with kSums, adds Σ P before rounding.
 //
-// A warp's exponentials begin 8 clocks apart at best and come back some 30 later. Left alone, the assembler does all
-// multiplications first and then all exponentials, one waiting for the other. The fences make a pipeline of it: four
-// multiplications, the exponentials of the four before, the conversions of those before them.
-template <bool kMasked, bool kSums, bool kFences>
-__device__ __forceinline__ void exponentials(const i32 (&scores)[32], u32 (&p)[8], Rows& rows, float factor,
-                                             float log2_p_max, bool never) {
+// A warp's exponentials begin 8 clocks apart at best and come back some 30 later. So the conversions of four follow four
+// exponentials later; the assembler finds the rest of the order by itself.
+template <bool kMasked, bool kSums>
+__device__ __forceinline__ void exponentials(const i32 (&scores)[64], u32 (&p)[16], Rows& rows, float factor,
+                                             float log2_p_max) {
   float base[2];  // added to s · factor: log2 P_r − m
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -137,33 +134,30 @@ __device__ __forceinline__ void exponentials(const i32 (&scores)[32], u32 (&p)[8
     base[half] = sub_rm_f32(log2_p_max, subtracted);
     if (!kMasked) base[half] = fma_rm_f32(-kMagic, factor, base[half]);
   }
-  constexpr int kGroups = 8, kSize = 4;  // a group's four become one register of P
+  constexpr int kGroups = 16, kSize = 4;  // a group's four become one register of P
   float x[kGroups][kSize];
 #pragma unroll
-  for (int stage = 0; stage < kGroups + 3; ++stage) {
-    if (stage < kGroups) {
-      const int half = stage % 2;
+  for (int step = 0; step < kGroups + 2; ++step) {
+    if (step < kGroups) {
+      const int half = step % 2;
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        const i32 s = scores[8 * (stage / 2) + 2 * half + i % 2 + i / 2 * 4];
+        const i32 s = scores[8 * (step / 2) + 2 * half + i % 2 + i / 2 * 4];
         if constexpr (kMasked) {  // 0 + log2 P_r, rounded down, at the maximum, however large that is
-          x[stage][i] = s == kHidden ? -kInfinity : __fmul_rn(float(s), factor) + base[half];
+          x[step][i] = s == kHidden ? -kInfinity : __fmul_rn(float(s), factor) + base[half];
         } else {
-          x[stage][i] = __fmaf_rn(__int_as_float(s + kMagicBits), factor, base[half]);
+          x[step][i] = __fmaf_rn(__int_as_float(s + kMagicBits), factor, base[half]);
         }
       }
     }
-    if (stage >= 1 && stage - 1 < kGroups) {
-      float(&e)[kSize] = x[stage - 1];
+    if (step >= 1 && step <= kGroups) {
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) e[i] = ex2_approx_ftz_f32(e[i]);
+      for (int i = 0; i < kSize; ++i) x[step - 1][i] = ex2_approx_ftz_f32(x[step - 1][i]);
     }
-    if (stage >= 3) {
-      const int group = stage - 3;
-      const float(&e)[kSize] = x[group];
-      if (kSums) rows.sum[group % 2] += (e[0] + e[1]) + (e[2] + e[3]);
-      p[group] = u32(cvt_e4m3x2_f32(e[1], e[0])) | u32(cvt_e4m3x2_f32(e[3], e[2])) << 16;
+    if (step >= 2) {
+      const float(&e)[kSize] = x[step - 2];
+      if (kSums) rows.sum[step % 2] += (e[0] + e[1]) + (e[2] + e[3]);
+      p[step - 2] = u32(cvt_e4m3x2_f32(e[1], e[0])) | u32(cvt_e4m3x2_f32(e[3], e[2])) << 16;
     }
-    if (kFences && stage < kGroups + 2) pmevent_if(never);
   }
 }

@@ -2,11 +2,9 @@
 //
 // A thread block is a producer warpgroup and two or three consumer warpgroups of 64 query rows each. The producer's
 // first warp copies tiles of K and V to shared memory; its others quantise the rows of Q of the next piece of work. A
-// consumer takes the keys 128 at a time, in two halves A and B, so that most of what the tensor cores do for it passes
-// while it is busy with exponentials:
+// consumer's tensor cores multiply P·V of one tile while it looks for the maximum of the next:
 //
-//   maximum of A and B | exponentials of A | issue P·V(A), scores of the next A | exponentials of B |
-//   wait, issue P·V(B), scores of the next B | wait
+//   scores of tile j + 1 and P·V of tile j begin | scores there: maximum | P·V there: exponentials
 //
 // docs/kernels/hopper.md counts the cycles. Compiled for:
 //   HEAD_DIM         64 or 128 (channels are padded to it)
@@ -43,7 +41,8 @@ struct AttentionArgs {
   float slack, headroom;  // of RestartedMax
   i32 q_heads, kv_heads, q_len, kv_len, channels, v_channels;
   i32 causal_offset;      // query i sees key j if j ≤ i + causal_offset; kv_len without causality
-  i32 tiles, items;
+  i32 tiles, items;       // items: pieces of work
+  i32 whole_items, rest;  // the first are whole blocks of rows; then `rest` blocks, in as many pieces as fill the card
   i32 dtype;
   Schedule schedule;
 };
@@ -52,8 +51,7 @@ struct AttentionArgs {
 
 constexpr int kDim = HEAD_DIM;
 constexpr int kRows = 64;                     // of a warpgroup: wgmma's M
-constexpr int kHalf = 64;                     // keys of half a tile
-constexpr bool kPromotesHalves = PROMOTION_KEYS == kHalf;
+constexpr bool kPromotesHalves = PROMOTION_KEYS == 64;  // of a tile
 constexpr int kInterval = kPromotesHalves ? 1 : PROMOTION_KEYS / kTileKeys;  // tiles a promotion
 // O changes with every tile where each is promoted, so it lies in registers, which leaves room for two warpgroups. Where
 // it changes seldom it lies in shared memory, and a third warpgroup fills the time that a warp's latencies leave.
@@ -61,14 +59,15 @@ constexpr int kInterval = kPromotesHalves ? 1 : PROMOTION_KEYS / kTileKeys;  // 
 constexpr int kConsumers = OUTPUT_IN_SHARED ? 3 : 2;
 constexpr int kStages = kDim == 64 ? 4 : OUTPUT_IN_SHARED ? 2 : 3;  // pairs of tiles of K and V in flight
 constexpr int kThreads = 128 * (kConsumers + 1);
-// What setmaxnreg leaves of 65536 registers: 56 · 128 + 152 · 384 or 224 · 256.
-constexpr int kProducerRegisters = 56;
-constexpr int kConsumerRegisters = OUTPUT_IN_SHARED ? 152 : 224;
+// What setmaxnreg makes of the registers at launch, 128 · 512 or 168 · 384. With FP32 sums O, they, S and P take 212.
+constexpr bool kTight = !SUMS_F16 && kDim == 128;
+constexpr int kProducerRegisters = OUTPUT_IN_SHARED ? 80 : kTight ? 56 : 72;
+constexpr int kConsumerRegisters = OUTPUT_IN_SHARED ? 144 : kTight ? 224 : 216;
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters == (kConsumers == 3 ? 128 * 4 : 168 * 3),
+              "more than the launch has: setmaxnreg would wait for ever");
 constexpr int kTileBytes = kTileKeys * kDim;
 constexpr int kOnes = SUM_IN_MMA ? 8 : 0;     // more rows of V: ones
 constexpr int kQueryWarps = 3;                // of the producer's warpgroup
-// Fences between the exponentials gain 1 % with three warpgroups at head dimension 128 and cost 1 to 4 % elsewhere.
-constexpr bool kFences = OUTPUT_IN_SHARED && kDim == 128;
 constexpr float kLn2 = 0.6931471805599453f;
 
 struct Shared {
@@ -78,6 +77,7 @@ struct Shared {
 #if OUTPUT_IN_SHARED
   Vec16 o[kConsumers][kDim / 8][128];  // each thread's own, four by four
 #endif
+  float v_scale[2][kDim], v_mean[2][kDim];  // of the head of each piece of work
   float k_scale[kStages][4];
   float q_scale[2][kConsumers][4][8];       // of a warp's rows r and r + 8, in base-2 logits
   float mean_logit[2][kConsumers][kRows];   // sm_scale · q · k̄
@@ -132,8 +132,29 @@ __device__ __forceinline__ void rescale_sums(Sums& sums, const float (&factor)[2
 }
 #endif
 
-__device__ inline Work work_of(const AttentionArgs& args, i32 item) {
-  return work_item(item, args.schedule, kConsumers * kRows);
+struct Piece : Work {
+  i32 end_row;  // rows from here on are no part of it
+};
+
+// The blocks of the last turn are too few for the card, so each is cut between its warpgroups into up to kConsumers
+// pieces: all first pieces, then all second ones.
+__device__ inline Piece work_of(const AttentionArgs& args, i32 item) {
+  constexpr int kBlock = kConsumers * kRows;
+  int rows = kBlock, first = 0;
+  if (item >= args.whole_items) {
+    const i32 cut = item - args.whole_items, count = args.items - args.whole_items;  // `rest` times the pieces a block
+    const int number = (cut >= args.rest) + (kConsumers == 3 && cut >= 2 * args.rest);
+    rows = kConsumers == 3 && count == 2 * args.rest ? 2 * kRows : count > args.rest ? kRows : kBlock;
+    first = number * rows;
+    item -= number * args.rest;
+  }
+  const Work work = work_item(item, args.schedule, kBlock);
+  const i32 block_end = min(work.first_row + kBlock, args.q_len);
+  return {work.batch, work.head, work.kv_head, work.first_row + first, min(work.first_row + first + rows, block_end)};
+}
+
+__device__ inline KeyTiles tiles_of(const AttentionArgs& args, i32 first_row, i32 rows, const Piece& work) {
+  return key_tiles(first_row, rows, work.end_row, args.causal_offset, args.kv_len);
 }
 
 // ---- the producer
@@ -141,10 +162,18 @@ __device__ inline Work work_of(const AttentionArgs& args, i32 item) {
 // Stage i of a piece of work holds K's tile i and V's tile i − 1: what a consumer needs at the same time.
 __device__ void copy_tiles(const AttentionArgs& args, Shared& shared) {
   Ring<kStages> ring;
-  for (i32 item = blockIdx.x; item < args.items; item += gridDim.x) {
-    const Work work = work_of(args, item);
-    const i32 count = key_tiles(work.first_row, kConsumers * kRows, args.q_len, args.causal_offset, args.kv_len).count;
-    const i64 first = (i64(work.batch) * args.kv_heads + work.kv_head) * args.tiles;
+  Ring<2> q_ring;
+  for (i32 item = blockIdx.x; item < args.items; item += gridDim.x, q_ring.next()) {
+    const Piece work = work_of(args, item);
+    const i32 count = tiles_of(args, work.first_row, kConsumers * kRows, work).count;
+    const i64 head = i64(work.batch) * args.kv_heads + work.kv_head, first = head * args.tiles;
+    constexpr u32 kChannelBytes = sizeof(shared.v_scale[0]);
+    mbarrier_wait(&shared.q_empty[q_ring.stage], q_ring.parity ^ 1);
+    mbarrier_arrive_expect_tx(&shared.q_full[q_ring.stage], 2 * kChannelBytes);
+    cp_async_bulk_shared_global(shared.v_scale[q_ring.stage], args.v_scale + head * kDim, kChannelBytes,
+                                &shared.q_full[q_ring.stage]);
+    cp_async_bulk_shared_global(shared.v_mean[q_ring.stage], args.v_mean + head * kDim, kChannelBytes,
+                                &shared.q_full[q_ring.stage]);
     for (i32 tile = 0; count > 0 && tile <= count; ++tile, ring.next()) {
       const int s = ring.stage;
       const u32 k_bytes = tile < count ? kTileBytes + sizeof(shared.k_scale[s]) : 0;
@@ -168,19 +197,15 @@ template <Dtype kDtype>
 __device__ void quantize_queries(const AttentionArgs& args, Shared& shared) {
   Ring<2> ring;
   for (i32 item = blockIdx.x; item < args.items; item += gridDim.x, ring.next()) {
-    const Work work = work_of(args, item);
-    const i64 base = i64(work.batch) * args.q.batch + i64(work.head) * args.q.head;
+    const Piece work = work_of(args, item);
+    const i64 base = i64(work.batch) * args.q.batch + i64(work.head) * args.q.head + i64(work.first_row) * args.q.token;
     const float* mean = args.lse == nullptr
                             ? nullptr
                             : args.k_mean + (i64(work.batch) * args.kv_heads + work.kv_head) * kDim;
     mbarrier_wait(&shared.q_empty[ring.stage], ring.parity ^ 1);
-    for (int block = threadIdx.x / 32 - 1; block < 4 * kConsumers; block += kQueryWarps) {  // 16 rows of one warp
-      const int group = block / 4, warp = block % 4;
-      quantize_rows<kDtype, kDim>(
-          args.q, base, work.first_row + 16 * block, args.q_len, args.channels, args.sm_scale, args.logits_scale, mean,
-          shared.q[ring.stage][group], warp, shared.q_scale[ring.stage][group][warp],
-          shared.mean_logit[ring.stage][group] + 16 * warp);
-    }
+    quantize_rows<kDtype, kDim, kQueryWarps, kDim == 128 && (kDtype == kFloat32 || kConsumers == 2) ? 16 : 8>(
+        args.q, base, work.end_row - work.first_row, args.channels, args.sm_scale, args.logits_scale, mean,
+        threadIdx.x / 32 - 1, {shared.q[ring.stage], shared.q_scale[ring.stage], shared.mean_logit[ring.stage]});
     shared.k_largest_scale[ring.stage] = args.k_largest_scale[i64(work.batch) * args.kv_heads + work.kv_head];
     fence_proxy_async();
     mbarrier_arrive(&shared.q_full[ring.stage]);
@@ -207,28 +232,41 @@ struct Consumer {
   Ring<kStages> ring;
   Ring<2> q_ring;
 
+  // the first stages' tiles, as descriptors count addresses
+  const u32 q_at = shared_address(shared.q[0][thread.group]) / 16;
+  const u32 k_at = shared_address(shared.k[0]) / 16, v_at = shared_address(shared.v[0]) / 16;
+
   // of the piece of work
-  i32 scores[2][32];  // of a tile's halves
-  float factor;       // from scores to logits
-  u32 p[8];           // A fragments of P for the next P·V
-  Sums sums[kPromotesHalves ? 2 : 1];
+  float q_scale, largest_factor;
+  Rows rows;
 #if !OUTPUT_IN_SHARED
   float o[kDim / 2];
 #endif
-  Rows rows;
+
+  // of the tile
   u32 tile;
+  i32 scores[64];
+  float factor;      // from scores to logits
+  u32 p[16];         // A fragments of P
+  bool begins;       // an interval
+  float rescale[2];  // what O and sums before it are to be multiplied with
+  Sums sums;
+  bool ready;        // its V and the next tile's K are in shared memory
 
   __device__ __forceinline__ void wait_for_stage() { mbarrier_wait(&shared.full[ring.stage], ring.parity); }
-  __device__ __forceinline__ void release_stage() {
-    if (arrives) mbarrier_arrive(&shared.empty[ring.stage]);
+  __device__ __forceinline__ void release(int stage) {
+    if (arrives) mbarrier_arrive(&shared.empty[stage]);
+  }
+  __device__ __forceinline__ void pass_stage() {
+    wait_for_stage();
+    release(ring.stage);
     ring.next();
   }
-  // The factor of the tile whose scores are under way.
-  __device__ __forceinline__ float next_factor() const {
-    const float q_scale = shared.q_scale[q_ring.stage][thread.group][thread.warp][thread.quad];
-    const float k_scale = shared.k_scale[ring.stage][thread.q], largest = shared.k_largest_scale[q_ring.stage];
-    // a group of zeros has the scale 1, which may be far larger; its scores are 0 whatever the factor (NaN stays)
-    return min_nan_f32(q_scale * (k_scale > largest ? largest : k_scale), kLargestFactor);
+  // The factor of the tile whose scores are under way. A group of zeros in K has the scale 1, which may be far larger
+  // than any other; its scores are 0 whatever the factor. (NaN stays.)
+  __device__ __forceinline__ void set_factor() {
+    factor = q_scale * shared.k_scale[ring.stage][thread.q];
+    factor = factor > largest_factor ? largest_factor : factor;
   }
   // Whether some factor of the piece of work wants care; the same for the whole warpgroup.
   __device__ __forceinline__ bool wants_care() const {
@@ -238,35 +276,31 @@ struct Consumer {
     return __any_sync(0xFFFFFFFF, largest * shared.k_largest_scale[q_ring.stage] > kLargestFastFactor);  // (NaN shows either way)
   }
 
-  __device__ __forceinline__ void begin_scores(int half) {
-    const u64 q = wgmma_descriptor<kDim>(shared.q[q_ring.stage][thread.group]);
-    const u64 k = wgmma_descriptor<kDim>(shared.k[ring.stage]) + half * (kHalf * kDim / 16);
-    pin_registers(scores[half]);
+  __device__ __forceinline__ void begin_scores() {
+    const u64 q = wgmma_descriptor<kDim>(q_at + q_ring.stage * u32(sizeof(shared.q[0]) / 16));
+    const u64 k = wgmma_descriptor<kDim>(k_at + ring.stage * u32(sizeof(shared.k[0]) / 16));
+    pin_registers(scores);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kDim / 32; ++i) {
-      wgmma_m64n64k32_s32_s8_ss(scores[half], q + i * kDescriptorStep, k + i * kDescriptorStep, i > 0);
+      wgmma_m64n128k32_s32_s8_ss(scores, q + i * kDescriptorStep, k + i * kDescriptorStep, i > 0);
     }
     wgmma_commit_group();
   }
 
-  __device__ __forceinline__ void begin_pv(int half, bool accumulate) {
-    const u64 v = wgmma_descriptor<kTileKeys>(shared.v[ring.stage]) + half * (kHalf / 16);
-    Sums& to = sums[kPromotesHalves ? half : 0];
+  // P·V of the keys from 32 · kFirst to 32 · kEnd of the tile.
+  template <int kFirst, int kEnd>
+  __device__ __forceinline__ void begin_pv(bool accumulate) {
+    const u64 v = wgmma_descriptor<kTileKeys>(v_at + ring.stage * u32(sizeof(shared.v[0]) / 16));
     pin_registers(p);
-    pin_registers(to);
+    pin_registers(sums);
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < kHalf / 32; ++i) {
+    for (int i = kFirst; i < kEnd; ++i) {
       const u32(&four)[4] = reinterpret_cast<const u32(&)[4]>(p[4 * i]);
-      multiply_pv(to, four, v + i * kDescriptorStep, accumulate || i > 0);
+      multiply_pv(sums, four, v + i * kDescriptorStep, accumulate || i > kFirst);
     }
     wgmma_commit_group();
-  }
-
-  __device__ __forceinline__ void pin_sums() {
-#pragma unroll
-    for (int half = 0; half < (kPromotesHalves ? 2 : 1); ++half) pin_registers(sums[half]);
   }
 
   // Whether a tile begins an interval: what was summed before is promoted.
@@ -314,68 +348,85 @@ struct Consumer {
 #endif
   }
 
-  // One tile whose scores are there; begins and awaits those of the next if there are more. kMasked: it hides keys, or
-  // its factor wants care.
-  template <bool kMasked, bool kMore>
-  __device__ __forceinline__ void advance(const Visible& visible) {
+  // From a tile's scores to its P, while P·V of the tile before ends. kMasked: it hides keys, or its factor wants care.
+  template <bool kMasked>
+  __device__ __forceinline__ void softmax(const Visible& visible) {
     const bool never = args.items < 0;
     float m[2], other[2];
-    largest_logit<kMasked>(scores[0], scores[1], factor, visible, m);
+    largest_logit<kMasked>(scores, factor, visible, m);
     exchange(m, other, 1);
     exchange_again(m, other, 2);
-    const bool interval_begins = fresh(tile);
+    begins = fresh(tile);
     Change change;
-    rows.update<kMasked, RESTART>(change, m, other, interval_begins, args.slack, args.headroom);
-    float rescale[2] = {1.0f, 1.0f};
-#if !SUM_IN_MMA
-    if (change.moved) rows.rescale<kMasked>(change, rescale);
-    rows.sum[0] *= rescale[0], rows.sum[1] *= rescale[1];
-#endif
-    u32 packed[8];
-    exponentials<kMasked, !SUM_IN_MMA, !kMasked && kFences>(scores[0], packed, rows, factor, args.log2_p_max, never);
-
-#if SUM_IN_MMA
-    if (change.moved) rows.rescale<kMasked>(change, rescale);  // (here: nothing waits for the vote)
-#endif
+    rows.update<kMasked, RESTART>(change, m, other, begins, args.slack, args.headroom);
+    pmevent_if(never);  // (else the assembler waits before the exchange)
+    wgmma_wait_group<0>();
+    pin_registers(sums);
+    if (tile > 0) {
+      release(ring.stage == 0 ? kStages - 1 : ring.stage - 1);
+      pmevent_if(never);  // (else the assembler does it after the exponentials)
+      if constexpr (kInterval == 1) promote_last();
+    }
+    rescale[0] = rescale[1] = 1.0f;
+    if constexpr (kInterval == 1 || !SUM_IN_MMA) {
+      if (change.moved) rows.rescale<kMasked>(change, rescale);
+    }
+    if constexpr (!SUM_IN_MMA) rows.sum[0] *= rescale[0], rows.sum[1] *= rescale[1];
+    ready = mbarrier_test_wait_parity(&shared.full[ring.stage], ring.parity);  // (the answer takes 90 clocks)
+    exponentials<kMasked, !SUM_IN_MMA>(scores, p, rows, factor, args.log2_p_max);
     if constexpr (kInterval > 1) {
-      if (tile > 0 && interval_begins) {
+      if (tile > 0 && begins) {
         float scale[2];
         rows.promotion<kMasked>(change, scale);
-        if (tile == (PROMOTE_FIRST ? 1 : kInterval)) promote<true>(sums[0], scale);
-        else promote(sums[0], scale);
+        if (tile == (PROMOTE_FIRST ? 1 : kInterval)) promote<true>(sums, scale);
+        else promote(sums, scale);
       } else if (change.moved) {
-        rescale_sums(sums[0], rescale);
+        rows.rescale<kMasked>(change, rescale);  // (here: nothing waits for the vote)
+        rescale_sums(sums, rescale);
       }
     }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) p[i] = packed[i];
-    wait_for_stage();
-    begin_pv(0, !interval_begins);
-    if constexpr (kMore) begin_scores(0);
-    pmevent_if(never);  // (else the assembler issues the MMAs in between the exponentials)
-    exponentials<kMasked, !SUM_IN_MMA, !kMasked && kFences>(scores[1], packed, rows, factor, args.log2_p_max, never);
-    pin_registers(packed);
-    pmevent_if(never);  // (else the assembler waits before the exponentials)
-    wgmma_wait_group<0>();
-    pin_sums();
-    if constexpr (kMore) pin_registers(scores[0]);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) p[i] = packed[i];
-    begin_pv(1, !kPromotesHalves);
-    if constexpr (kMore) {
-      begin_scores(1);
-      factor = next_factor();
-    }
-    if constexpr (kPromotesHalves) promote(sums[0], rescale);
-    wgmma_wait_group<0>();
-    pin_sums();
-    if constexpr (kMore) pin_registers(scores[1]);
-    release_stage();
+  }
+
+  // Where every tile is promoted: adds the last tile's sums, now there, to O.
+  __device__ __forceinline__ void promote_last() {
+    if constexpr (kPromotesHalves) rescale[0] = rescale[1] = 1.0f;  // (applied with the first half)
+    promote(sums, rescale);
+  }
+
+  // Begins the next tile's scores and this one's P·V, and awaits the scores. kDrain: P·V, too. (In a loop, no MMA may be
+  // under way where the loop closes: the assembler would serialise them all.)
+  template <bool kMore, bool kDrain>
+  __device__ __forceinline__ void multiply() {
+    if (!ready) wait_for_stage();
     if constexpr (kPromotesHalves) {
-      const float same[2] = {1.0f, 1.0f};
-      promote(sums[1], same);
-    } else if constexpr (kInterval == 1) {
-      promote(sums[0], rescale);
+      begin_pv<0, 2>(false);
+      if constexpr (kMore) {
+        begin_scores();
+        wgmma_wait_group<1>();
+      } else {
+        wgmma_wait_group<0>();
+      }
+      pin_registers(sums);
+      promote(sums, rescale);
+      begin_pv<2, 4>(false);
+    } else {
+      if constexpr (kMore) begin_scores();
+      begin_pv<0, 4>(!begins);
+    }
+    if constexpr (kMore && !kDrain) {
+      wgmma_wait_group<1>();
+    } else {
+      wgmma_wait_group<0>();
+      pin_registers(sums);
+    }
+    if constexpr (kMore) {
+      pin_registers(scores);
+      set_factor();
+      ring.next();
+    } else {
+      if constexpr (kInterval == 1) promote_last();
+      release(ring.stage);
+      ring.next();
     }
     ++tile;
   }
@@ -388,53 +439,49 @@ struct Consumer {
 
   // O / l · δ_V + v̄, and lse. Rows that saw no key give 0 and −∞. Where O lies in shared memory, `last` says what it is
   // to be multiplied with before the last interval's sums are added; `first`: there is no O yet.
-  template <Dtype kDtype>
-  __device__ __forceinline__ void finish(const Work& work, const float (&last)[2], bool first) {
-    const i64 channels = (i64(work.batch) * args.kv_heads + work.kv_head) * kDim + 2 * thread.q;
-    Vec8 scale[kDim / 8], mean[kDim / 8];  // all loads at once: each alone would wait for memory
-#pragma unroll
-    for (int i = 0; i < kDim / 8; ++i) {
-      scale[i] = *reinterpret_cast<const Vec8*>(args.v_scale + channels + 8 * i);
-      mean[i] = *reinterpret_cast<const Vec8*>(args.v_mean + channels + 8 * i);
-    }
+  template <Dtype kDtype, bool kWhole>  // kWhole: every row and channel of the block exists
+  __device__ __forceinline__ void finish(const Piece& work, const float (&last)[2], bool first) {
     const i32 token = work.first_row + thread.group * kRows + thread.row(0);
     float inverse[2], seen[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float sum = rows.sum[half];
 #if SUM_IN_MMA
-      if (kInterval > 1) sum = __fmaf_rn(sum, last[half], sum_of(sums[0], kDim / 2 + 2 * half));
+      if (kInterval > 1) sum = __fmaf_rn(sum, last[half], sum_of(sums, kDim / 2 + 2 * half));
 #else
       sum += __shfl_xor_sync(0xFFFFFFFF, sum, 1);
       sum += __shfl_xor_sync(0xFFFFFFFF, sum, 2);
 #endif
       seen[half] = rows.m[half] == -kInfinity ? 0.0f : 1.0f;
       inverse[half] = rows.m[half] == -kInfinity ? 0.0f : 1.0f / sum;
-      if (args.lse != nullptr && thread.q == 0 && token + 8 * half < args.q_len) {
+      if (args.lse != nullptr && thread.q == 0 && (kWhole || token + 8 * half < work.end_row)) {
         const float mean_logit = shared.mean_logit[q_ring.stage][thread.group][thread.row(half)];
         args.lse[(i64(work.batch) * args.q_heads + work.head) * args.q_len + token + 8 * half] =
             rows.m[half] == -kInfinity ? -kInfinity : (rows.m[half] + __log2f(sum / args.p_max)) * kLn2 + mean_logit;
       }
     }
     const i64 at = work.batch * args.out_batch + work.head * args.out_head + token * args.out_token + 2 * thread.q;
+    const bool inside[2] = {kWhole || token < work.end_row, kWhole || token + 8 < work.end_row};
     const auto store = [&](int i, const float (&x)[4]) {
+      const Vec8 scale = *reinterpret_cast<const Vec8*>(&shared.v_scale[q_ring.stage][8 * i + 2 * thread.q]);
+      const Vec8 mean = *reinterpret_cast<const Vec8*>(&shared.v_mean[q_ring.stage][8 * i + 2 * thread.q]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float y[2];
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const float scaled = x[2 * half + c] * inverse[half] * __uint_as_float(scale[i].word[c]);
-          y[c] = __fmaf_rn(__uint_as_float(mean[i].word[c]), seen[half], scaled);
+          const float scaled = x[2 * half + c] * inverse[half] * __uint_as_float(scale.word[c]);
+          y[c] = __fmaf_rn(__uint_as_float(mean.word[c]), seen[half], scaled);
           y[c] = max_nan_f32(min_nan_f32(y[c], kLargest<kDtype>), -kLargest<kDtype>);
         }
-        if (token + 8 * half < args.q_len && 8 * i < args.v_channels) {
+        if (kWhole || (inside[half] && 8 * i < args.v_channels)) {
           store_pair<kDtype>(args.out, at + 8 * half * args.out_token + 8 * i, y[0], y[1]);
         }
       }
     };
 #if OUTPUT_IN_SHARED
-    if (first) promoted<true>(sums[0], last, store);
-    else promoted<false>(sums[0], last, store);
+    if (first) promoted<true>(sums, last, store);
+    else promoted<false>(sums, last, store);
 #else
 #pragma unroll
     for (int i = 0; i < kDim / 8; ++i) {
@@ -443,11 +490,18 @@ struct Consumer {
     }
 #endif
   }
+  template <Dtype kDtype>
+  __device__ __forceinline__ void finish(const Piece& work, const float (&last)[2], bool first) {
+    const i32 end = work.first_row + (thread.group + 1) * kRows;
+    if (end <= work.end_row && args.v_channels == kDim) finish<kDtype, true>(work, last, first);
+    else finish<kDtype, false>(work, last, first);
+  }
 
-  __device__ __forceinline__ void work_on(const Work& work) {
+  __device__ __forceinline__ void work_on(i32 item) {
+    const Piece work = work_of(args, item);
     const i32 first_row = work.first_row + thread.group * kRows;
-    const KeyTiles mine = key_tiles(first_row, kRows, args.q_len, args.causal_offset, args.kv_len);
-    const KeyTiles all = key_tiles(work.first_row, kConsumers * kRows, args.q_len, args.causal_offset, args.kv_len);
+    const KeyTiles mine = tiles_of(args, first_row, kRows, work);
+    const KeyTiles all = tiles_of(args, work.first_row, kConsumers * kRows, work);
     mbarrier_wait(&shared.q_full[q_ring.stage], q_ring.parity);
 #if !OUTPUT_IN_SHARED
 #pragma unroll
@@ -457,36 +511,47 @@ struct Consumer {
     tile = 0;
     if (mine.count > 0) {
       wait_for_stage();
-      begin_scores(0);
-      begin_scores(1);
-      factor = next_factor();
+      begin_scores();
+      q_scale = shared.q_scale[q_ring.stage][thread.group][thread.warp][thread.quad];
+      largest_factor = fminf(q_scale * shared.k_largest_scale[q_ring.stage], kLargestFactor);
+      set_factor();
       wgmma_wait_group<0>();
-      pin_registers(scores[0]);
-      pin_registers(scores[1]);
-      release_stage();
-      const u32 last = mine.count - 1, full = min(u32(mine.full), last);
-      const u32 fast = wants_care() ? 0 : full;
-      while (tile < fast) advance<false, true>({});
-      while (tile < last) advance<true, true>(visible(first_row, tile));
-      advance<true, false>(visible(first_row, last));
+      pin_registers(scores);
+      release(ring.stage);
+      ring.next();
+      const u32 last = mine.count - 1, fast = wants_care() ? 0 : mine.full;  // (≤ count)
+      if (fast > 0) {
+        softmax<false>({});
+        while (tile + 1 < fast) {
+          multiply<true, false>();
+          softmax<false>({});
+        }
+        if (tile < last) multiply<true, true>();
+      }
+      if (fast <= last) {
+        while (tile < last) {
+          softmax<true>(visible(first_row, tile));
+          multiply<true, true>();
+        }
+        softmax<true>(visible(first_row, last));
+      }
+      multiply<false, true>();
     } else {
 #pragma unroll
-      for (int i = 0; i < int(sizeof(Sums) / 4); ++i) sums[0][i] = 0;
-      if (all.count > 0) {
-        wait_for_stage();
-        release_stage();
-      }
+      for (int i = 0; i < int(sizeof(Sums) / 4); ++i) sums[i] = 0;
+      if (all.count > 0) pass_stage();
     }
-    for (i32 j = mine.count; j < all.count; ++j) {  // stages that only another warpgroup's rows need
-      wait_for_stage();
-      release_stage();
-    }
+    for (i32 j = mine.count; j < all.count; ++j) pass_stage();  // stages that only another warpgroup's rows need
     float last_scale[2] = {0.0f, 0.0f};
     if constexpr (kInterval > 1) rows.last_promotion(last_scale);
     const bool first = tile <= (PROMOTE_FIRST ? 1 : kInterval);
-    if (args.dtype == kBFloat16) finish<kBFloat16>(work, last_scale, first);
-    else if (args.dtype == kFloat16) finish<kFloat16>(work, last_scale, first);
-    else finish<kFloat32>(work, last_scale, first);
+    asm volatile("" : "+r"(item));  // (so that the compiler works the rest out again, instead of keeping it all the while)
+    const Piece done = work_of(args, item);
+    if (done.first_row + thread.group * kRows < done.end_row) {
+      if (args.dtype == kBFloat16) finish<kBFloat16>(done, last_scale, first);
+      else if (args.dtype == kFloat16) finish<kFloat16>(done, last_scale, first);
+      else finish<kFloat32>(done, last_scale, first);
+    }
     __syncwarp();
     if (arrives) mbarrier_arrive(&shared.q_empty[q_ring.stage]);
     q_ring.next();
@@ -501,7 +566,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attention_wgmma(const 
       mbarrier_init(&shared.full[s], 1), mbarrier_init(&shared.empty[s], 4 * kConsumers);
     }
     for (int s = 0; s < 2; ++s) {
-      mbarrier_init(&shared.q_full[s], 32 * kQueryWarps), mbarrier_init(&shared.q_empty[s], 4 * kConsumers);
+      mbarrier_init(&shared.q_full[s], 32 * kQueryWarps + 1), mbarrier_init(&shared.q_empty[s], 4 * kConsumers);
     }
     fence_mbarrier_init();
   }
@@ -530,7 +595,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attention_wgmma(const 
     setmaxnreg_inc<kConsumerRegisters>();
     Consumer consumer{args, shared, Thread()};
     for (i32 item = blockIdx.x; item < args.items; item += gridDim.x) {
-      consumer.work_on(work_of(args, item));
+      consumer.work_on(item);
     }
   }
 }

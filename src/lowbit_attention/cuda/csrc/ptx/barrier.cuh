@@ -25,6 +25,17 @@ __device__ inline bool mbarrier_try_wait_parity(u64* barrier, u32 parity) {
       : "memory");
   return done != 0;
 }
+__device__ inline bool mbarrier_test_wait_parity(u64* barrier, u32 parity) {  // without waiting
+  u32 done;
+  asm volatile(
+      "{ .reg .pred p;\n"
+      "  mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "  selp.u32 %0, 1, 0, p; }"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
 __device__ inline void mbarrier_wait(u64* barrier, u32 parity) {
   while (!mbarrier_try_wait_parity(barrier, parity)) {
   }
@@ -44,7 +55,10 @@ __device__ inline void griddepcontrol_launch_dependents() {
 #endif
 }
 
-// Threads of one warpgroup meet (barrier 0 is __syncthreads').
+// Barrier 0 is __syncthreads'. `threads` counts those that wait and those that only arrive.
+__device__ inline void bar_arrive(u32 id, u32 threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 __device__ inline void bar_sync(u32 id, u32 threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

@@ -17,12 +17,12 @@ __device__ constexpr int swizzled(int row, int chunk) {
   return row * kRowBytes + moved * 16;
 }
 
-// The descriptor of a swizzled tile; add 2 for the next 32 bytes of every row.
+// The descriptor of a swizzled tile at 16 · `address` in shared memory; add 2 for the next 32 bytes of every row.
 template <int kRowBytes>
-__device__ u64 wgmma_descriptor(const void* tile) {
-  constexpr u64 kLayout = kRowBytes == 128 ? 1 : 2;  // 128-byte or 64-byte swizzle
-  constexpr u64 kEightRows = 8 * kRowBytes / 16;     // from one group of eight rows to the next, in 16 bytes
-  return u64(shared_address(tile) & 0x3FFFF) >> 4 | u64(1) << 16 | kEightRows << 32 | kLayout << 62;
+__device__ u64 wgmma_descriptor(u32 address) {
+  constexpr u32 kLayout = kRowBytes == 128 ? 1 : 2;  // 128-byte or 64-byte swizzle
+  constexpr u32 kEightRows = 8 * kRowBytes / 16;     // from one group of eight rows to the next, in 16 bytes
+  return u64(kEightRows | kLayout << 30) << 32 | address | 1u << 16;
 }
 constexpr u64 kDescriptorStep = 2;
 
