@@ -59,7 +59,7 @@ constexpr int kWarps = kGroups * kScaleRows / kWarpRows;
 constexpr int kRows = kWarps * kWarpRows;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kBlocks = kGroups == 2 ? 1 : 2;  // a multiprocessor's, by registers: 8 warps of up to 255
-constexpr int kStages = 2;
+constexpr int kStages = 2;  // (the offset of the one is sizeof(Stage) less the offset of the other)
 constexpr int kQkRowBytes = kDim * QK_LANES / 8;
 constexpr int kVRowBytes = V_HALF ? 2 * kDim : kTileKeys;
 constexpr int kKTileBytes = kTileKeys * kQkRowBytes;
@@ -137,10 +137,13 @@ struct Warp {
   const MmaArgs& args;
   const int warp, lane, quad, turn;
   u32 q_at;           // shared address of the lane's ldmatrix row of Q
-  u32 k_at, v_at;     // of its rows of K and V, in the stage that comes next
+  u32 k_at, v_at;     // of its rows of K and V, in the first stage
 #if SMOOTH_Q
   u32 delta_at;       // of its keys' ΔS, likewise
 #endif
+  // From there to the stage that comes next: the same for all threads, so it lies in a uniform register, which ldmatrix
+  // adds by itself; the lane's addresses never change, nor do those that the swizzle makes of them.
+  u32 stage = 0;
   float q_scale;                               // δ_Q · logits_scale of the lane's four rows
   float base[2][2];   // of a row: log2 P_r − m, rounded down, what is added to its logits; ∞ before the first key
   float sum[2][2];    // of a row: Σ P
@@ -171,6 +174,9 @@ struct Warp {
     for (int i = 0; i < kDim; ++i) o[i / (kDim / 2)][i / 4 % (kDim / 8)][i % 4] = 0.0f;
   }
 
+  // The count never is −1; to ask for its sign would take a shift.
+  __device__ __forceinline__ void fence() const { pmevent_if(args.tile_count == -1); }
+
   __device__ __forceinline__ int row(int block, int half) const { return warp * kWarpRows + 16 * block + 8 * half + quad; }
 
   // Where the MMAs start: kMagicBits, so that the scores come out as floats, and in it ΔS in units of the scores.
@@ -178,10 +184,13 @@ struct Warp {
   __device__ __forceinline__ void scores_begin(i32 (&c)[4], int n, float inverse_factor) const {
 #if SMOOTH_Q
     if constexpr (!kMasked) {
-      const Vec8 pair = ld_shared_v2(delta_at + 32 * n);
+      const Vec8 pair = ld_shared_v2(delta_at + stage + 32 * n);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        c[i] = c[i + 2] = __float_as_int(__fmaf_rn(__uint_as_float(pair.word[i]), inverse_factor, kMagic));
+        const float begin = __fmaf_rn(__uint_as_float(pair.word[i]), inverse_factor, kMagic);
+        c[i] = __float_as_int(begin);
+        // The other row's. Plainly copied, the assembler would know that they are equal, and copy all four for each MMA.
+        c[i + 2] = __float_as_int(__fadd_rn(begin, 0.0f));
       }
     } else
 #endif
@@ -202,7 +211,7 @@ struct Warp {
 #pragma unroll
       for (int n = 0; n < kTileKeys / 8; n += 2) {
         u32 b[4];
-        ldmatrix_m8n8_x4(b, (k_at ^ 32 * step) + n * 8 * kQkRowBytes);
+        ldmatrix_m8n8_x4(b, (k_at ^ 32 * step) + stage + n * 8 * kQkRowBytes);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           i32 c[4];
@@ -224,7 +233,7 @@ struct Warp {
     for (int i = 0; i < kScores; ++i) {
       float x = __fmul_rn(float(s[i] - kMagicBits), factor);
 #if SMOOTH_Q
-      x = __fadd_rn(x, __uint_as_float(ld_shared(delta_at + i / 4 * 32 + i % 2 * 4)));
+      x = __fadd_rn(x, __uint_as_float(ld_shared(delta_at + stage + i / 4 * 32 + i % 2 * 4)));
 #endif
       x = max_nan_f32(min_nan_f32(x, kLargestLogit), -kLargestLogit);
       s[i] = i / 4 * 8 + i % 2 > visible.last[i / 2 % 2] ? __float_as_int(-kInfinity) : __float_as_int(x);
@@ -298,8 +307,8 @@ struct Warp {
         p[i / 2 + half] = cvt_f16x2_f32(e[2 * half + 1], e[2 * half]);
         p[i / 2 + half + 2] = cvt_f16x2_f32(e[2 * half + 5], e[2 * half + 4]);
 #else
-        p[i / 4 + half] = u32(cvt_e4m3x2_f32(e[2 * half + 1], e[2 * half])) |
-                          u32(cvt_e4m3x2_f32(e[2 * half + 5], e[2 * half + 4])) << 16;
+        p[i / 4 + half] = mov_b32_u16x2(cvt_e4m3x2_f32(e[2 * half + 5], e[2 * half + 4]),
+                                        cvt_e4m3x2_f32(e[2 * half + 1], e[2 * half]));
 #endif
       }
     }
@@ -314,12 +323,12 @@ struct Warp {
 #if PROMOTE
       Sums sums[2][kWide / 8] = {};
 #endif
-      if (channels % kFencedChannels == 0 && channels > 0) pmevent_if(args.tile_count < 0);
+      if (channels % kFencedChannels == 0 && channels > 0) fence();
       u32 b[4];
-      if (!V_HALF) ldmatrix_m8n8_x4(b, v_at + channels * kVRowBytes);
+      if (!V_HALF) ldmatrix_m8n8_x4(b, v_at + stage + channels * kVRowBytes);
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        if (V_HALF) ldmatrix_m8n8_x4_trans(b, (v_at ^ 2 * channels) + step * 16 * kVRowBytes);
+        if (V_HALF) ldmatrix_m8n8_x4_trans(b, (v_at ^ 2 * channels) + stage + step * 16 * kVRowBytes);
 #pragma unroll
         for (int block = 0; block < 2; ++block) {
           const u32(&a)[4] = reinterpret_cast<const u32(&)[4]>(p[block][4 * step]);
@@ -397,7 +406,7 @@ struct Warp {
       sum[i / 2][i % 2] *= scale[i / 2][i % 2];
 #endif
     }
-    if (kFencedPhases) pmevent_if(args.tile_count < 0);
+    if (kFencedPhases) fence();
 #pragma unroll
     for (int block = 0; block < 2; ++block) exponentials<kMasked>(s[block], p[block], base[block], sum[block], factor);
 #if !PROMOTE
@@ -408,15 +417,8 @@ struct Warp {
       }
     }
 #endif
-    if (kFencedPhases) pmevent_if(args.tile_count < 0);
+    if (kFencedPhases) fence();
     multiply_values(p, scale);
-  }
-
-  __device__ __forceinline__ void next_stage(i32 step) {
-    k_at += step, v_at += step;
-#if SMOOTH_Q
-    delta_at += step;
-#endif
   }
 
   // O / l · δ_V + v̄, and lse. Rows that saw no key give 0 and −∞.
@@ -471,8 +473,8 @@ struct Warp {
 // Begins the copies of a key tile; the threads' addresses are apart by 16 bytes.
 struct Loader {
   const u8* mine;          // in global memory, of the next tile
-  const float* scale;      // likewise
-  u32 to;                  // in shared memory
+  u32 to_scale;            // from there to the thread's scale of K: a second pointer would take two additions more
+  u32 to;                  // in shared memory, in the first stage
 #if SMOOTH_Q
   const u8* delta;
   u32 to_delta;
@@ -480,33 +482,33 @@ struct Loader {
   // A warp copies neighbouring bytes; `mine` is the middle of them, which offsets of ±2 KB reach.
   static constexpr int kWarpBytes = (kKTileBytes + kVTileBytes) / kWarps, kMiddle = kWarpBytes / 2;
   static_assert(kWarpBytes <= 4096 && kWarpBytes % 512 == 0, "what an instruction's offset reaches");
+  static_assert(kWarpBytes - kMiddle > 31 * 16, "the scales lie behind every thread's place");
 
   __device__ __forceinline__ Loader(const MmaArgs& args, Shared& shared, const Work& work) {
     const i64 first = (i64(work.batch) * args.kv_heads + work.kv_head) * args.tile_count;
     const u32 place = threadIdx.x / 32 * kWarpBytes + threadIdx.x % 32 * 16 + kMiddle;
     mine = args.tiles + first * sizeof(PackedTile) + place;
     to = shared_address(&shared.stages[0]) + place;
-    scale = reinterpret_cast<const PackedTile*>(args.tiles)[first].k_scale + threadIdx.x % 4;
+    to_scale = u32(__builtin_offsetof(PackedTile, k_scale) + threadIdx.x % 4 * sizeof(float)) - place;
     pin_register(to);
 #if SMOOTH_Q
     const i64 query_tile = i64(blockIdx.x) * kGroups + threadIdx.x / 16 % kGroups;
     delta = reinterpret_cast<const u8*>(args.delta + query_tile * args.tile_count * kTileKeys) + threadIdx.x % 16 * 16;
     to_delta = shared_address(shared.stages[0].delta) + threadIdx.x % (16 * kGroups) * 16;
+    pin_register(to_delta);
 #endif
   }
-  // Returns the thread's scale of K.
-  __device__ __forceinline__ float next(i32 step) {
-    pin_register(mine), pin_register(scale);
+  // `stage`: from the first stage to that of the tile. Returns the thread's scale of K.
+  __device__ __forceinline__ float next(u32 stage) {
+    pin_register(mine), pin_register(to_scale);  // (here, so that to_scale is not kept as 64 bits)
 #pragma unroll
-    for (int i = -kMiddle; i < kMiddle; i += 512) cp_async_cg_16(to + i, mine + i);
-    const float k_scale = ld_global_f32(scale);
+    for (int i = -kMiddle; i < kMiddle; i += 512) cp_async_cg_16(to + stage + i, mine + i);
+    const float k_scale = ld_global_f32(reinterpret_cast<const float*>(mine + to_scale));
+    mine += sizeof(PackedTile);
 #if SMOOTH_Q
-    cp_async_cg_16(to_delta, delta);
-    to_delta += step;
+    cp_async_cg_16(to_delta + stage, delta);
     delta += kTileKeys * sizeof(float);
 #endif
-    to += step;
-    mine += sizeof(PackedTile), scale += sizeof(PackedTile) / sizeof(float);
     return k_scale;
   }
 };
@@ -553,8 +555,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) attention_mma(co
   const Work work = work_item(item, args.schedule, kRows);
   const KeyTiles tiles = key_tiles(work.first_row, kRows, args.q_len, args.causal_offset, args.kv_len);
   Loader loader(args, shared, work);
-  i32 step = sizeof(Stage);  // to the other stage, and back
-  float k_scale = tiles.count > 0 ? loader.next(step) : 0.0f;
+  float k_scale = tiles.count > 0 ? loader.next(0) : 0.0f;
   cp_async_commit_group();
 
   Warp me(args, shared);
@@ -567,23 +568,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) attention_mma(co
     cp_async_wait_group<0>();
     __syncthreads();
   };
+  const auto other_stage = [&] { return u32(sizeof(Stage)) - me.stage; };
   const auto load_next = [&] {
     const float before = k_scale;
-    k_scale = loader.next(-step);
+    k_scale = loader.next(other_stage());
     cp_async_commit_group();
     return before;
-  };
-  const auto next_stage = [&] {
-    me.next_stage(step);
-    step = -step;
   };
   // The last tile of all is left to the other loop, so that here there always is a next one to be loaded. Both loops are
   // the same for all warps, which spares the compiler's care for those that go their own way.
   const i32 fast = __syncthreads_or(careful) ? 0 : max(min(tiles.full, tiles.count - 1), 0);
-  for (i32 tile = 0; tile < fast; ++tile) {
+  for (i32 left = fast; left > 0; --left) {
     await();
     me.advance<false>(load_next(), 0, 0);
-    next_stage();
+    me.stage = other_stage();
   }
   // the work is found again: the loop above has no registers to keep it
   const Work again = work_item(pinned(item), args.schedule, kRows);
@@ -594,7 +592,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) attention_mma(co
     await();
     const float scale = tile + 1 < all.count ? load_next() : k_scale;
     if (tile < mine) me.advance<true>(scale, again.first_row, tile);
-    next_stage();
+    me.stage = other_stage();
   }
   const Work done = work_item(pinned(item), args.schedule, kRows);
   if (args.dtype == kBFloat16) me.finish<kBFloat16>(done);

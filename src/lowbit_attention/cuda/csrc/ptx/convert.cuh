@@ -27,3 +27,8 @@ __device__ inline u32 prmt_b32(u32 a, u32 b, u32 selector) {  // each nibble of 
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(selector));
   return out;
 }
+__device__ inline u32 mov_b32_u16x2(u16 high, u16 low) {  // unlike a shift and an or, free behind a conversion to E4M3
+  u32 out;
+  asm("mov.b32 %0, {%1, %2};" : "=r"(out) : "h"(low), "h"(high));
+  return out;
+}
