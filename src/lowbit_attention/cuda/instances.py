@@ -167,7 +167,8 @@ class WgmmaConfig:
     def instance(self) -> Instance:
         """Its compilation."""
         sums = "F16" if self.sums_f16 else "F32"
-        columns = self.head_dim + 8 * self.sum_in_mma
+        in_halves = not self.sums_f16 and self.head_dim == 128 and self.promotion_keys == 128  # (SPLITS_CHANNELS)
+        columns = self.head_dim // (2 if in_halves else 1) + 8 * self.sum_in_mma
         return Instance(
             "attention_wgmma",
             "sm_90a",
@@ -181,9 +182,6 @@ class WgmmaConfig:
                 ("TILE_KEYS", TILE_KEYS),
             ),
             mma=("IGMMA.64x128x32.S8.S8", f"QGMMA.64x{columns}x32.{sums}.E4M3.E4M3"),
-            # 64 + 68 + 64 registers of scores, sums and output leave too few of 224: some eight a tile go to the stack,
-            # which costs less than 64 additions for the row sum do
-            spill_limit=128 if self.sum_in_mma and not self.sums_f16 and self.head_dim == 128 else 0,
         )
 
 

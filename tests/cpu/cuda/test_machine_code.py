@@ -56,7 +56,7 @@ def test_serialised_mmas_are_remarked_by_the_compiler(smoke):
     """An MMA that not every thread executes: ptxas waits after every MMA and says so, as 'info'."""
     instance, _ = smoke
     source = instance.source()
-    call = "      begin_pv<0, 4>(!begins);"
+    call = "      begin_pv<0>(!begins);"
     text = source.text.replace(call, "      if (threadIdx.x % 2 == 0)" + call)
     assert text != source.text
     compiled = compile_source(dataclasses.replace(source, text=text), instance.options())

@@ -51,7 +51,11 @@ struct AttentionArgs {
 
 constexpr int kDim = HEAD_DIM;
 constexpr int kRows = 64;                     // of a warpgroup: wgmma's M
-constexpr bool kPromotesHalves = PROMOTION_KEYS == 64;  // of a tile
+// P·V in two parts, the second of which takes the first's registers: sums of half the keys, or of half the channels
+// (in FP32 the sums of 128 channels and of P would not fit beside O, S and P).
+#define SPLITS_CHANNELS (!SUMS_F16 && HEAD_DIM == 128 && PROMOTION_KEYS == 128)
+constexpr bool kPromotesHalves = PROMOTION_KEYS == 64;
+constexpr bool kTwoParts = kPromotesHalves || SPLITS_CHANNELS;
 constexpr int kInterval = kPromotesHalves ? 1 : PROMOTION_KEYS / kTileKeys;  // tiles a promotion
 // O changes with every tile where each is promoted, so it lies in registers, which leaves room for two warpgroups. Where
 // it changes seldom it lies in shared memory, and a third warpgroup fills the time that a warp's latencies leave.
@@ -59,8 +63,8 @@ constexpr int kInterval = kPromotesHalves ? 1 : PROMOTION_KEYS / kTileKeys;  // 
 constexpr int kConsumers = OUTPUT_IN_SHARED ? 3 : 2;
 constexpr int kStages = kDim == 64 ? 4 : OUTPUT_IN_SHARED ? 2 : 3;  // pairs of tiles of K and V in flight
 constexpr int kThreads = 128 * (kConsumers + 1);
-// What setmaxnreg makes of the registers at launch, 128 · 512 or 168 · 384. With FP32 sums O, they, S and P take 212.
-constexpr bool kTight = !SUMS_F16 && kDim == 128;
+// What setmaxnreg makes of the registers at launch, 128 · 512 or 168 · 384. O, S, P and FP32 sums of all take 212.
+constexpr bool kTight = !SUMS_F16 && kDim == 128 && !SPLITS_CHANNELS;
 constexpr int kProducerRegisters = OUTPUT_IN_SHARED ? 80 : kTight ? 56 : 72;
 constexpr int kConsumerRegisters = OUTPUT_IN_SHARED ? 144 : kTight ? 224 : 216;
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters == (kConsumers == 3 ? 128 * 4 : 168 * 3),
@@ -98,7 +102,11 @@ struct Ring {  // a place in a ring of stages, and the parity of the barriers' p
 
 #define WGMMA_NAME_(n, type) wgmma_m64n##n##k32_##type##_e4m3_rs
 #define WGMMA_NAME(n, type) WGMMA_NAME_(n, type)
-#if HEAD_DIM == 128 && SUM_IN_MMA
+#if SPLITS_CHANNELS && SUM_IN_MMA  // the second half; the first is 64
+#define COLUMNS 72
+#elif SPLITS_CHANNELS
+#define COLUMNS 64
+#elif HEAD_DIM == 128 && SUM_IN_MMA
 #define COLUMNS 136
 #elif HEAD_DIM == 64 && SUM_IN_MMA
 #define COLUMNS 72
@@ -108,6 +116,7 @@ struct Ring {  // a place in a ring of stages, and the parity of the barriers' p
 
 #if SUMS_F16
 using Sums = u32[COLUMNS / 4];  // two FP16 sums a register: row half r % 2, channels 8 · (r / 2) + 2q and + 1
+template <int kPart>
 __device__ __forceinline__ void multiply_pv(Sums& sums, const u32 (&p)[4], u64 v, bool accumulate) {
   WGMMA_NAME(COLUMNS, f16)(sums, p, v, accumulate);
 }
@@ -122,8 +131,13 @@ __device__ __forceinline__ void rescale_sums(Sums& sums, const float (&factor)[2
 }
 #else
 using Sums = float[COLUMNS / 2];
+template <int kPart>
 __device__ __forceinline__ void multiply_pv(Sums& sums, const u32 (&p)[4], u64 v, bool accumulate) {
-  WGMMA_NAME(COLUMNS, f32)(sums, p, v, accumulate);
+  if constexpr (SPLITS_CHANNELS && kPart == 0) {
+    wgmma_m64n64k32_f32_e4m3_rs(reinterpret_cast<float(&)[32]>(sums), p, v, accumulate);
+  } else {
+    WGMMA_NAME(COLUMNS, f32)(sums, p, v, accumulate);
+  }
 }
 __device__ __forceinline__ float sum_of(const Sums& sums, int i) { return sums[i]; }
 __device__ __forceinline__ void rescale_sums(Sums& sums, const float (&factor)[2]) {
@@ -131,6 +145,8 @@ __device__ __forceinline__ void rescale_sums(Sums& sums, const float (&factor)[2
   for (int i = 0; i < COLUMNS / 2; ++i) sums[i] *= factor[i / 2 % 2];
 }
 #endif
+
+__device__ __forceinline__ float row_sum(const Sums& sums, int half) { return sum_of(sums, COLUMNS / 2 - 4 + 2 * half); }
 
 struct Piece : Work {
   i32 end_row;  // rows from here on are no part of it
@@ -288,17 +304,19 @@ struct Consumer {
     wgmma_commit_group();
   }
 
-  // P·V of the keys from 32 · kFirst to 32 · kEnd of the tile.
-  template <int kFirst, int kEnd>
+  template <int kPart>
   __device__ __forceinline__ void begin_pv(bool accumulate) {
-    const u64 v = wgmma_descriptor<kTileKeys>(v_at + ring.stage * u32(sizeof(shared.v[0]) / 16));
+    constexpr int kSteps = kTileKeys / 32, kFirst = kPromotesHalves && kPart == 1 ? kSteps / 2 : 0;
+    constexpr int kEnd = kPromotesHalves && kPart == 0 ? kSteps / 2 : kSteps;
+    constexpr u32 kHalf = SPLITS_CHANNELS && kPart == 1 ? kDim / 2 * kTileKeys / 16 : 0;
+    const u64 v = wgmma_descriptor<kTileKeys>(v_at + ring.stage * u32(sizeof(shared.v[0]) / 16) + kHalf);
     pin_registers(p);
     pin_registers(sums);
     wgmma_fence();
 #pragma unroll
     for (int i = kFirst; i < kEnd; ++i) {
       const u32(&four)[4] = reinterpret_cast<const u32(&)[4]>(p[4 * i]);
-      multiply_pv(sums, four, v + i * kDescriptorStep, accumulate || i > kFirst);
+      multiply_pv<kPart>(sums, four, v + i * kDescriptorStep, accumulate || i > kFirst);
     }
     wgmma_commit_group();
   }
@@ -309,10 +327,11 @@ struct Consumer {
   }
 
   // O · factor + the interval's sums, four channels of the thread's at a time. kFirst: there is no O yet.
-  template <bool kFirst, class Use>
+  template <bool kFirst, int kPart, class Use>
   __device__ __forceinline__ void promoted(const Sums& from, const float (&scale)[2], Use use) {
+    constexpr int kFours = kDim / 8 / (SPLITS_CHANNELS ? 2 : 1), kBegin = SPLITS_CHANNELS ? kPart * kFours : 0;
 #pragma unroll
-    for (int four = 0; four < kDim / 8; ++four) {
+    for (int four = kBegin; four < kBegin + kFours; ++four) {
       float x[4];
 #if OUTPUT_IN_SHARED
       Vec16 old = {};
@@ -324,14 +343,14 @@ struct Consumer {
       for (int i = 0; i < 4; ++i) x[i] = o[4 * four + i];
 #endif
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = __fmaf_rn(x[i], scale[i / 2], sum_of(from, 4 * four + i));
+      for (int i = 0; i < 4; ++i) x[i] = __fmaf_rn(x[i], scale[i / 2], sum_of(from, 4 * (four - kBegin) + i));
       use(four, x);
     }
   }
 
-  template <bool kFirst = false>
+  template <bool kFirst, int kPart>
   __device__ __forceinline__ void promote(const Sums& from, const float (&scale)[2]) {
-    promoted<kFirst>(from, scale, [&](int four, const float (&x)[4]) {
+    promoted<kFirst, kPart>(from, scale, [&](int four, const float (&x)[4]) {
 #if OUTPUT_IN_SHARED
       shared.o[thread.group][four][threadIdx.x % 128] = {
           {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])}};
@@ -341,9 +360,9 @@ struct Consumer {
 #endif
     });
 #if SUM_IN_MMA
+    if constexpr (!SPLITS_CHANNELS || kPart == 1) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      rows.sum[half] = __fmaf_rn(rows.sum[half], scale[half], sum_of(from, kDim / 2 + 2 * half));
+      for (int half = 0; half < 2; ++half) rows.sum[half] = __fmaf_rn(rows.sum[half], scale[half], row_sum(from, half));
     }
 #endif
   }
@@ -378,8 +397,8 @@ struct Consumer {
       if (tile > 0 && begins) {
         float scale[2];
         rows.promotion<kMasked>(change, scale);
-        if (tile == (PROMOTE_FIRST ? 1 : kInterval)) promote<true>(sums, scale);
-        else promote(sums, scale);
+        if (tile == (PROMOTE_FIRST ? 1 : kInterval)) promote<true, 0>(sums, scale);
+        else promote<false, 0>(sums, scale);
       } else if (change.moved) {
         rows.rescale<kMasked>(change, rescale);  // (here: nothing waits for the vote)
         rescale_sums(sums, rescale);
@@ -390,7 +409,7 @@ struct Consumer {
   // Where every tile is promoted: adds the last tile's sums, now there, to O.
   __device__ __forceinline__ void promote_last() {
     if constexpr (kPromotesHalves) rescale[0] = rescale[1] = 1.0f;  // (applied with the first half)
-    promote(sums, rescale);
+    promote<false, kTwoParts ? 1 : 0>(sums, rescale);
   }
 
   // Begins the next tile's scores and this one's P·V, and awaits the scores. kDrain: P·V, too. (In a loop, no MMA may be
@@ -398,8 +417,8 @@ struct Consumer {
   template <bool kMore, bool kDrain>
   __device__ __forceinline__ void multiply() {
     if (!ready) wait_for_stage();
-    if constexpr (kPromotesHalves) {
-      begin_pv<0, 2>(false);
+    if constexpr (kTwoParts) {
+      begin_pv<0>(false);
       if constexpr (kMore) {
         begin_scores();
         wgmma_wait_group<1>();
@@ -407,11 +426,11 @@ struct Consumer {
         wgmma_wait_group<0>();
       }
       pin_registers(sums);
-      promote(sums, rescale);
-      begin_pv<2, 4>(false);
+      promote<false, 0>(sums, rescale);
+      begin_pv<1>(false);
     } else {
       if constexpr (kMore) begin_scores();
-      begin_pv<0, 4>(!begins);
+      begin_pv<0>(!begins);
     }
     if constexpr (kMore && !kDrain) {
       wgmma_wait_group<1>();
@@ -447,7 +466,7 @@ struct Consumer {
     for (int half = 0; half < 2; ++half) {
       float sum = rows.sum[half];
 #if SUM_IN_MMA
-      if (kInterval > 1) sum = __fmaf_rn(sum, last[half], sum_of(sums, kDim / 2 + 2 * half));
+      if (kInterval > 1) sum = __fmaf_rn(sum, last[half], row_sum(sums, half));
 #else
       sum += __shfl_xor_sync(0xFFFFFFFF, sum, 1);
       sum += __shfl_xor_sync(0xFFFFFFFF, sum, 2);
@@ -480,8 +499,8 @@ struct Consumer {
       }
     };
 #if OUTPUT_IN_SHARED
-    if (first) promoted<true>(sums, last, store);
-    else promoted<false>(sums, last, store);
+    if (first) promoted<true, 0>(sums, last, store);
+    else promoted<false, 0>(sums, last, store);
 #else
 #pragma unroll
     for (int i = 0; i < kDim / 8; ++i) {
