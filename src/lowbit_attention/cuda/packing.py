@@ -19,11 +19,14 @@ _STATISTICS_THREADS, _PACK_THREADS = 256, 128
 _LEAST_SPLIT = 256
 """Tokens below which a head's statistics are not split further."""
 _MOST_SPLITS = 32
+_MOST_CLUSTER_SPLITS = 8
+"""Where the splits of a head are a thread block cluster (kMostClusterSplits). A block has 32 KB of loads under way, and
+some 100 of them keep an H100's memory busy: with 7 heads or more, that many splits of K and V do."""
 _BLOCKS = 1056
 """Thread blocks that fill the card: 8 on each of 132 multiprocessors."""
 _ALIGNMENT = 256
 
-ARGUMENTS = Arguments("P3q P3q 8P 3q f 14i 0q".replace(" ", ""))
+ARGUMENTS = Arguments("P3q P3q 9P 3q f 14i 0q".replace(" ", ""))
 """``PackArgs``."""
 
 
@@ -52,6 +55,7 @@ class PackPlan:
     k_largest_scale: int
     v_scale: int
     v_mean: int
+    v_inverse: int
     partials: int
     k_stride: int
     v_stride: int
@@ -77,10 +81,7 @@ class PackPlan:
             raise ValueError(f"head_dim {max(head_dim, v_head_dim)} has no packed form")
         heads = batch * kv_heads
         tiles = -(-kv_len // form.tile_keys)
-        wanted = min(-(-_BLOCKS // (2 * heads)), _MOST_SPLITS, max(1, kv_len // _LEAST_SPLIT))
-        in_flight = _STATISTICS_THREADS * 8 // dim * 8  # tokens that a block loads at once
-        tokens_a_split = -(-kv_len // (wanted * in_flight)) * in_flight
-        splits = -(-kv_len // tokens_a_split)
+        splits, tokens_a_split = _splits(heads, kv_len, dim, form)
         at_once = _PACK_THREADS * 16 * 8 // (dim * form.tile_keys)  # tiles of V that a block packs at once
         tiles_a_block = _power_of_two_below(max(at_once, min(8, heads * tiles // _BLOCKS)))
         blocks = -(-tiles // tiles_a_block)
@@ -94,7 +95,8 @@ class PackPlan:
             "k_largest_scale": heads * 4,
             "v_scale": heads * dim * 4,
             "v_mean": heads * dim * 4,
-            "partials": 2 * heads * splits * 3 * dim * 4,
+            "v_inverse": heads * dim * 4 * form.has_clusters,
+            "partials": 2 * heads * splits * 3 * dim * 4 * (not form.has_clusters),
         }
         offsets, end = {}, 0
         for name, size in sizes.items():
@@ -124,6 +126,18 @@ class PackPlan:
         )
 
 
+def _splits(heads: int, kv_len: int, dim: int, form: PackFormat) -> tuple[int, int]:
+    """In how many splits a head's statistics are taken, and how many tokens each but the last has."""
+    wanted = min(-(-_BLOCKS // (2 * heads)), max(1, kv_len // _LEAST_SPLIT))
+    at_once = _STATISTICS_THREADS * 8 // dim  # tokens that a block's threads load with one instruction
+    if form.has_clusters:  # (a power of two: not every other size fills a GPC)
+        splits = _power_of_two_below(min(wanted, _MOST_CLUSTER_SPLITS))
+        return splits, -(-kv_len // (splits * at_once)) * at_once
+    in_flight = at_once * 8
+    tokens_a_split = -(-kv_len // (min(wanted, _MOST_SPLITS) * in_flight)) * in_flight
+    return -(-kv_len // tokens_a_split), tokens_a_split
+
+
 def _power_of_two_below(x: int) -> int:
     return 1 << (x.bit_length() - 1)
 
@@ -133,6 +147,7 @@ class Packer:
 
     def __init__(self, head_dim: int, dtype: torch.dtype, arch: str, form: PackFormat) -> None:
         instance = pack_instance(head_dim, dtype, arch, form)
+        self._clustered = form.has_clusters
         self._overlaps = has_dependent_launch(arch)
         self._statistics: Kernel = load(instance, "statistics", _STATISTICS_THREADS)
         self._pack: Kernel = load(instance, "pack", _PACK_THREADS)
@@ -148,7 +163,7 @@ class Packer:
                 workspace + plan.partials,
                 workspace + plan.k_tiles, workspace + plan.k_scales, workspace + plan.v_tiles,
                 workspace + plan.k_mean, workspace + plan.k_largest_scale,
-                workspace + plan.v_scale, workspace + plan.v_mean,
+                workspace + plan.v_scale, workspace + plan.v_mean, workspace + plan.v_inverse,
                 plan.k_stride, plan.v_stride, plan.k_scale_stride,
                 plan.recipe.v_max,
                 plan.kv_heads, plan.kv_len, plan.head_dim, plan.v_head_dim,
@@ -158,7 +173,7 @@ class Packer:
                 plan.form.is_record, plan.recipe.v_scale_power_of_two,
             )
         )  # fmt: skip
-        self._statistics(plan.statistics_grid, device, arguments)
+        self._statistics(plan.statistics_grid, device, arguments, clustered=self._clustered)
         self._pack(plan.pack_grid, device, arguments, overlaps=self._overlaps)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lowbit_attention import RECIPES
 from lowbit_attention.cuda import hopper, mma, packing
-from lowbit_attention.cuda.instances import HEAD_DIMS, TILE_KEYS, WgmmaConfig, wgmma_config
+from lowbit_attention.cuda.instances import HEAD_DIMS, TILE_KEYS, PackFormat, WgmmaConfig, wgmma_config
 from lowbit_attention.cuda.packing import PackPlan
 
 
@@ -67,15 +67,26 @@ def test_shared_memory_is_what_the_kernels_struct_takes(name, head_dim):
 # ---- the plan of packing
 
 RECIPE = RECIPES["sage2_8b"]
-PARTS = ("k_tiles", "v_tiles", "k_scales", "k_mean", "v_scale", "v_mean", "partials")
+PARTS = ("k_tiles", "v_tiles", "k_scales", "k_mean", "k_largest_scale", "v_scale", "v_mean", "v_inverse")
+
+
+CONSTANTS = {"HEAD_DIM": 128, "TILE_KEYS": TILE_KEYS, "ROTATE": 0, "K_LANES": 8, "V_HALF": 0}
+read("kernels/pack.cu", CONSTANTS)
+
+
+def test_the_packing_kernels_use_clusters_where_the_host_launches_them():
+    for keys in (64, 128):
+        constants = CONSTANTS | {"TILE_KEYS": keys}
+        read("kernels/pack.cu", constants)
+        assert constants["CLUSTERS"] == PackFormat(keys).has_clusters
 
 
 def part_sizes(plan, heads):
     """Bytes that the kernels' comments give each part."""
     tiles, channels = heads * plan.tiles * TILE_KEYS * plan.dim, heads * plan.dim * 4
     scales = heads * plan.tiles * (TILE_KEYS // WgmmaConfig.geometry.b_k) * 4 * 4  # four a key tile of the geometry
-    partials = 2 * heads * plan.splits * 3 * plan.dim * 4
-    return dict(zip(PARTS, (tiles, tiles, scales, channels, channels, channels, partials), strict=True))
+    sizes = (tiles, tiles, scales, channels, heads * 4, channels, channels, channels)
+    return dict(zip(PARTS, sizes, strict=True))
 
 
 @settings(deadline=None, derandomize=True, max_examples=500)
@@ -98,9 +109,11 @@ def test_a_plan_holds_everything_and_nothing_twice(batch, kv_heads, kv_len, head
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
     assert spans[-1][1] <= plan.workspace_bytes
 
-    # statistics: every token in one split, none empty (an empty one's minimum of nothing would be infinite)
+    # statistics: every token in one split, none empty; the splits are a cluster, whose first block has room for all
     assert plan.statistics_grid == (plan.splits, heads, 2)
     assert (plan.splits - 1) * plan.tokens_a_split < kv_len <= plan.splits * plan.tokens_a_split
+    assert plan.splits in (1, 2, 4, 8)
+    assert plan.splits <= CONSTANTS["kMostClusterSplits"] == packing._MOST_CLUSTER_SPLITS
     # packing: every tile in one block, none empty; V's threads pack 128 / dim tiles at once
     assert plan.tiles == -(-kv_len // TILE_KEYS)
     blocks, *rest = plan.pack_grid

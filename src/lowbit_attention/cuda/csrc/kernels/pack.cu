@@ -15,15 +15,24 @@
 #include "attend/rotate.cuh"
 #include "attend/scale.cuh"
 #include "ptx/barrier.cuh"
+#include "ptx/cluster.cuh"
 #include "tile/strided.cuh"
 #include "tile/swizzle.cuh"
 
 constexpr int kDim = HEAD_DIM;
 constexpr int kChunks = kDim / kChunk;  // 8-channel chunks of a token
 
+// Packed for wgmma, so on Hopper: the splits of a head's statistics are a thread block cluster, which adds them up.
+// Elsewhere each block of `pack` adds them up again, which takes it as long as a tile does. (A block that finds itself
+// the last of its head, by a counter, could do it everywhere, but nobody sets such a counter to zero: the workspace is
+// whatever the allocator has, one more launch costs what this saves, and a counter of the device's own would be shared
+// by calls on other streams and by replayed graphs.)
+#define CLUSTERS (TILE_KEYS == 128)
+constexpr int kMostClusterSplits = 8;  // the largest cluster that every Hopper card takes
+
 struct PackArgs {
   Strided k, v;       // [B, Hkv, Nk, D] and [B, Hkv, Nk, Dv]
-  float* partials;    // [2 (K, V)][B · Hkv][splits][3 (sum, low, high)][kDim]
+  float* partials;    // [2 (K, V)][B · Hkv][splits][3 (sum, low, high)][kDim]; not with clusters
   u8* k_tiles;        // [B · Hkv][tiles], `k_stride` bytes apart: [64 or 128 keys][kDim] lanes
   float* k_scales;    // [B · Hkv][tiles], `k_scale_stride` floats apart: [4]
   u8* v_tiles;        // [B · Hkv][tiles], `v_stride` bytes apart: E4M3 [kDim][keys], or FP16 [keys][kDim]
@@ -31,6 +40,7 @@ struct PackArgs {
   float* k_largest_scale;  // [B · Hkv], of all tiles
   float* v_scale;     // [B · Hkv][kDim]
   float* v_mean;      // [B · Hkv][kDim]; zeros without smooth V
+  float* v_inverse;   // [B · Hkv][kDim], what V is multiplied with; with clusters only
   i64 k_stride, v_stride, k_scale_stride;
   float v_max;        // V_r
   i32 kv_heads, kv_len, k_channels, v_channels;
@@ -52,6 +62,72 @@ __device__ inline float two_sum(float a, float b, float& error) {
   const float sum = __fadd_rn(a, b), other = __fsub_rn(sum, a);
   error = __fadd_rn(__fsub_rn(a, __fsub_rn(sum, other)), __fsub_rn(b, other));
   return sum;
+}
+
+// Statistics of `count` parts, always added in the same order.
+template <class Part>
+__device__ Statistics added_up(int count, Part part) {
+  Statistics all = {0.0f, kInfinity, -kInfinity};
+  float rest = 0.0f;
+  for (int i = 0; i < count; ++i) {
+    const Statistics next = part(i);
+    float error;
+    all.sum = two_sum(all.sum, next.sum, error);
+    rest += error;
+    all.low = min_nan_f32(all.low, next.low), all.high = max_nan_f32(all.high, next.high);
+  }
+  all.sum += rest;
+  return all;
+}
+
+// Any constant vector is a valid mean: none is taken where a difference or the sum itself could overflow.
+__device__ float mean_of(const Statistics& all, int tokens) {
+  const bool usable = fmaxf(all.high, -all.low) < kLargestSmoothed && fabsf(all.sum) < kInfinity;
+  return usable ? __fdiv_rn(all.sum, float(tokens)) : 0.0f;
+}
+
+// The largest |x − mean| of numbers between low and high.
+__device__ float largest_difference(const Statistics& all, float mean) {
+  return max_nan_f32(fabsf(__fsub_rn(all.high, mean)), fabsf(__fsub_rn(all.low, mean)));
+}
+
+// V's scale from a channel's largest magnitude.
+__device__ inline Scale value_scale(float largest, const PackArgs& args) {
+  Scale scale = scale_of(largest, args.v_max);
+  if (args.v_power_of_two && scale.inverse != 0.0f) {  // rounded up; the inverse is exact
+    const bool subnormal = scale.delta < 1.1754943508222875e-38f;  // 2^-126: its bits hold no exponent, times 2 they do
+    const u32 bits = __float_as_uint(subnormal ? __fadd_rn(scale.delta, scale.delta) : scale.delta);
+    const float power = __uint_as_float(bits + 0x7FFFFF & 0xFF800000);
+    scale.delta = subnormal ? __fmul_rn(power, 0.5f) : power;
+    scale.inverse = __fdiv_rn(1.0f, scale.delta);
+  }
+  return scale;
+}
+
+struct Finished {  // what packing needs of a channel
+  float mean, inverse;  // (inverse: of V only)
+};
+
+// From a channel's statistics; called by the kDim first threads of a block, each with its own channel. One block of a
+// head `writes` what attention will read.
+__device__ Finished finish_keys(const PackArgs& args, i64 head, const Statistics& all, bool writes) {
+  __shared__ i32 largest_of_head;  // of |K − k̄|, the bits of a float that is not negative (NaN is the largest)
+  const float mean = args.smooth_k ? mean_of(all, args.kv_len) : 0.0f;
+  if (writes) args.k_mean[head * kDim + threadIdx.x] = mean;
+  if (writes && !ROTATE) {  // (else the tiles say)
+    if (threadIdx.x == 0) largest_of_head = 0;
+    bar_sync(1, kDim);
+    atomicMax(&largest_of_head, __float_as_int(largest_difference(all, mean)) & 0x7FFFFFFF);
+    bar_sync(1, kDim);
+    if (threadIdx.x == 0) args.k_largest_scale[head] = scale_of(__int_as_float(largest_of_head), float(args.k_max)).delta;
+  }
+  return {mean, 0.0f};
+}
+__device__ Finished finish_values(const PackArgs& args, i64 head, const Statistics& all, bool writes) {
+  const float mean = args.smooth_v ? mean_of(all, args.kv_len) : 0.0f;
+  const Scale scale = value_scale(largest_difference(all, mean), args);
+  if (writes) args.v_mean[head * kDim + threadIdx.x] = mean, args.v_scale[head * kDim + threadIdx.x] = scale.delta;
+  return {mean, scale.inverse};
 }
 
 // ---- statistics: block (split, head, K or V); a thread reads one chunk of channels of every kLanes-th token
@@ -110,21 +186,64 @@ __device__ void gather_statistics(const PackArgs& args) {
     shared[2][lane][channel] = high[c];
   }
   __syncthreads();
-  if (threadIdx.x >= kDim) return;
-  Statistics all = {0.0f, kInfinity, -kInfinity};
-  float rest = 0.0f;
-  for (int i = 0; i < kLanes; ++i) {
-    float error;
-    all.sum = two_sum(all.sum, shared[0][i][threadIdx.x], error);
-    rest += error;
-    all.low = min_nan_f32(all.low, shared[1][i][threadIdx.x]);
-    all.high = max_nan_f32(all.high, shared[2][i][threadIdx.x]);
+  Statistics mine;
+  if (threadIdx.x < kDim) {
+    mine = added_up(kLanes, [&](int i) {
+      return Statistics{shared[0][i][threadIdx.x], shared[1][i][threadIdx.x], shared[2][i][threadIdx.x]};
+    });
   }
+#if CLUSTERS
+  __shared__ float splits[3][kMostClusterSplits][kDim];  // of every block of the cluster, in the first one's memory
+  barrier_cluster_wait();  // the first block has begun, so its shared memory is there
+  if (threadIdx.x < kDim) {
+    const float numbers[3] = {mine.sum, mine.low, mine.high};
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      const u32 here = shared_address(&splits[i][blockIdx.x][threadIdx.x]);
+      st_shared_cluster_f32(mapa_shared_cluster(here, 0), numbers[i]);
+    }
+  }
+  barrier_cluster_arrive();
+  barrier_cluster_wait();
+  if (blockIdx.x != 0 || threadIdx.x >= kDim) return;
+  const Statistics all = added_up(args.splits, [&](int i) {
+    return Statistics{splits[0][i][threadIdx.x], splits[1][i][threadIdx.x], splits[2][i][threadIdx.x]};
+  });
+  if (is_v) args.v_inverse[i64(blockIdx.y) * kDim + threadIdx.x] = finish_values(args, blockIdx.y, all, true).inverse;
+  else finish_keys(args, blockIdx.y, all, true);
+#else
+  if (threadIdx.x >= kDim) return;
   const i64 head = i64(blockIdx.z) * gridDim.y + blockIdx.y;
   float* out = args.partials + (head * args.splits + blockIdx.x) * 3 * kDim + threadIdx.x;
-  out[0] = all.sum + rest, out[kDim] = all.low, out[2 * kDim] = all.high;
+  out[0] = mine.sum, out[kDim] = mine.low, out[2 * kDim] = mine.high;
+#endif
 }
 
+// ---- packing: block (tiles_a_block tiles, head, K or V)
+
+constexpr int kPackThreads = 128;
+
+struct Channels {  // of a thread's chunk
+  float mean[kChunk], inverse[kChunk];  // (inverse: of V only)
+};
+
+#if CLUSTERS
+__device__ void load_eight(float (&to)[kChunk], const float* from) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const Vec16 four = reinterpret_cast<const Vec16*>(from)[half];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[4 * half + i] = __uint_as_float(four.word[i]);
+  }
+}
+__device__ Channels finished_channels(const PackArgs& args, bool is_v) {
+  const i64 first = i64(blockIdx.y) * kDim + threadIdx.x % kChunks * kChunk;
+  Channels out;
+  load_eight(out.mean, (is_v ? args.v_mean : args.k_mean) + first);
+  if (is_v) load_eight(out.inverse, args.v_inverse + first);
+  return out;
+}
+#else
 // One channel's statistics over all splits, always added in the same order.
 __device__ Statistics gathered(const PackArgs& args, int channel) {
   constexpr int kLoads = 8;  // under way at once
@@ -153,44 +272,35 @@ __device__ Statistics gathered(const PackArgs& args, int channel) {
   return all;
 }
 
-// Any constant vector is a valid mean: none is taken where a difference or the sum itself could overflow.
-__device__ float mean_of(const Statistics& all, int tokens) {
-  const bool usable = fmaxf(all.high, -all.low) < kLargestSmoothed && fabsf(all.sum) < kInfinity;
-  return usable ? __fdiv_rn(all.sum, float(tokens)) : 0.0f;
+__device__ Channels finished_channels(const PackArgs& args, bool is_v) {
+  __shared__ float mean[kDim], inverse[kDim];
+  if (threadIdx.x < kDim) {
+    const Statistics all = gathered(args, threadIdx.x);
+    const bool writes = blockIdx.x == 0;
+    const Finished mine = is_v ? finish_values(args, blockIdx.y, all, writes) : finish_keys(args, blockIdx.y, all, writes);
+    mean[threadIdx.x] = mine.mean, inverse[threadIdx.x] = mine.inverse;
+  }
+  __syncthreads();
+  Channels out;
+#pragma unroll
+  for (int c = 0; c < kChunk; ++c) {
+    const int channel = threadIdx.x % kChunks * kChunk + c;
+    out.mean[c] = mean[channel], out.inverse[c] = inverse[channel];
+  }
+  return out;
 }
-
-// ---- packing: block (tiles_a_block tiles, head, K or V)
-
-constexpr int kPackThreads = 128;
+#endif
 
 template <Dtype kDtype>
 __device__ void pack_keys(const PackArgs& args) {
   constexpr int kRows = kPackThreads / kChunks;  // tokens that the block reads at once
   constexpr int kPasses = kTileKeys / kRows;
   static_assert(kRows % 8 == 0, "a thread's tokens must all be of one scale group: equal token mod 8");
-  __shared__ float mean[kDim], half_warp_max[kPackThreads / 16];
-  __shared__ i32 largest_of_head;  // of |K − k̄|, the bits of a float that is not negative (NaN is the largest)
+  __shared__ float half_warp_max[kPackThreads / 16];
   const i64 head = blockIdx.y;
-  if (threadIdx.x < kDim) {
-    const Statistics all = gathered(args, threadIdx.x);
-    const float m = args.smooth_k ? mean_of(all, args.kv_len) : 0.0f;
-    mean[threadIdx.x] = m;
-    if (blockIdx.x == 0) args.k_mean[head * kDim + threadIdx.x] = m;
-    if (blockIdx.x == 0 && !ROTATE) {  // (else the tiles say)
-      if (threadIdx.x == 0) largest_of_head = 0;
-      bar_sync(1, kDim);
-      const float largest = max_nan_f32(fabsf(__fsub_rn(all.high, m)), fabsf(__fsub_rn(all.low, m)));
-      atomicMax(&largest_of_head, __float_as_int(largest) & 0x7FFFFFFF);
-      bar_sync(1, kDim);
-      if (threadIdx.x == 0) args.k_largest_scale[head] = scale_of(__int_as_float(largest_of_head), float(args.k_max)).delta;
-    }
-  }
-  __syncthreads();
   const int chunk = threadIdx.x % kChunks, row = threadIdx.x / kChunks;
   const i64 base = head / args.kv_heads * args.k.batch + head % args.kv_heads * args.k.head;
-  float mine[kChunk];
-#pragma unroll
-  for (int c = 0; c < kChunk; ++c) mine[c] = mean[chunk * kChunk + c];
+  const Channels channels = finished_channels(args, false);
 
   const int end = min(args.tiles, int(blockIdx.x + 1) * args.tiles_a_block);
   for (int tile = blockIdx.x * args.tiles_a_block; tile < end; ++tile) {
@@ -210,7 +320,7 @@ __device__ void pack_keys(const PackArgs& args) {
       const bool inside = tile * kTileKeys + i * kRows + row < args.kv_len;
 #pragma unroll
       for (int c = 0; c < kChunk; ++c) {
-        rotated[i][c] = inside ? __fsub_rn(to_float<kDtype>(raw[i], c), mine[c]) : 0.0f;
+        rotated[i][c] = inside ? __fsub_rn(to_float<kDtype>(raw[i], c), channels.mean[c]) : 0.0f;
       }
       rotation_begins<kDim>(rotated[i]);
       butterflies<kChunk, 1>(rotated[i]);
@@ -222,7 +332,7 @@ __device__ void pack_keys(const PackArgs& args) {
     }
     const auto value = [&](int i, int c) { return rotated[i][c]; };
 #else
-    const auto value = [&](int i, int c) { return __fsub_rn(to_float<kDtype>(raw[i], c), mine[c]); };
+    const auto value = [&](int i, int c) { return __fsub_rn(to_float<kDtype>(raw[i], c), channels.mean[c]); };
 #endif
     float largest = 0.0f;
 #pragma unroll
@@ -271,37 +381,12 @@ __device__ void pack_keys(const PackArgs& args) {
   }
 }
 
-// V's scale from a channel's largest magnitude.
-__device__ inline Scale value_scale(float largest, const PackArgs& args) {
-  Scale scale = scale_of(largest, args.v_max);
-  if (args.v_power_of_two && scale.inverse != 0.0f) {  // rounded up; the inverse is exact
-    const bool subnormal = scale.delta < 1.1754943508222875e-38f;  // 2^-126: its bits hold no exponent, times 2 they do
-    const u32 bits = __float_as_uint(subnormal ? __fadd_rn(scale.delta, scale.delta) : scale.delta);
-    const float power = __uint_as_float(bits + 0x7FFFFF & 0xFF800000);
-    scale.delta = subnormal ? __fmul_rn(power, 0.5f) : power;
-    scale.inverse = __fdiv_rn(1.0f, scale.delta);
-  }
-  return scale;
-}
-
 template <Dtype kDtype>
 __device__ void pack_values(const PackArgs& args) {
-  __shared__ float mean[kDim], inverse[kDim];
   const i64 head = blockIdx.y;
-  if (threadIdx.x < kDim) {
-    const Statistics all = gathered(args, threadIdx.x);
-    const float m = args.smooth_v ? mean_of(all, args.kv_len) : 0.0f;
-    const float largest = max_nan_f32(fabsf(__fsub_rn(all.high, m)), fabsf(__fsub_rn(all.low, m)));
-    const Scale scale = value_scale(largest, args);
-    mean[threadIdx.x] = m, inverse[threadIdx.x] = scale.inverse;
-    if (blockIdx.x == 0) {
-      args.v_mean[head * kDim + threadIdx.x] = m;
-      args.v_scale[head * kDim + threadIdx.x] = scale.delta;
-    }
-  }
-  __syncthreads();
   const int chunk = threadIdx.x % kChunks;
   const i64 base = head / args.kv_heads * args.v.batch + head % args.kv_heads * args.v.head;
+  const Channels channels = finished_channels(args, true);
   const int end = min(args.tiles, int(blockIdx.x + 1) * args.tiles_a_block);
 #if V_HALF
   constexpr int kRows = kPackThreads / kChunks;  // tokens that the block reads at once
@@ -320,8 +405,8 @@ __device__ void pack_values(const PackArgs& args) {
         float x[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int c = chunk * kChunk + 2 * pair + i;
-          x[i] = __fmul_rn(__fsub_rn(to_float<kDtype>(raw, 2 * pair + i), mean[c]), inverse[c]);
+          const int c = 2 * pair + i;
+          x[i] = __fmul_rn(__fsub_rn(to_float<kDtype>(raw, c), channels.mean[c]), channels.inverse[c]);
           if (token >= args.kv_len) x[i] = 0.0f;
         }
         halves.word[pair] = cvt_f16x2_f32(x[1], x[0]);
@@ -348,7 +433,6 @@ __device__ void pack_values(const PackArgs& args) {
 #pragma unroll
     for (int c = 0; c < kChunk; ++c) {
       const int channel = chunk * kChunk + c;
-      const float m = mean[channel], r = inverse[channel];
       Vec16 bytes;
 #pragma unroll
       for (int pair = 0; pair < 8; ++pair) {
@@ -356,7 +440,7 @@ __device__ void pack_values(const PackArgs& args) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int token = kTokenOrder[2 * pair + i];
-          x[i] = __fmul_rn(__fsub_rn(to_float<kDtype>(raw[token], c), m), r);
+          x[i] = __fmul_rn(__fsub_rn(to_float<kDtype>(raw[token], c), channels.mean[c]), channels.inverse[c]);
           if (first + token >= args.kv_len) x[i] = 0.0f;
         }
         const u32 bits = cvt_e4m3x2_f32(x[1], x[0]);
@@ -374,6 +458,9 @@ constexpr int kBlocks = TILE_KEYS == 64 ? 2 : 0;
 
 extern "C" __global__ void __launch_bounds__(kStatisticsThreads, kBlocks) statistics(const __grid_constant__ PackArgs args) {
   griddepcontrol_launch_dependents();
+#if CLUSTERS
+  barrier_cluster_arrive();
+#endif
   if (ROTATE && blockIdx.x == 0 && blockIdx.z == 0 && threadIdx.x == 0) args.k_largest_scale[blockIdx.y] = 0.0f;
   gather_statistics<Dtype(INPUT_DTYPE)>(args);
 }
