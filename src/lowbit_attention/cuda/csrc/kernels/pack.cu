@@ -220,8 +220,14 @@ __device__ void gather_statistics(const PackArgs& args) {
 }
 
 // ---- packing: block (tiles_a_block tiles, head, K or V)
+//
+// A block loads its first tile before it waits for the statistics. That is safe although it may begin while they are
+// taken: `statistics` writes neither K nor V, and it is launched without overlap, so whatever wrote them in the stream
+// had ended, its writes visible, before the first block of `statistics` began; and this kernel begins only when all of
+// those have (griddepcontrol.launch_dependents is their first instruction).
 
 constexpr int kPackThreads = 128;
+constexpr bool kLoadsEarly = CLUSTERS;  // (else the splits are added up meanwhile: 40 registers more, a block less)
 
 struct Channels {  // of a thread's chunk
   float mean[kChunk], inverse[kChunk];  // (inverse: of V only)
@@ -300,11 +306,9 @@ __device__ void pack_keys(const PackArgs& args) {
   const i64 head = blockIdx.y;
   const int chunk = threadIdx.x % kChunks, row = threadIdx.x / kChunks;
   const i64 base = head / args.kv_heads * args.k.batch + head % args.kv_heads * args.k.head;
-  const Channels channels = finished_channels(args, false);
-
-  const int end = min(args.tiles, int(blockIdx.x + 1) * args.tiles_a_block);
-  for (int tile = blockIdx.x * args.tiles_a_block; tile < end; ++tile) {
-    Raw<kDtype> raw[kPasses];
+  const int first = blockIdx.x * args.tiles_a_block, end = min(args.tiles, first + args.tiles_a_block);
+  Raw<kDtype> raw[kPasses];
+  const auto load = [&](int tile) {
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const int token = tile * kTileKeys + i * kRows + row;
@@ -313,6 +317,13 @@ __device__ void pack_keys(const PackArgs& args) {
         raw[i] = load_raw<kDtype>(args.k, base + i64(token) * args.k.token, chunk * kChunk);
       }
     }
+  };
+  if (kLoadsEarly) load(first);
+  griddepcontrol_wait();  // the statistics are there
+  const Channels channels = finished_channels(args, false);
+
+  for (int tile = first; tile < end; ++tile) {
+    if (!kLoadsEarly || tile > first) load(tile);
 #if ROTATE
     float rotated[kPasses][kChunk];
 #pragma unroll
@@ -386,53 +397,58 @@ __device__ void pack_values(const PackArgs& args) {
   const i64 head = blockIdx.y;
   const int chunk = threadIdx.x % kChunks;
   const i64 base = head / args.kv_heads * args.v.batch + head % args.kv_heads * args.v.head;
-  const Channels channels = finished_channels(args, true);
-  const int end = min(args.tiles, int(blockIdx.x + 1) * args.tiles_a_block);
 #if V_HALF
-  constexpr int kRows = kPackThreads / kChunks;  // tokens that the block reads at once
-  for (int tile = blockIdx.x * args.tiles_a_block; tile < end; ++tile) {
-    u8* out = args.v_tiles + (head * args.tiles + tile) * args.v_stride;
+  constexpr int kTiles = 1;                      // that the block reads at once
+  constexpr int kStep = kPackThreads / kChunks;  // tokens from one of a thread's to the next
+  constexpr int kTokens = kTileKeys / kStep;     // a thread's of a tile
+  const int token_of_tile = threadIdx.x / kChunks;
+#else
+  constexpr int kStep = 1, kTokens = 16;                     // a thread's: one 16-byte chunk of a channel's row
+  constexpr int kThreads = kChunks * (kTileKeys / kTokens);  // that a tile takes
+  constexpr int kTiles = kPackThreads / kThreads;
+  const int group = threadIdx.x % kThreads / kChunks, token_of_tile = group * kTokens;
+#endif
+  const int end = min(args.tiles, int(blockIdx.x + 1) * args.tiles_a_block);
+  const int first = blockIdx.x * args.tiles_a_block + threadIdx.x / (kPackThreads / kTiles);
+  Raw<kDtype> raw[kTokens];
+  const auto load = [&](int tile) {
 #pragma unroll
-    for (int row = threadIdx.x / kChunks; row < kTileKeys; row += kRows) {
-      const int token = tile * kTileKeys + row;
-      Raw<kDtype> raw = zero_raw<kDtype>();
+    for (int i = 0; i < kTokens; ++i) {
+      const int token = tile * kTileKeys + token_of_tile + i * kStep;
+      raw[i] = zero_raw<kDtype>();
       if (token < args.kv_len && chunk * kChunk < args.v_channels) {
-        raw = load_raw<kDtype>(args.v, base + i64(token) * args.v.token, chunk * kChunk);
+        raw[i] = load_raw<kDtype>(args.v, base + i64(token) * args.v.token, chunk * kChunk);
       }
+    }
+  };
+  if (kLoadsEarly) load(first);
+  griddepcontrol_wait();  // the statistics are there
+  const Channels channels = finished_channels(args, true);
+
+  for (int tile = first; tile < end; tile += kTiles) {
+    if (!kLoadsEarly || tile > first) load(tile);
+    const int first_token = tile * kTileKeys + token_of_tile;
+    u8* out = args.v_tiles + (head * args.tiles + tile) * args.v_stride;
+#if V_HALF
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
       Vec16 halves;
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
         float x[2];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int c = 2 * pair + i;
-          x[i] = __fmul_rn(__fsub_rn(to_float<kDtype>(raw, c), channels.mean[c]), channels.inverse[c]);
-          if (token >= args.kv_len) x[i] = 0.0f;
+        for (int j = 0; j < 2; ++j) {
+          const int c = 2 * pair + j;
+          x[j] = __fmul_rn(__fsub_rn(to_float<kDtype>(raw[i], c), channels.mean[c]), channels.inverse[c]);
+          if (first_token + i * kStep >= args.kv_len) x[j] = 0.0f;
         }
         halves.word[pair] = cvt_f16x2_f32(x[1], x[0]);
       }
-      *reinterpret_cast<Vec16*>(out + swizzled<2 * kDim>(row, chunk)) = halves;
+      *reinterpret_cast<Vec16*>(out + swizzled<2 * kDim>(token_of_tile + i * kStep, chunk)) = halves;
     }
-  }
 #else
-  constexpr int kTokens = 16;                                // a thread's: one 16-byte chunk of a channel's row
-  constexpr int kThreads = kChunks * (kTileKeys / kTokens);  // that a tile takes
-  const int group = threadIdx.x % kThreads / kChunks;
-  for (int tile = blockIdx.x * args.tiles_a_block + threadIdx.x / kThreads; tile < end;
-       tile += kPackThreads / kThreads) {
-    const int first = tile * kTileKeys + group * kTokens;
-    Raw<kDtype> raw[kTokens];
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      raw[i] = zero_raw<kDtype>();
-      if (first + i < args.kv_len && chunk * kChunk < args.v_channels) {
-        raw[i] = load_raw<kDtype>(args.v, base + i64(first + i) * args.v.token, chunk * kChunk);
-      }
-    }
-    u8* out = args.v_tiles + (head * args.tiles + tile) * args.v_stride;
 #pragma unroll
     for (int c = 0; c < kChunk; ++c) {
-      const int channel = chunk * kChunk + c;
       Vec16 bytes;
 #pragma unroll
       for (int pair = 0; pair < 8; ++pair) {
@@ -441,16 +457,16 @@ __device__ void pack_values(const PackArgs& args) {
         for (int i = 0; i < 2; ++i) {
           const int token = kTokenOrder[2 * pair + i];
           x[i] = __fmul_rn(__fsub_rn(to_float<kDtype>(raw[token], c), channels.mean[c]), channels.inverse[c]);
-          if (first + token >= args.kv_len) x[i] = 0.0f;
+          if (first_token + token >= args.kv_len) x[i] = 0.0f;
         }
         const u32 bits = cvt_e4m3x2_f32(x[1], x[0]);
         if (pair % 2 == 0) bytes.word[pair / 2] = bits;
         else bytes.word[pair / 2] |= bits << 16;
       }
-      *reinterpret_cast<Vec16*>(out + swizzled<kTileKeys>(channel, group)) = bytes;
+      *reinterpret_cast<Vec16*>(out + swizzled<kTileKeys>(chunk * kChunk + c, group)) = bytes;
     }
-  }
 #endif
+  }
 }
 
 // (For mma.sync's older cards the assembler would rather spill than have fewer blocks than it likes; 0: as it likes.)
@@ -466,7 +482,6 @@ extern "C" __global__ void __launch_bounds__(kStatisticsThreads, kBlocks) statis
 }
 extern "C" __global__ void __launch_bounds__(kPackThreads, kBlocks) pack(const __grid_constant__ PackArgs args) {
   griddepcontrol_launch_dependents();
-  griddepcontrol_wait();  // the statistics are there
   if (blockIdx.z == 0) pack_keys<Dtype(INPUT_DTYPE)>(args);
   else pack_values<Dtype(INPUT_DTYPE)>(args);
 }
