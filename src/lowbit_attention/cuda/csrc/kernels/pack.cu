@@ -219,7 +219,9 @@ __device__ void gather_statistics(const PackArgs& args) {
 #endif
 }
 
-// ---- packing: block (tiles_a_block tiles, head, K or V)
+// ---- packing: block (tiles_a_block tiles, head, V or K), in the opposite order of the statistics: what those read last
+// is still in L2, V more likely than K and the last heads more likely than the first. (And what is packed last, K of the
+// first heads, is what attention reads first.)
 //
 // A block loads its first tile before it waits for the statistics. That is safe although it may begin while they are
 // taken: `statistics` writes neither K nor V, and it is launched without overlap, so whatever wrote them in the stream
@@ -242,8 +244,8 @@ __device__ void load_eight(float (&to)[kChunk], const float* from) {
     for (int i = 0; i < 4; ++i) to[4 * half + i] = __uint_as_float(four.word[i]);
   }
 }
-__device__ Channels finished_channels(const PackArgs& args, bool is_v) {
-  const i64 first = i64(blockIdx.y) * kDim + threadIdx.x % kChunks * kChunk;
+__device__ Channels finished_channels(const PackArgs& args, i64 head, bool is_v) {
+  const i64 first = head * kDim + threadIdx.x % kChunks * kChunk;
   Channels out;
   load_eight(out.mean, (is_v ? args.v_mean : args.k_mean) + first);
   if (is_v) load_eight(out.inverse, args.v_inverse + first);
@@ -251,10 +253,9 @@ __device__ Channels finished_channels(const PackArgs& args, bool is_v) {
 }
 #else
 // One channel's statistics over all splits, always added in the same order.
-__device__ Statistics gathered(const PackArgs& args, int channel) {
+__device__ Statistics gathered(const PackArgs& args, i64 head, bool is_v, int channel) {
   constexpr int kLoads = 8;  // under way at once
-  const i64 head = i64(blockIdx.z) * gridDim.y + blockIdx.y;
-  const float* from = args.partials + head * args.splits * 3 * kDim + channel;
+  const float* from = args.partials + (is_v * i64(gridDim.y) + head) * args.splits * 3 * kDim + channel;
   Statistics all = {0.0f, kInfinity, -kInfinity};
   float rest = 0.0f;
   for (int first = 0; first < args.splits; first += kLoads) {
@@ -278,12 +279,12 @@ __device__ Statistics gathered(const PackArgs& args, int channel) {
   return all;
 }
 
-__device__ Channels finished_channels(const PackArgs& args, bool is_v) {
+__device__ Channels finished_channels(const PackArgs& args, i64 head, bool is_v) {
   __shared__ float mean[kDim], inverse[kDim];
   if (threadIdx.x < kDim) {
-    const Statistics all = gathered(args, threadIdx.x);
+    const Statistics all = gathered(args, head, is_v, threadIdx.x);
     const bool writes = blockIdx.x == 0;
-    const Finished mine = is_v ? finish_values(args, blockIdx.y, all, writes) : finish_keys(args, blockIdx.y, all, writes);
+    const Finished mine = is_v ? finish_values(args, head, all, writes) : finish_keys(args, head, all, writes);
     mean[threadIdx.x] = mine.mean, inverse[threadIdx.x] = mine.inverse;
   }
   __syncthreads();
@@ -298,12 +299,11 @@ __device__ Channels finished_channels(const PackArgs& args, bool is_v) {
 #endif
 
 template <Dtype kDtype>
-__device__ void pack_keys(const PackArgs& args) {
+__device__ void pack_keys(const PackArgs& args, i64 head) {
   constexpr int kRows = kPackThreads / kChunks;  // tokens that the block reads at once
   constexpr int kPasses = kTileKeys / kRows;
   static_assert(kRows % 8 == 0, "a thread's tokens must all be of one scale group: equal token mod 8");
   __shared__ float half_warp_max[kPackThreads / 16];
-  const i64 head = blockIdx.y;
   const int chunk = threadIdx.x % kChunks, row = threadIdx.x / kChunks;
   const i64 base = head / args.kv_heads * args.k.batch + head % args.kv_heads * args.k.head;
   const int first = blockIdx.x * args.tiles_a_block, end = min(args.tiles, first + args.tiles_a_block);
@@ -320,7 +320,7 @@ __device__ void pack_keys(const PackArgs& args) {
   };
   if (kLoadsEarly) load(first);
   griddepcontrol_wait();  // the statistics are there
-  const Channels channels = finished_channels(args, false);
+  const Channels channels = finished_channels(args, head, false);
 
   for (int tile = first; tile < end; ++tile) {
     if (!kLoadsEarly || tile > first) load(tile);
@@ -393,8 +393,7 @@ __device__ void pack_keys(const PackArgs& args) {
 }
 
 template <Dtype kDtype>
-__device__ void pack_values(const PackArgs& args) {
-  const i64 head = blockIdx.y;
+__device__ void pack_values(const PackArgs& args, i64 head) {
   const int chunk = threadIdx.x % kChunks;
   const i64 base = head / args.kv_heads * args.v.batch + head % args.kv_heads * args.v.head;
 #if V_HALF
@@ -423,7 +422,7 @@ __device__ void pack_values(const PackArgs& args) {
   };
   if (kLoadsEarly) load(first);
   griddepcontrol_wait();  // the statistics are there
-  const Channels channels = finished_channels(args, true);
+  const Channels channels = finished_channels(args, head, true);
 
   for (int tile = first; tile < end; tile += kTiles) {
     if (!kLoadsEarly || tile > first) load(tile);
@@ -482,6 +481,7 @@ extern "C" __global__ void __launch_bounds__(kStatisticsThreads, kBlocks) statis
 }
 extern "C" __global__ void __launch_bounds__(kPackThreads, kBlocks) pack(const __grid_constant__ PackArgs args) {
   griddepcontrol_launch_dependents();
-  if (blockIdx.z == 0) pack_keys<Dtype(INPUT_DTYPE)>(args);
-  else pack_values<Dtype(INPUT_DTYPE)>(args);
+  const i64 head = gridDim.y - 1 - blockIdx.y;
+  if (blockIdx.z == 0) pack_values<Dtype(INPUT_DTYPE)>(args, head);
+  else pack_keys<Dtype(INPUT_DTYPE)>(args, head);
 }
