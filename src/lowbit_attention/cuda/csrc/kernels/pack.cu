@@ -470,6 +470,9 @@ __device__ void pack_values(const PackArgs& args, i64 head) {
 
 // (For mma.sync's older cards the assembler would rather spill than have fewer blocks than it likes; 0: as it likes.)
 constexpr int kBlocks = TILE_KEYS == 64 ? 2 : 0;
+// (Four blocks a multiprocessor instead of three: it wants 137 registers and does as well with 128. At head dimension 64
+// it would spill.)
+constexpr int kPackBlocks = TILE_KEYS == 128 && HEAD_DIM == 128 && INPUT_DTYPE != kFloat32 ? 4 : kBlocks;
 
 extern "C" __global__ void __launch_bounds__(kStatisticsThreads, kBlocks) statistics(const __grid_constant__ PackArgs args) {
   griddepcontrol_launch_dependents();
@@ -479,7 +482,7 @@ extern "C" __global__ void __launch_bounds__(kStatisticsThreads, kBlocks) statis
   if (ROTATE && blockIdx.x == 0 && blockIdx.z == 0 && threadIdx.x == 0) args.k_largest_scale[blockIdx.y] = 0.0f;
   gather_statistics<Dtype(INPUT_DTYPE)>(args);
 }
-extern "C" __global__ void __launch_bounds__(kPackThreads, kBlocks) pack(const __grid_constant__ PackArgs args) {
+extern "C" __global__ void __launch_bounds__(kPackThreads, kPackBlocks) pack(const __grid_constant__ PackArgs args) {
   griddepcontrol_launch_dependents();
   const i64 head = gridDim.y - 1 - blockIdx.y;
   if (blockIdx.z == 0) pack_values<Dtype(INPUT_DTYPE)>(args, head);
