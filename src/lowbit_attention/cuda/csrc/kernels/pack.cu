@@ -57,6 +57,25 @@ struct Statistics {
   float sum, low, high;
 };
 
+// A thread's eight channels, 16 bytes at a time (in shared memory one by one would meet in four banks).
+__device__ void load_eight(float (&to)[kChunk], const float* from) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const Vec16 four = reinterpret_cast<const Vec16*>(from)[half];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[4 * half + i] = __uint_as_float(four.word[i]);
+  }
+}
+__device__ void store_eight(float* to, const float (&from)[kChunk]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    Vec16 four;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) four.word[i] = __float_as_uint(from[4 * half + i]);
+    reinterpret_cast<Vec16*>(to)[half] = four;
+  }
+}
+
 // a + b exactly, as sum + error.
 __device__ inline float two_sum(float a, float b, float& error) {
   const float sum = __fadd_rn(a, b), other = __fsub_rn(sum, a);
@@ -138,7 +157,7 @@ constexpr int kBatch = 8;  // loads in flight; their sum is pairwise, so a chann
 
 template <Dtype kDtype>
 __device__ void gather_statistics(const PackArgs& args) {
-  __shared__ float shared[3][kLanes][kDim];
+  __shared__ __align__(16) float shared[3][kLanes][kDim];
   const bool is_v = blockIdx.z == 1;
   const Strided& tensor = is_v ? args.v : args.k;
   const int channels = is_v ? args.v_channels : args.k_channels;
@@ -179,12 +198,10 @@ __device__ void gather_statistics(const PackArgs& args) {
     }
   }
 #pragma unroll
-  for (int c = 0; c < kChunk; ++c) {
-    const int channel = chunk * kChunk + c;
-    shared[0][lane][channel] = sum[c] + lost[c];
-    shared[1][lane][channel] = low[c];
-    shared[2][lane][channel] = high[c];
-  }
+  for (int c = 0; c < kChunk; ++c) sum[c] += lost[c];
+  store_eight(&shared[0][lane][chunk * kChunk], sum);
+  store_eight(&shared[1][lane][chunk * kChunk], low);
+  store_eight(&shared[2][lane][chunk * kChunk], high);
   __syncthreads();
   Statistics mine;
   if (threadIdx.x < kDim) {
@@ -236,14 +253,6 @@ struct Channels {  // of a thread's chunk
 };
 
 #if CLUSTERS
-__device__ void load_eight(float (&to)[kChunk], const float* from) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const Vec16 four = reinterpret_cast<const Vec16*>(from)[half];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) to[4 * half + i] = __uint_as_float(four.word[i]);
-  }
-}
 __device__ Channels finished_channels(const PackArgs& args, i64 head, bool is_v) {
   const i64 first = head * kDim + threadIdx.x % kChunks * kChunk;
   Channels out;
@@ -280,7 +289,7 @@ __device__ Statistics gathered(const PackArgs& args, i64 head, bool is_v, int ch
 }
 
 __device__ Channels finished_channels(const PackArgs& args, i64 head, bool is_v) {
-  __shared__ float mean[kDim], inverse[kDim];
+  __shared__ __align__(16) float mean[kDim], inverse[kDim];
   if (threadIdx.x < kDim) {
     const Statistics all = gathered(args, head, is_v, threadIdx.x);
     const bool writes = blockIdx.x == 0;
@@ -289,11 +298,8 @@ __device__ Channels finished_channels(const PackArgs& args, i64 head, bool is_v)
   }
   __syncthreads();
   Channels out;
-#pragma unroll
-  for (int c = 0; c < kChunk; ++c) {
-    const int channel = threadIdx.x % kChunks * kChunk + c;
-    out.mean[c] = mean[channel], out.inverse[c] = inverse[channel];
-  }
+  load_eight(out.mean, mean + threadIdx.x % kChunks * kChunk);
+  if (is_v) load_eight(out.inverse, inverse + threadIdx.x % kChunks * kChunk);
   return out;
 }
 #endif
