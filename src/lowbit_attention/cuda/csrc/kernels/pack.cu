@@ -99,10 +99,11 @@ __device__ Statistics added_up(int count, Part part) {
   return all;
 }
 
-// Any constant vector is a valid mean: none is taken where a difference or the sum itself could overflow.
-__device__ float mean_of(const Statistics& all, int tokens) {
-  const bool usable = fmaxf(all.high, -all.low) < kLargestSmoothed && fabsf(all.sum) < kInfinity;
-  return usable ? __fdiv_rn(all.sum, float(tokens)) : 0.0f;
+// Any constant vector is a valid mean: none is taken that could make some finite number's difference overflow, or that is
+// not finite itself. It does not take the extremes to see that, and of a sample they would say nothing of the rest.
+__device__ float mean_of(float sum, int tokens) {
+  const float mean = __fdiv_rn(sum, float(tokens));
+  return fabsf(mean) < kLargestMean ? mean : 0.0f;
 }
 
 // The largest |x − mean| of numbers between low and high.
@@ -131,7 +132,7 @@ struct Finished {  // what packing needs of a channel
 // head `writes` what attention will read.
 __device__ Finished finish_keys(const PackArgs& args, i64 head, const Statistics& all, bool writes) {
   __shared__ i32 largest_of_head;  // of |K − k̄|, the bits of a float that is not negative (NaN is the largest)
-  const float mean = args.smooth_k ? mean_of(all, args.kv_len) : 0.0f;
+  const float mean = args.smooth_k ? mean_of(all.sum, args.kv_len) : 0.0f;
   if (writes) args.k_mean[head * kDim + threadIdx.x] = mean;
   if (writes && !ROTATE) {  // (else the tiles say)
     if (threadIdx.x == 0) largest_of_head = 0;
@@ -143,7 +144,7 @@ __device__ Finished finish_keys(const PackArgs& args, i64 head, const Statistics
   return {mean, 0.0f};
 }
 __device__ Finished finish_values(const PackArgs& args, i64 head, const Statistics& all, bool writes) {
-  const float mean = args.smooth_v ? mean_of(all, args.kv_len) : 0.0f;
+  const float mean = args.smooth_v ? mean_of(all.sum, args.kv_len) : 0.0f;
   const Scale scale = value_scale(largest_difference(all, mean), args);
   if (writes) args.v_mean[head * kDim + threadIdx.x] = mean, args.v_scale[head * kDim + threadIdx.x] = scale.delta;
   return {mean, scale.inverse};
