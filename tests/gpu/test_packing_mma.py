@@ -29,6 +29,8 @@ FORMS = {
     "int4 per block": ("sage2_v1_4b", PackFormat(64, 4, False, False)),
     "int4 rotated": ("rotated_4b:smooth_v=true", PackFormat(64, 4, False, True)),
     "int4 unsmoothed": ("hadamard_attn", PackFormat(64, 4, False, True)),
+    "int8 e4m3, a sample": ("sage2_8b:k_sample=sampled(64)", PackFormat(64, 8, False, False)),
+    "int4 rotated, a sample": ("rotated_4b:k_sample=sampled(64)", PackFormat(64, 4, False, True)),
 }
 EVERY_FORM = pytest.mark.parametrize("name", FORMS)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..granularity import PerThread
 from ..recipe import Recipe
+from ..recipe_options import SampledTokens
 from ..reference.quantize import Means
 from .instances import WGMMA_FORMAT, PackFormat, pack_instance, padded_head_dim
 from .launch import Arguments, Kernel, load
@@ -22,11 +23,13 @@ _MOST_SPLITS = 32
 _MOST_CLUSTER_SPLITS = 8
 """Where the splits of a head are a thread block cluster (kMostClusterSplits). A block has 32 KB of loads under way, and
 some 100 of them keep an H100's memory busy: with 7 heads or more, that many splits of K and V do."""
+_MOST_SAMPLED = 1024
+"""Tokens of a sample of K (the kernel finds them in 32 bits)."""
 _BLOCKS = 1056
 """Thread blocks that fill the card: 8 on each of 132 multiprocessors."""
 _ALIGNMENT = 256
 
-ARGUMENTS = Arguments("P3q P3q 9P 3q f 14i 0q".replace(" ", ""))
+ARGUMENTS = Arguments("P3q P3q 9P 3q f 16i 0q".replace(" ", ""))
 """``PackArgs``."""
 
 
@@ -45,6 +48,8 @@ class PackPlan:
     tiles: int
     splits: int
     tokens_a_split: int
+    k_tokens: int
+    k_tokens_a_split: int
     tiles_a_block: int
     statistics_grid: tuple[int, int, int]
     pack_grid: tuple[int, int, int]
@@ -81,9 +86,13 @@ class PackPlan:
             raise ValueError(f"head_dim {max(head_dim, v_head_dim)} has no packed form")
         heads = batch * kv_heads
         tiles = -(-kv_len // form.tile_keys)
-        splits, tokens_a_split = _splits(heads, kv_len, dim, form)
-        at_once = _PACK_THREADS * 16 * 8 // (dim * form.tile_keys)  # tiles of V that a block packs at once
-        tiles_a_block = _power_of_two_below(max(at_once, min(8, heads * tiles // _BLOCKS)))
+        k_tokens = min(recipe.k_sample.count, kv_len) if isinstance(recipe.k_sample, SampledTokens) else kv_len
+        full_reads = 2 * heads if k_tokens == kv_len else heads  # of V, and of K
+        splits, tokens_a_split = _splits(full_reads, kv_len, dim, form)
+        at_once = _tokens_at_once(dim)
+        k_tokens_a_split = tokens_a_split if k_tokens == kv_len else -(-k_tokens // (splits * at_once)) * at_once
+        tiles_at_once = _PACK_THREADS * 16 * 8 // (dim * form.tile_keys)  # of V, that a block packs
+        tiles_a_block = _power_of_two_below(max(tiles_at_once, min(8, heads * tiles // _BLOCKS)))
         blocks = -(-tiles // tiles_a_block)
         k_bytes, v_bytes, record = form.k_bytes(dim), form.v_bytes(dim), form.record_bytes(dim)
         arrays = {"k_tiles": k_bytes, "v_tiles": v_bytes, "k_scales": 4 * 4}
@@ -113,6 +122,8 @@ class PackPlan:
             tiles=tiles,
             splits=splits,
             tokens_a_split=tokens_a_split,
+            k_tokens=k_tokens,
+            k_tokens_a_split=k_tokens_a_split,
             tiles_a_block=tiles_a_block,
             statistics_grid=(splits, heads, 2),
             pack_grid=(blocks, heads, 2),
@@ -126,10 +137,26 @@ class PackPlan:
         )
 
 
-def _splits(heads: int, kv_len: int, dim: int, form: PackFormat) -> tuple[int, int]:
-    """In how many splits a head's statistics are taken, and how many tokens each but the last has."""
-    wanted = min(-(-_BLOCKS // (2 * heads)), max(1, kv_len // _LEAST_SPLIT))
-    at_once = _STATISTICS_THREADS * 8 // dim  # tokens that a block's threads load with one instruction
+def sample_reasons(recipe: Recipe) -> list[str]:
+    """Why the packing kernels do not take a recipe's sample of K."""
+    sample = recipe.k_sample
+    if isinstance(sample, SampledTokens) and sample.count > _MOST_SAMPLED:
+        return [f"it has no k_sample={sample} (at most {_MOST_SAMPLED} tokens)"]
+    return []
+
+
+def _tokens_at_once(dim: int) -> int:
+    """Tokens that a block of the statistics loads with one instruction a thread."""
+    return _STATISTICS_THREADS * 8 // dim
+
+
+def _splits(reads: int, kv_len: int, dim: int, form: PackFormat) -> tuple[int, int]:
+    """In how many splits statistics are taken, and how many tokens each but the last has.
+
+    ``reads``: how many heads of K and V are read whole.
+    """
+    wanted = min(-(-_BLOCKS // reads), max(1, kv_len // _LEAST_SPLIT))
+    at_once = _tokens_at_once(dim)
     if form.has_clusters:  # (a power of two: not every other size fills a GPC)
         splits = _power_of_two_below(min(wanted, _MOST_CLUSTER_SPLITS))
         return splits, -(-kv_len // (splits * at_once)) * at_once
@@ -167,7 +194,8 @@ class Packer:
                 plan.k_stride, plan.v_stride, plan.k_scale_stride,
                 plan.recipe.v_max,
                 plan.kv_heads, plan.kv_len, plan.head_dim, plan.v_head_dim,
-                plan.splits, plan.tokens_a_split, plan.tiles, plan.tiles_a_block,
+                plan.splits, plan.tokens_a_split, plan.k_tokens, plan.k_tokens_a_split,
+                plan.tiles, plan.tiles_a_block,
                 plan.recipe.smooth_k, plan.recipe.smooth_v,
                 plan.recipe.qk_max, not isinstance(plan.recipe.k_granularity, PerThread),
                 plan.form.is_record, plan.recipe.v_scale_power_of_two,
@@ -207,7 +235,8 @@ class PackedTiles:
     """Packed K and V on the device.
 
     k ``[B, Hkv, Nk, D]`` INT8 (4-bit numbers, too), k_scale ``[B, Hkv, 4 · T]`` (four a tile), v ``[B, Hkv, Nk, Dv]``
-    float32 holding E4M3 or FP16 numbers, v_scale ``[B, Hkv, Dv]``, means ``[B, Hkv, D or Dv]``.
+    float32 holding E4M3 or FP16 numbers, v_scale ``[B, Hkv, Dv]``, means ``[B, Hkv, D or Dv]``, k_largest_scale
+    ``[B, Hkv]``.
     """
 
     k: Tensor
@@ -216,6 +245,7 @@ class PackedTiles:
     v_scale: Tensor
     k_mean: Tensor
     v_mean: Tensor
+    k_largest_scale: Tensor
     padding_is_zero: bool
 
     def means(self) -> Means:
@@ -260,5 +290,6 @@ def pack_kv(k: Tensor, v: Tensor, recipe: Recipe, form: PackFormat = WGMMA_FORMA
         v_scale=part(plan.v_scale, pairs, dim)[..., :v_head_dim],
         k_mean=part(plan.k_mean, pairs, dim)[..., :head_dim],
         v_mean=part(plan.v_mean, pairs, dim)[..., :v_head_dim],
+        k_largest_scale=part(plan.k_largest_scale, pairs),
         padding_is_zero=not any(bool(x.any()) for x in rest),
     )

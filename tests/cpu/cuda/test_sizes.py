@@ -5,6 +5,7 @@ import re
 import struct
 
 import pytest
+import torch
 from c_structs import layout, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,8 @@ from lowbit_attention import RECIPES
 from lowbit_attention.cuda import hopper, mma, packing
 from lowbit_attention.cuda.instances import HEAD_DIMS, TILE_KEYS, PackFormat, WgmmaConfig, wgmma_config
 from lowbit_attention.cuda.packing import PackPlan
+from lowbit_attention.recipe_options import SampledTokens
+from lowbit_attention.reference.smoothing import sampled
 
 
 def python_layout(text):
@@ -112,6 +115,7 @@ def test_a_plan_holds_everything_and_nothing_twice(batch, kv_heads, kv_len, head
     # statistics: every token in one split, none empty; the splits are a cluster, whose first block has room for all
     assert plan.statistics_grid == (plan.splits, heads, 2)
     assert (plan.splits - 1) * plan.tokens_a_split < kv_len <= plan.splits * plan.tokens_a_split
+    assert (plan.k_tokens, plan.k_tokens_a_split) == (kv_len, plan.tokens_a_split)
     assert plan.splits in (1, 2, 4, 8)
     assert plan.splits <= CONSTANTS["kMostClusterSplits"] == packing._MOST_CLUSTER_SPLITS
     # packing: every tile in one block, none empty; V's threads pack 128 / dim tiles at once
@@ -120,6 +124,47 @@ def test_a_plan_holds_everything_and_nothing_twice(batch, kv_heads, kv_len, head
     assert rest == [heads, 2]
     assert (blocks - 1) * plan.tiles_a_block < plan.tiles <= blocks * plan.tiles_a_block
     assert plan.tiles_a_block % (128 // plan.dim) == 0
+
+
+# ---- a sample of K
+
+(PLACE,) = re.findall(
+    r"int sampled_token\(int i, int tokens, int step, int rest\) \{\s*return (.+) \+ u32\((.+)\) / u32\((.+)\);\s*\}",
+    read("kernels/pack.cu", None),
+)
+"""The terms a, b, c of a + b / c, the kernel's place of a sample's i-th token."""
+
+
+def place(i, kv_len, tokens):
+    """`PLACE` with numbers, none beyond 31 bits."""
+    step, rest = divmod(kv_len, tokens)
+    names = {"i": i, "tokens": tokens, "step": step, "rest": rest}
+    first, above, below = (eval(term, {"__builtins__": {}}, names) for term in PLACE)
+    assert max(first, above, below) < 1 << 31
+    return first + above // below
+
+
+@settings(deadline=None, derandomize=True, max_examples=2000)
+@given(data=st.data(), kv_len=st.one_of(st.integers(1, 3000), st.integers(1, 1 << 30)), count=st.integers(1, 1024))
+def test_the_kernels_place_of_a_sampled_token(data, kv_len, count):
+    tokens = min(count, kv_len)
+    i = data.draw(st.one_of(st.sampled_from((0, tokens - 1)), st.integers(0, tokens - 1)))
+    assert place(i, kv_len, tokens) == (2 * i + 1) * kv_len // (2 * tokens)
+
+
+@pytest.mark.parametrize("kv_len", [1, 2, 63, 64, 65, 127, 128, 129, 1000, 4608])
+@pytest.mark.parametrize("count", [1, 3, 64, 128, 1024])
+def test_a_sample_is_the_references(kv_len, count):
+    """Every token that the reference takes, once: in one split of the plan, and at the kernel's place."""
+    recipe = RECIPE.replace(k_sample=SampledTokens(count))
+    plan = PackPlan.of(1, 3, kv_len, 128, 128, recipe)
+    spans = [
+        range(first, min(first + plan.k_tokens_a_split, plan.k_tokens))
+        for first in range(0, plan.splits * plan.k_tokens_a_split, plan.k_tokens_a_split)
+    ]
+    found = [i if plan.k_tokens == kv_len else place(i, kv_len, plan.k_tokens) for span in spans for i in span]
+    expected = sampled(None, recipe.k_sample, torch.zeros(1, 1, kv_len, 1))[0, 0].nonzero().flatten().tolist()
+    assert found == expected
 
 
 @settings(deadline=None, derandomize=True, max_examples=300)

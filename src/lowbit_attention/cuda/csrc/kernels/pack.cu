@@ -1,6 +1,7 @@
 // K and V to the tiles that attention loads: statistics over the tokens, then one pass that smooths, rotates and rounds.
 //
-// K: K − k̄ to INT8 or INT4, four scales a tile (keys with equal (key mod 8) / 2 share one) or one.
+// K: K − k̄ to INT8 or INT4, four scales a tile (keys with equal (key mod 8) / 2 share one) or one. k̄ may be that of a
+//    sample of the tokens, which saves the pass over K: the packing then finds the largest scale itself.
 // V: V − v̄ or V, one scale a channel. To E4M3, transposed, tokens reordered for P's registers; V_r is an E4M3 number, so
 //    that rounding takes away by what a product with the scale's inverse may exceed it. Or to FP16, token by token.
 // Tiles are swizzled, with zeros past the last token and the last channel.
@@ -45,6 +46,7 @@ struct PackArgs {
   float v_max;        // V_r
   i32 kv_heads, kv_len, k_channels, v_channels;
   i32 splits, tokens_a_split;  // of the statistics
+  i32 k_tokens, k_tokens_a_split;  // of K's: kv_len, or a sample of fewer, at most 1024
   i32 tiles, tiles_a_block;    // of the packing
   i32 smooth_k, smooth_v;
   i32 k_max;              // 127 or 7
@@ -124,6 +126,9 @@ __device__ inline Scale value_scale(float largest, const PackArgs& args) {
   return scale;
 }
 
+// Whether K's largest scale is the packing's to find: the statistics do not know rotated K, nor what they did not read.
+__device__ bool tiles_find_largest(const PackArgs& args) { return ROTATE || args.k_tokens < args.kv_len; }
+
 struct Finished {  // what packing needs of a channel
   float mean, inverse;  // (inverse: of V only)
 };
@@ -132,9 +137,9 @@ struct Finished {  // what packing needs of a channel
 // head `writes` what attention will read.
 __device__ Finished finish_keys(const PackArgs& args, i64 head, const Statistics& all, bool writes) {
   __shared__ i32 largest_of_head;  // of |K − k̄|, the bits of a float that is not negative (NaN is the largest)
-  const float mean = args.smooth_k ? mean_of(all.sum, args.kv_len) : 0.0f;
+  const float mean = args.smooth_k ? mean_of(all.sum, args.k_tokens) : 0.0f;
   if (writes) args.k_mean[head * kDim + threadIdx.x] = mean;
-  if (writes && !ROTATE) {  // (else the tiles say)
+  if (writes && !tiles_find_largest(args)) {
     if (threadIdx.x == 0) largest_of_head = 0;
     bar_sync(1, kDim);
     atomicMax(&largest_of_head, __float_as_int(largest_difference(all, mean)) & 0x7FFFFFFF);
@@ -154,7 +159,60 @@ __device__ Finished finish_values(const PackArgs& args, i64 head, const Statisti
 
 constexpr int kStatisticsThreads = 256;
 constexpr int kLanes = kStatisticsThreads / kChunks;
-constexpr int kBatch = 8;  // loads in flight; their sum is pairwise, so a channel's mean errs by about 3 · 2⁻²⁴ of max
+// Loads in flight, of all tokens and of a sample (registers, and it has few); their sum is pairwise, so a channel's mean
+// errs by about 3 · 2⁻²⁴ of max.
+constexpr int kBatch = 8, kSampleBatch = 4;
+
+struct Sums {  // of the tokens that a thread has read; sum + lost is nearer than a float could be
+  float sum[kChunk], lost[kChunk], low[kChunk], high[kChunk];
+};
+
+// Tokens place(first), place(first + kLanes), … below place(end), of the head at `base`.
+template <Dtype kDtype, int kLoads, class Place>
+__device__ Sums sums_of(const Strided& tensor, i64 base, int channels, int first, int end, Place place) {
+  const int channel = threadIdx.x % kChunks * kChunk;
+  Sums out;
+#pragma unroll
+  for (int c = 0; c < kChunk; ++c) {
+    out.sum[c] = out.lost[c] = 0.0f;
+    out.low[c] = kInfinity, out.high[c] = -kInfinity;
+  }
+  for (int token = first; token < end; token += kLoads * kLanes) {
+    Raw<kDtype> raw[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int t = place(min(token + i * kLanes, end - 1));  // (past the end: read again, not counted)
+      raw[i] = zero_raw<kDtype>();
+      if (channel < channels) raw[i] = load_raw<kDtype>(tensor, base + i64(t) * tensor.token, channel);
+    }
+#pragma unroll
+    for (int c = 0; c < kChunk; ++c) {
+      float x[kLoads];
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const bool counts = token + i * kLanes < end;
+        x[i] = to_float<kDtype>(raw[i], c);
+        out.low[c] = min_nan_f32(out.low[c], x[i]);  // (a token seen twice: no matter)
+        out.high[c] = max_nan_f32(out.high[c], x[i]);
+        x[i] = counts ? x[i] : 0.0f;
+      }
+#pragma unroll
+      for (int step = 1; step < kLoads; step *= 2) {
+#pragma unroll
+        for (int i = 0; i < kLoads; i += 2 * step) x[i] += x[i + step];
+      }
+      float error;
+      out.sum[c] = two_sum(out.sum[c], x[0], error);
+      out.lost[c] += error;
+    }
+  }
+  return out;
+}
+
+// Token ⌊(i + ½) · kv_len / tokens⌋, with kv_len = step · tokens + rest so that nothing leaves 31 bits.
+__device__ int sampled_token(int i, int tokens, int step, int rest) {
+  return i * step + u32(step * tokens + (2 * i + 1) * rest) / u32(2 * tokens);
+}
 
 template <Dtype kDtype>
 __device__ void gather_statistics(const PackArgs& args) {
@@ -164,45 +222,22 @@ __device__ void gather_statistics(const PackArgs& args) {
   const int channels = is_v ? args.v_channels : args.k_channels;
   const i64 base = i64(blockIdx.y / args.kv_heads) * tensor.batch + i64(blockIdx.y % args.kv_heads) * tensor.head;
   const int chunk = threadIdx.x % kChunks, lane = threadIdx.x / kChunks;
-  const int first = blockIdx.x * args.tokens_a_split, end = min(first + args.tokens_a_split, args.kv_len);
+  const int tokens = is_v ? args.kv_len : args.k_tokens, share = is_v ? args.tokens_a_split : args.k_tokens_a_split;
+  const int first = blockIdx.x * share + lane, end = min(int(blockIdx.x + 1) * share, tokens);
 
-  float sum[kChunk], lost[kChunk], low[kChunk], high[kChunk];
-#pragma unroll
-  for (int c = 0; c < kChunk; ++c) {
-    sum[c] = lost[c] = 0.0f;
-    low[c] = kInfinity, high[c] = -kInfinity;
-  }
-  for (int token = first + lane; token < end; token += kBatch * kLanes) {
-    Raw<kDtype> raw[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int t = min(token + i * kLanes, end - 1);  // (past the end: read again, not counted)
-      raw[i] = zero_raw<kDtype>();
-      if (chunk * kChunk < channels) {
-        raw[i] = load_raw<kDtype>(tensor, base + i64(t) * tensor.token, chunk * kChunk);
-      }
-    }
-#pragma unroll
-    for (int c = 0; c < kChunk; ++c) {
-      float x[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const bool counts = token + i * kLanes < end;
-        x[i] = to_float<kDtype>(raw[i], c);
-        low[c] = min_nan_f32(low[c], x[i]), high[c] = max_nan_f32(high[c], x[i]);  // (a token seen twice: no matter)
-        x[i] = counts ? x[i] : 0.0f;
-      }
-      const float eight = ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
-      float error;
-      sum[c] = two_sum(sum[c], eight, error);
-      lost[c] += error;
-    }
+  Sums sums;
+  if (tokens == args.kv_len) {
+    sums = sums_of<kDtype, kBatch>(tensor, base, channels, first, end, [](int i) { return i; });
+  } else {
+    const int step = args.kv_len / tokens, rest = args.kv_len % tokens;
+    sums = sums_of<kDtype, kSampleBatch>(tensor, base, channels, first, end,
+                                         [&](int i) { return sampled_token(i, tokens, step, rest); });
   }
 #pragma unroll
-  for (int c = 0; c < kChunk; ++c) sum[c] += lost[c];
-  store_eight(&shared[0][lane][chunk * kChunk], sum);
-  store_eight(&shared[1][lane][chunk * kChunk], low);
-  store_eight(&shared[2][lane][chunk * kChunk], high);
+  for (int c = 0; c < kChunk; ++c) sums.sum[c] += sums.lost[c];
+  store_eight(&shared[0][lane][chunk * kChunk], sums.sum);
+  store_eight(&shared[1][lane][chunk * kChunk], sums.low);
+  store_eight(&shared[2][lane][chunk * kChunk], sums.high);
   __syncthreads();
   Statistics mine;
   if (threadIdx.x < kDim) {
@@ -378,7 +413,9 @@ __device__ void pack_keys(const PackArgs& args, i64 head) {
       const bool zero = scale.inverse == 0.0f && scale.delta == 1.0f;
       args.k_scales[number * args.k_scale_stride + group] = zero && args.zero_scale_is_zero ? 0.0f : scale.delta;
       // (the bits of floats that are not negative compare like integers, NaN last)
-      if (ROTATE && !zero) atomicMax(reinterpret_cast<i32*>(args.k_largest_scale + head), __float_as_int(scale.delta));
+      if (tiles_find_largest(args) && !zero) {
+        atomicMax(reinterpret_cast<i32*>(args.k_largest_scale + head), __float_as_int(scale.delta));
+      }
     }
     u8* out = args.k_tiles + number * args.k_stride;
 #pragma unroll
@@ -486,7 +523,10 @@ extern "C" __global__ void __launch_bounds__(kStatisticsThreads, kBlocks) statis
 #if CLUSTERS
   barrier_cluster_arrive();
 #endif
-  if (ROTATE && blockIdx.x == 0 && blockIdx.z == 0 && threadIdx.x == 0) args.k_largest_scale[blockIdx.y] = 0.0f;
+  if (tiles_find_largest(args) && blockIdx.x == 0 && blockIdx.z == 0 && threadIdx.x == 0) {
+    // no group that is scaled has less; a head of zeros keeps it (0 would not do: a factor of Q may be infinite)
+    args.k_largest_scale[blockIdx.y] = __fdiv_rn(kTiny, float(args.k_max));
+  }
   gather_statistics<Dtype(INPUT_DTYPE)>(args);
 }
 extern "C" __global__ void __launch_bounds__(kPackThreads, kPackBlocks) pack(const __grid_constant__ PackArgs args) {
