@@ -122,7 +122,7 @@ def test_what_a_request_may_not_ask(card: Any, changes: dict[str, Any], part: st
         ("sage2_8b:pv_format=e5m2", ["pv_format=e5m2", "row_sum=accumulator with e5m2"]),
         ("sage2_8b:q_granularity=per_token", ["q_granularity=per_token"]),
         ("sage2_8b:k_granularity=per_tensor", ["k_granularity=per_tensor"]),
-        ("sage2_8b:k_sample=sampled(32)", ["k_sample=sampled(32)"]),
+        ("sage2_8b:k_sample=sampled(1025)", ["k_sample=sampled(1025) (at most 1024"]),
         ("sage2_8b:v_sample=sampled(32)", ["v_sample=sampled(32)"]),
         ("sage2_8b:v_headroom=1.5", ["v_headroom=1.5"]),
         ("sage2_8b:v_granularity=per_channel_and_key_tile", ["v_granularity=per_channel_and_key_tile"]),

@@ -45,7 +45,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
                   "accumulator": "fp32"},
     "int8_u8": {**SAGE2, "pv_format": "u8", "p_max": 255, "v_max": 127, "accumulator": "int32",
                 "softmax_max": TileMax()},
-    "fast_8b": {**SAGE2, "smooth_v": True, "p_max": 14, "v_max": 4.5,
+    "fast_8b": {**SAGE2, "k_sample": SampledTokens(128), "smooth_v": True, "p_max": 14, "v_max": 4.5,
                 "accumulator": "fp8_f16", "keys_per_promotion": 1024, "promote_first_tile": True,
                 "row_sum": "accumulator", "softmax_max": RestartedMax(20.0, 4.0)},
     "exact": {"qk_bits": None, "smooth_q": False, "smooth_k": False, "smooth_v": False, "rotation": "none",

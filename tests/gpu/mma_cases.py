@@ -49,6 +49,7 @@ TESTED = NAMED | {
         "sage2_8b:smooth_q=true,rotation=hadamard",
         "sage2pp_8b:row_sum=unrounded,q_granularity=per_warp,k_granularity=per_block",
         "sage2_4b:smooth_q=false",
+        "sage2_4b:k_sample=sampled(64)",
         "sage2pp_4b:q_granularity=per_block,k_granularity=per_warp",
         "int8_fp16:smooth_q=true",
     )

@@ -8,7 +8,9 @@ from kernel_cases import inputs
 from lowbit_attention.cuda.instances import WGMMA_FORMAT
 from lowbit_attention.cuda.packing import pack_kv
 from lowbit_attention.machine import MACHINES
+from lowbit_attention.recipe_options import AllTokens
 from lowbit_attention.reference.quantize import pack
+from lowbit_attention.reference.smoothing import sampled
 
 
 def kv(*args, heads=3, batch=2, length=300, head_dim=64, **options):
@@ -40,17 +42,30 @@ def assert_same_bits(k, v, r, form=WGMMA_FORMAT):
     ):
         assert torch.equal(ours.float(), theirs), (name, int((ours.float() != theirs).sum()))
     assert packed.padding_is_zero
+    of_tokens = ref.k.abs().amax(dim=-1)  # a group that is scaled has a token with the largest integer
+    of_groups = torch.zeros_like(ref.k_scale).scatter_reduce_(2, ref.k_group.expand_as(of_tokens), of_tokens, "amax")
+    largest = torch.where(of_groups > 0, ref.k_scale, 0.0).amax(dim=-1)
+    assert torch.equal(torch.where(largest > 0, packed.k_largest_scale, 0.0), largest)
+    assert (packed.k_largest_scale > 0).all()
     return packed
 
 
 def assert_means(packed, k, v, r):
     """Within 2⁻²⁰ of the largest magnitude; float32 sums of pairwise-added blocks with their errors kept are nearer.
 
+    K's is that of the reference's choice of tokens.
+
     (Eight numbers are added in three steps of 2⁻²⁴ each, their sums with two_sum, and one division: about 2⁻²².)
     """
-    for x, mean, smoothed in ((k, packed.k_mean, r.smooth_k), (v, packed.v_mean, r.smooth_v)):
-        exact = x.double().mean(dim=2) * smoothed
-        largest = x.double().abs().amax(dim=2)
+    for x, mean, smoothed, sample in (
+        (k, packed.k_mean, r.smooth_k, r.k_sample),
+        (v, packed.v_mean, r.smooth_v, AllTokens()),
+    ):
+        chosen = sampled(None, sample, x)
+        counted = x.double() if chosen is None else x.double() * chosen[..., None]
+        count = x.shape[2] if chosen is None else int(chosen[0, 0].sum())
+        exact = counted.sum(dim=2) / count * smoothed
+        largest = counted.abs().amax(dim=2)
         assert ((mean - exact).abs() <= 2.0**-20 * largest * smoothed).all()
 
 

@@ -12,6 +12,7 @@ from kernel_cases import DTYPES, hopper_only, inputs, same
 from wgmma_cases import TESTED, assert_agrees, reference, run
 
 from lowbit_attention import compare
+from lowbit_attention.recipe_options import AllTokens
 from lowbit_attention.reference.exact import exact
 
 pytestmark = hopper_only
@@ -91,7 +92,7 @@ def test_keys_of_zeros_beside_small_keys(r):
 
     (Q large and K small: the logits are ordinary, and δ = 1 is far above K's own scales.)
     """
-    r = r.replace(smooth_k=False)
+    r = r.replace(smooth_k=False, k_sample=AllTokens())
     q, k, v = inputs("normal", torch.float32, lengths=(200, 256), head_dims=(64, 64))
     q, k = 64 * q, k / 64
     k[:, :, 128:] = 0

@@ -11,14 +11,17 @@ from packing_cases import assert_means, assert_same_bits, kv, referenced, same
 from wgmma_cases import GEOMETRY
 
 from lowbit_attention import recipe
-from lowbit_attention.cuda.packing import pack_kv
+from lowbit_attention.cuda.packing import PackPlan, pack_kv
+from lowbit_attention.recipe_options import SampledTokens
 from lowbit_attention.reference.quantize import TINY
+from lowbit_attention.reference.smoothing import sampled
 
 pytestmark = hopper_only
 
 PLAIN = recipe("sage2_8b")
 RAW = recipe("sage2_8b:smooth_k=false")
 SMOOTH = recipe("sage2_8b:smooth_v=true")
+SAMPLED = recipe("sage2_8b:smooth_v=true,k_sample=sampled(64)")
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 WIDE_DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])  # beyond 2¹⁶
 
@@ -79,20 +82,118 @@ def test_packed_bits_of_long_and_of_many_sequences(batch, heads, length, dtype, 
     assert_means(assert_same_bits(k, v, SMOOTH), k, v, SMOOTH)
 
 
+@pytest.mark.parametrize("count", [1, 3, 64, 128, 1000, 1024])
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 129, 1000, 4097])
+@EVERY_DTYPE
+@pytest.mark.parametrize("head_dim", [64, 128, 40, 72])
+def test_packed_bits_with_a_sample_of_k(head_dim, dtype, length, count):
+    """k̄ over the reference's choice of tokens, all of them where there are no more; the rest as ever."""
+    r = SMOOTH.replace(k_sample=SampledTokens(count))
+    family = ("qkv_bias", "normal", "sink", "outlier_tokens")[(length + count) % 4]
+    k, v = (t[:, :, :length].contiguous() for t in kv(family, dtype, length=4097, head_dim=head_dim))
+    packed = assert_same_bits(k, v, r)
+    assert_means(packed, k, v, r)
+    if count >= length:
+        assert same(packed, pack_kv(k, v, SMOOTH))
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "length", "dtype"),
+    [(1, 1, 200_003, torch.float32), (1, 24, 4608, torch.bfloat16), (8, 128, 1100, torch.bfloat16)],
+)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("count", [64, 128, 1024])
+def test_a_sample_of_long_and_of_many_sequences(batch, heads, length, dtype, head_dim, count):
+    generator = torch.Generator(DEVICE).manual_seed(length)
+    shape = (batch, heads, length, head_dim)
+    k, v = (torch.randn(shape, generator=generator, device=DEVICE, dtype=dtype) for _ in range(2))
+    k += 3
+    r = SMOOTH.replace(k_sample=SampledTokens(count))
+    packed = assert_same_bits(k, v, r)
+    assert_means(packed, k, v, r)
+    assert all(same(pack_kv(k, v, r), packed) for _ in range(3))
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_what_a_sample_leaves_out_is_not_read_for_the_mean(head_dim, dtype):
+    """NaN in every token but the sample's: the mean has the same bits."""
+    k, v = kv("qkv_bias", dtype, head_dim=head_dim, length=1000)
+    clean = pack_kv(k, v, SAMPLED)
+    k[~sampled(None, SAMPLED.k_sample, k)] = torch.nan
+    assert torch.equal(pack_kv(k, v, SAMPLED).k_mean, clean.k_mean)
+
+
+@WIDE_DTYPES
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_sample_that_knows_nothing_of_the_largest(head_dim, dtype):
+    """The largest numbers outside the sample, of the other sign than its mean: finite, and the reference's bits."""
+    k, v = kv("qkv_bias", dtype, head_dim=head_dim, length=1000)
+    chosen = sampled(None, SAMPLED.k_sample, k)[0, 0]
+    token = int((~chosen).nonzero()[70])
+    limit = float(torch.tensor(2.0**103).to(dtype))
+    below = limit * (1 - torch.finfo(dtype).eps)
+    for channel, size in ((2, below), (3, limit), (4, 2.0**126), (5, 1.0)):
+        k[..., channel] = size
+        k[:, :, token, channel] = -torch.finfo(dtype).max
+    packed = assert_same_bits(k, v, SAMPLED)
+    assert (packed.k_mean[..., 2] == below).all()  # 64 equal numbers: no sum on the way loses anything
+    assert not packed.k_mean[..., 3:5].any()
+    assert (packed.k_mean[..., 5] == 1).all()
+    assert packed.k_scale.isfinite().all()
+    assert packed.k_largest_scale.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@EVERY_DTYPE
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_is_not_finite_beside_and_in_a_sample(inside, dtype, bad):
+    """Its group's scale is NaN and the largest one; in the sample it takes its channel's mean away, and no other."""
+    k, v = kv("qkv_bias", dtype, head_dim=128)
+    clean = pack_kv(k, v, SAMPLED)
+    chosen = sampled(None, SAMPLED.k_sample, k)[0, 0]
+    token = int((chosen == inside).nonzero()[40])
+    k[0, 1, token, 2] = bad
+    packed = pack_kv(k, v, SAMPLED)
+    mean = clean.k_mean.clone()
+    if inside:
+        mean[0, 1, 2] = 0
+    assert torch.equal(packed.k_mean, mean)
+    wrong = torch.zeros_like(packed.k_scale, dtype=torch.bool)
+    wrong[0, 1, token // GEOMETRY.b_k * 4 + token % 8 // 2] = True
+    assert torch.equal(packed.k_scale.isnan(), wrong)
+    assert packed.k_largest_scale.isnan().nonzero().tolist() == [[0, 1]]
+    ref = referenced(k, v, SAMPLED, packed)
+    assert torch.equal(packed.k_scale[~wrong], ref.k_scale[~wrong])
+    good = ~wrong[..., ref.k_group]
+    assert torch.equal(packed.k.float()[good], ref.k[good])
+
+
+def test_keys_of_zeros_with_a_sample():
+    """A head of zeros has a largest scale all the same, no more than any group's."""
+    k, v = kv("normal", head_dim=64)
+    k[1, 2] = 0
+    packed = assert_same_bits(k, v, SAMPLED)
+    assert not packed.k[1, 2].any()
+    assert (packed.k_scale[1, 2] == 1).all()
+    assert 0 < float(packed.k_largest_scale[1, 2]) <= TINY / 127 * (1 + 2**-23)
+
+
 # ---- memory
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("head_dim", [64, 128, 40, 33])
-def test_strides_change_nothing(head_dim, dtype):
+@pytest.mark.parametrize("r", [SMOOTH, SAMPLED], ids=str)
+def test_strides_change_nothing(r, head_dim, dtype):
     """Every view of the same numbers packs to the same bits, also between numbers that are NaN."""
     k, v = kv("qkv_bias", dtype, head_dim=head_dim)
-    expected = assert_same_bits(k, v, SMOOTH)
+    expected = assert_same_bits(k, v, r)
     k_views, v_views = views(k), views(v)
     for name in k_views:
-        assert same(pack_kv(k_views[name], v_views[name], SMOOTH), expected), name
-        assert same(pack_kv(k_views[name], v, SMOOTH), expected), f"{name}, K only"
-        assert same(pack_kv(k, v_views[name], SMOOTH), expected), f"{name}, V only"
+        assert same(pack_kv(k_views[name], v_views[name], r), expected), name
+        assert same(pack_kv(k_views[name], v, r), expected), f"{name}, K only"
+        assert same(pack_kv(k, v_views[name], r), expected), f"{name}, V only"
 
 
 def test_expanded_tensors():
@@ -103,10 +204,17 @@ def test_expanded_tensors():
         assert same(pack_kv(*expanded, SMOOTH), pack_kv(*(t.contiguous() for t in expanded), SMOOTH))
 
 
-def test_packing_repeats_bit_for_bit():
-    k, v = kv("qkv_bias", heads=8, length=3001, head_dim=128)
-    first = pack_kv(k, v, SMOOTH)
-    assert all(same(pack_kv(k, v, SMOOTH), first) for _ in range(20))
+@pytest.mark.parametrize(("heads", "blocks"), [(1, 8), (24, 8), (64, 4), (150, 2), (300, 1)])
+def test_packing_repeats_bit_for_bit(heads, blocks):
+    """In clusters of any size."""
+    assert PackPlan.of(2, heads, 3001, 128, 128, SMOOTH).splits == blocks
+    generator = torch.Generator(DEVICE).manual_seed(heads)
+    shape = (2, heads, 3001, 128)
+    k, v = (torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.bfloat16) + 1 for _ in range(2))
+    for r in (SMOOTH, SAMPLED):
+        first = assert_same_bits(k, v, r)
+        assert_means(first, k, v, r)
+        assert all(same(pack_kv(k, v, r), first) for _ in range(20))
 
 
 # ---- numbers at the edges
@@ -162,17 +270,20 @@ def test_groups_too_small_to_scale(head_dim, dtype):
 @WIDE_DTYPES
 @pytest.mark.parametrize("r", [SMOOTH, recipe("sage2_8b:smooth_v=true,v_max=2.25")], ids=str)
 def test_channels_too_large_to_smooth(r, dtype):
-    """From 2¹²⁶ on a difference could overflow: such channels keep no mean, and every number stays finite."""
+    """From 2¹⁰³ on a mean could make a difference overflow: none is taken, and every number stays finite."""
     k, v = kv("qkv_bias", dtype, head_dim=128)
     for x in (k, v):
         x[..., 3] = 2.0**126
         x[..., 4] = torch.finfo(dtype).max
         x[..., 5] = torch.finfo(dtype).max * (1 - 2 * (torch.arange(x.shape[2], device=x.device) % 2).to(dtype))
-        x[..., 6] = 2.0**125  # its sum overflows: any constant is a mean, so the kernel may take none here either
+        x[..., 6] = 2.0**125  # its sum overflows
+        x[..., 7] = 2.0**103
+        x[..., 8] = 2.0**102
     packed = assert_same_bits(k, v, r)
     for mean in (packed.k_mean, packed.v_mean):
         assert mean.isfinite().all()
-        assert not mean[..., 3:6].any()
+        assert not mean[..., 3:8].any()
+        assert (mean[..., 8] == 2.0**102).all()
     assert packed.k_scale.isfinite().all()
     assert packed.v_scale.isfinite().all()
     assert packed.v.isfinite().all()

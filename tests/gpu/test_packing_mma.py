@@ -29,6 +29,8 @@ FORMS = {
     "int4 per block": ("sage2_v1_4b", PackFormat(64, 4, False, False)),
     "int4 rotated": ("rotated_4b:smooth_v=true", PackFormat(64, 4, False, True)),
     "int4 unsmoothed": ("hadamard_attn", PackFormat(64, 4, False, True)),
+    "int8 e4m3, a sample": ("sage2_8b:k_sample=sampled(64)", PackFormat(64, 8, False, False)),
+    "int4 rotated, a sample": ("rotated_4b:k_sample=sampled(64)", PackFormat(64, 4, False, True)),
 }
 EVERY_FORM = pytest.mark.parametrize("name", FORMS)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -193,7 +195,7 @@ def test_groups_too_small_to_scale(r, form, head_dim, dtype):
 @WIDE_DTYPES
 @pytest.mark.parametrize("name", ["int8 e4m3", "int8 fp16", "int4", "int8 rotated", "int4 rotated"])
 def test_channels_too_large_to_smooth(name, dtype):
-    """From 2¹²⁶ on a difference could overflow: such channels keep no mean, and every number stays finite."""
+    """From 2¹⁰³ on a mean could make a difference overflow: none is taken, and every number stays finite."""
     r, form = form_of(name)
     r = r.replace(smooth_v=True)
     k, v = kv("qkv_bias", dtype, head_dim=128)
@@ -201,11 +203,14 @@ def test_channels_too_large_to_smooth(name, dtype):
         x[..., 3] = 2.0**126
         x[..., 4] = torch.finfo(dtype).max
         x[..., 5] = torch.finfo(dtype).max * (1 - 2 * (torch.arange(x.shape[2], device=x.device) % 2).to(dtype))
-        x[..., 6] = 2.0**125  # its sum overflows: any constant is a mean, so the kernel may take none here either
+        x[..., 6] = 2.0**125  # its sum overflows
+        x[..., 7] = 2.0**103
+        x[..., 8] = 2.0**102
     packed = assert_same_bits(k, v, r, form)
     for mean in (packed.k_mean, packed.v_mean):
         assert mean.isfinite().all()
-        assert not mean[..., 3:6].any()
+        assert not mean[..., 3:8].any()
+        assert (mean[..., 8] == 2.0**102).all()
     assert packed.k_scale.isfinite().all()
     assert packed.v_scale.isfinite().all()
     assert packed.v.isfinite().all()

@@ -30,6 +30,7 @@ TESTED = {
         "fast_8b",
         "sage2_8b:smooth_v=true",
         "sage2_8b:smooth_k=false",
+        "sage2_8b:k_sample=sampled(64)",
         "sage2pp_8b:keys_per_promotion=128,v_max=2.25",
     )
 }

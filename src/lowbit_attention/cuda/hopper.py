@@ -22,7 +22,7 @@ from ..reference.masks import LOG2E
 from ..request import Request
 from .instances import DTYPE_CODES, WgmmaConfig, pack_instance, wgmma_config
 from .launch import Arguments, Kernel, cache, load
-from .packing import Packer, PackPlan, loadable, packer
+from .packing import Packer, PackPlan, loadable, packer, sample_reasons
 from .schedule import (
     compiler_reasons,
     cut,
@@ -183,7 +183,6 @@ def _recipe_reasons(recipe: Recipe) -> tuple[str, ...]:
         "q_granularity": PerThread(),
         "k_granularity": PerThread(),
         "smooth_q": False,
-        "k_sample": AllTokens(),
         "rotation": "none",
         "smoothquant_alpha": None,
         "pv_format": "e4m3",
@@ -197,6 +196,7 @@ def _recipe_reasons(recipe: Recipe) -> tuple[str, ...]:
         for name, value in wanted.items()
         if getattr(recipe, name) != value
     ]
+    reasons += sample_reasons(recipe)
     keys = recipe.promotion_keys(WgmmaConfig.geometry)
     if recipe.accumulator not in ("fp8_f32", "fp8_f16"):
         reasons.append(f"it has no {recipe.accumulator} sums")

@@ -76,6 +76,11 @@ class PackFormat:
         """Whether a tile's K, V and scales lie side by side."""
         return self.tile_keys == 64
 
+    @property
+    def has_clusters(self) -> bool:
+        """Whether the packing kernels use thread block clusters (CLUSTERS): on Hopper, for wgmma."""
+        return self.tile_keys == TILE_KEYS
+
     def k_bytes(self, dim: int) -> int:
         """Bytes of a tile's K."""
         return self.tile_keys * dim * self.k_lanes // 8

@@ -69,14 +69,22 @@ class Kernel:
         self._launch = driver.cuLaunchKernelEx
         self._configs: dict[tuple[Any, ...], Any] = {}
 
-    def __call__(self, grid: tuple[int, int, int], device: int, arguments: int, overlaps: bool = False) -> None:
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        device: int,
+        arguments: int,
+        overlaps: bool = False,
+        clustered: bool = False,
+    ) -> None:
         """Launch on the current stream of ``device``, which must be current.
 
         ``overlaps``: the kernel may begin while the one before it ends, and waits for it itself (programmatic
-        dependent launch).
+        dependent launch). ``clustered``: the blocks of a row of the grid (its first dimension) are a thread block
+        cluster.
         """
         stream = torch._C._cuda_getCurrentRawStream(device)
-        key = (grid, stream, overlaps)
+        key = (grid, stream, overlaps, clustered)
         config = self._configs.get(key)
         if config is None:
             if len(self._configs) >= _MOST_CONFIGS:
@@ -90,19 +98,28 @@ class Kernel:
                 result = self._launch(config, self._function, arguments, 0)[0]
             self._checked((result,))
 
-    def _config(self, grid: tuple[int, int, int], stream: int, overlaps: bool) -> Any:
+    def _config(self, grid: tuple[int, int, int], stream: int, overlaps: bool, clustered: bool) -> Any:
         driver = self._driver
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
         config.sharedMemBytes = self._shared_bytes
         config.hStream = stream
+        attributes = []
         if overlaps:
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs = [attribute]
-            config.numAttrs = 1
+            attributes.append(attribute)
+        if clustered:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            cluster = attribute.value.clusterDim
+            cluster.x, cluster.y, cluster.z = grid[0], 1, 1
+            attributes.append(attribute)
+        if attributes:
+            config.attrs = attributes
+            config.numAttrs = len(attributes)
         return config
 
     def _checked(self, answer: tuple[Any, ...]) -> Any:

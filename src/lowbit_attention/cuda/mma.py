@@ -36,7 +36,7 @@ from .instances import (
     smooth_q_instance,
 )
 from .launch import Arguments, Kernel, cache, load
-from .packing import Packer, PackPlan, has_dependent_launch, loadable, packer
+from .packing import Packer, PackPlan, has_dependent_launch, loadable, packer, sample_reasons
 from .schedule import compiler_reasons, heads_side_by_side, log2_rounded_down, request_reasons, schedule
 
 ARCH_OF = {
@@ -311,7 +311,6 @@ def _recipe_reasons(recipe: Recipe, arch: str | None) -> tuple[str, ...]:
         "qk_bits": (8, 4),
         "q_granularity": tuple(_GRANULARITIES),
         "k_granularity": tuple(_GRANULARITIES),
-        "k_sample": (AllTokens(),),
         "smoothquant_alpha": (None,),
         "pv_format": ("e4m3", "fp16"),
         "v_granularity": (PerChannel(),),
@@ -325,6 +324,7 @@ def _recipe_reasons(recipe: Recipe, arch: str | None) -> tuple[str, ...]:
         for name, values in wanted.items()
         if getattr(recipe, name) not in values
     ]
+    reasons += sample_reasons(recipe)
     if recipe.pv_format == "e4m3" and arch in ("sm_80", "sm_86"):
         reasons.append(f"{arch} has no FP8")
     if recipe.pv_format == "e4m3" and recipe.accumulator == "fp32":

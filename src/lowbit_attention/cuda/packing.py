@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..granularity import PerThread
 from ..recipe import Recipe
+from ..recipe_options import SampledTokens
 from ..reference.quantize import Means
 from .instances import WGMMA_FORMAT, PackFormat, pack_instance, padded_head_dim
 from .launch import Arguments, Kernel, load
@@ -19,11 +20,16 @@ _STATISTICS_THREADS, _PACK_THREADS = 256, 128
 _LEAST_SPLIT = 256
 """Tokens below which a head's statistics are not split further."""
 _MOST_SPLITS = 32
+_MOST_CLUSTER_SPLITS = 8
+"""Where the splits of a head are a thread block cluster (kMostClusterSplits). A block has 32 KB of loads under way, and
+some 100 of them keep an H100's memory busy: with 7 heads or more, that many splits of K and V do."""
+_MOST_SAMPLED = 1024
+"""Tokens of a sample of K (the kernel finds them in 32 bits)."""
 _BLOCKS = 1056
 """Thread blocks that fill the card: 8 on each of 132 multiprocessors."""
 _ALIGNMENT = 256
 
-ARGUMENTS = Arguments("P3q P3q 8P 3q f 14i 0q".replace(" ", ""))
+ARGUMENTS = Arguments("P3q P3q 9P 3q f 16i 0q".replace(" ", ""))
 """``PackArgs``."""
 
 
@@ -42,6 +48,8 @@ class PackPlan:
     tiles: int
     splits: int
     tokens_a_split: int
+    k_tokens: int
+    k_tokens_a_split: int
     tiles_a_block: int
     statistics_grid: tuple[int, int, int]
     pack_grid: tuple[int, int, int]
@@ -52,6 +60,7 @@ class PackPlan:
     k_largest_scale: int
     v_scale: int
     v_mean: int
+    v_inverse: int
     partials: int
     k_stride: int
     v_stride: int
@@ -77,12 +86,13 @@ class PackPlan:
             raise ValueError(f"head_dim {max(head_dim, v_head_dim)} has no packed form")
         heads = batch * kv_heads
         tiles = -(-kv_len // form.tile_keys)
-        wanted = min(-(-_BLOCKS // (2 * heads)), _MOST_SPLITS, max(1, kv_len // _LEAST_SPLIT))
-        in_flight = _STATISTICS_THREADS * 8 // dim * 8  # tokens that a block loads at once
-        tokens_a_split = -(-kv_len // (wanted * in_flight)) * in_flight
-        splits = -(-kv_len // tokens_a_split)
-        at_once = _PACK_THREADS * 16 * 8 // (dim * form.tile_keys)  # tiles of V that a block packs at once
-        tiles_a_block = _power_of_two_below(max(at_once, min(8, heads * tiles // _BLOCKS)))
+        k_tokens = min(recipe.k_sample.count, kv_len) if isinstance(recipe.k_sample, SampledTokens) else kv_len
+        full_reads = 2 * heads if k_tokens == kv_len else heads  # of V, and of K
+        splits, tokens_a_split = _splits(full_reads, kv_len, dim, form)
+        at_once = _tokens_at_once(dim)
+        k_tokens_a_split = tokens_a_split if k_tokens == kv_len else -(-k_tokens // (splits * at_once)) * at_once
+        tiles_at_once = _PACK_THREADS * 16 * 8 // (dim * form.tile_keys)  # of V, that a block packs
+        tiles_a_block = _power_of_two_below(max(tiles_at_once, min(8, heads * tiles // _BLOCKS)))
         blocks = -(-tiles // tiles_a_block)
         k_bytes, v_bytes, record = form.k_bytes(dim), form.v_bytes(dim), form.record_bytes(dim)
         arrays = {"k_tiles": k_bytes, "v_tiles": v_bytes, "k_scales": 4 * 4}
@@ -94,7 +104,8 @@ class PackPlan:
             "k_largest_scale": heads * 4,
             "v_scale": heads * dim * 4,
             "v_mean": heads * dim * 4,
-            "partials": 2 * heads * splits * 3 * dim * 4,
+            "v_inverse": heads * dim * 4 * form.has_clusters,
+            "partials": 2 * heads * splits * 3 * dim * 4 * (not form.has_clusters),
         }
         offsets, end = {}, 0
         for name, size in sizes.items():
@@ -111,6 +122,8 @@ class PackPlan:
             tiles=tiles,
             splits=splits,
             tokens_a_split=tokens_a_split,
+            k_tokens=k_tokens,
+            k_tokens_a_split=k_tokens_a_split,
             tiles_a_block=tiles_a_block,
             statistics_grid=(splits, heads, 2),
             pack_grid=(blocks, heads, 2),
@@ -124,6 +137,34 @@ class PackPlan:
         )
 
 
+def sample_reasons(recipe: Recipe) -> list[str]:
+    """Why the packing kernels do not take a recipe's sample of K."""
+    sample = recipe.k_sample
+    if isinstance(sample, SampledTokens) and sample.count > _MOST_SAMPLED:
+        return [f"it has no k_sample={sample} (at most {_MOST_SAMPLED} tokens)"]
+    return []
+
+
+def _tokens_at_once(dim: int) -> int:
+    """Tokens that a block of the statistics loads with one instruction a thread."""
+    return _STATISTICS_THREADS * 8 // dim
+
+
+def _splits(reads: int, kv_len: int, dim: int, form: PackFormat) -> tuple[int, int]:
+    """In how many splits statistics are taken, and how many tokens each but the last has.
+
+    ``reads``: how many heads of K and V are read whole.
+    """
+    wanted = min(-(-_BLOCKS // reads), max(1, kv_len // _LEAST_SPLIT))
+    at_once = _tokens_at_once(dim)
+    if form.has_clusters:  # (a power of two: not every other size fills a GPC)
+        splits = _power_of_two_below(min(wanted, _MOST_CLUSTER_SPLITS))
+        return splits, -(-kv_len // (splits * at_once)) * at_once
+    in_flight = at_once * 8
+    tokens_a_split = -(-kv_len // (min(wanted, _MOST_SPLITS) * in_flight)) * in_flight
+    return -(-kv_len // tokens_a_split), tokens_a_split
+
+
 def _power_of_two_below(x: int) -> int:
     return 1 << (x.bit_length() - 1)
 
@@ -133,6 +174,7 @@ class Packer:
 
     def __init__(self, head_dim: int, dtype: torch.dtype, arch: str, form: PackFormat) -> None:
         instance = pack_instance(head_dim, dtype, arch, form)
+        self._clustered = form.has_clusters
         self._overlaps = has_dependent_launch(arch)
         self._statistics: Kernel = load(instance, "statistics", _STATISTICS_THREADS)
         self._pack: Kernel = load(instance, "pack", _PACK_THREADS)
@@ -148,17 +190,18 @@ class Packer:
                 workspace + plan.partials,
                 workspace + plan.k_tiles, workspace + plan.k_scales, workspace + plan.v_tiles,
                 workspace + plan.k_mean, workspace + plan.k_largest_scale,
-                workspace + plan.v_scale, workspace + plan.v_mean,
+                workspace + plan.v_scale, workspace + plan.v_mean, workspace + plan.v_inverse,
                 plan.k_stride, plan.v_stride, plan.k_scale_stride,
                 plan.recipe.v_max,
                 plan.kv_heads, plan.kv_len, plan.head_dim, plan.v_head_dim,
-                plan.splits, plan.tokens_a_split, plan.tiles, plan.tiles_a_block,
+                plan.splits, plan.tokens_a_split, plan.k_tokens, plan.k_tokens_a_split,
+                plan.tiles, plan.tiles_a_block,
                 plan.recipe.smooth_k, plan.recipe.smooth_v,
                 plan.recipe.qk_max, not isinstance(plan.recipe.k_granularity, PerThread),
                 plan.form.is_record, plan.recipe.v_scale_power_of_two,
             )
         )  # fmt: skip
-        self._statistics(plan.statistics_grid, device, arguments)
+        self._statistics(plan.statistics_grid, device, arguments, clustered=self._clustered)
         self._pack(plan.pack_grid, device, arguments, overlaps=self._overlaps)
 
 
@@ -192,7 +235,8 @@ class PackedTiles:
     """Packed K and V on the device.
 
     k ``[B, Hkv, Nk, D]`` INT8 (4-bit numbers, too), k_scale ``[B, Hkv, 4 · T]`` (four a tile), v ``[B, Hkv, Nk, Dv]``
-    float32 holding E4M3 or FP16 numbers, v_scale ``[B, Hkv, Dv]``, means ``[B, Hkv, D or Dv]``.
+    float32 holding E4M3 or FP16 numbers, v_scale ``[B, Hkv, Dv]``, means ``[B, Hkv, D or Dv]``, k_largest_scale
+    ``[B, Hkv]``.
     """
 
     k: Tensor
@@ -201,6 +245,7 @@ class PackedTiles:
     v_scale: Tensor
     k_mean: Tensor
     v_mean: Tensor
+    k_largest_scale: Tensor
     padding_is_zero: bool
 
     def means(self) -> Means:
@@ -245,5 +290,6 @@ def pack_kv(k: Tensor, v: Tensor, recipe: Recipe, form: PackFormat = WGMMA_FORMA
         v_scale=part(plan.v_scale, pairs, dim)[..., :v_head_dim],
         k_mean=part(plan.k_mean, pairs, dim)[..., :head_dim],
         v_mean=part(plan.v_mean, pairs, dim)[..., :v_head_dim],
+        k_largest_scale=part(plan.k_largest_scale, pairs),
         padding_is_zero=not any(bool(x.any()) for x in rest),
     )

@@ -82,7 +82,7 @@ def pack(
 
     k_mean = q_mean = k_smooth = None
     if recipe.smooth_k:
-        k_mean = token_mean(k, sampled(valid, recipe.k_sample, k), valid) if means.k is None else means.k.float()
+        k_mean = token_mean(k, sampled(valid, recipe.k_sample, k)) if means.k is None else means.k.float()
         k = k - k_mean[:, :, None]
     if recipe.smooth_q:
         q_mean, k_smooth = tile_mean(q, geometry.b_q) if means.q is None else means.q.float(), k
@@ -142,7 +142,7 @@ def _pack_values(
     """V̂ in its format, its scale ``[B, Hkv, T or 1, Dv]``, and v̄ if V is smoothed."""
     tokens = sampled(valid, recipe.v_sample, v)
     if recipe.smooth_v:
-        mean = token_mean(v, tokens, valid) if mean is None else mean.float()
+        mean = token_mean(v, tokens) if mean is None else mean.float()
         v = v - mean[:, :, None]
     else:
         mean = None

@@ -1,7 +1,7 @@
 """Means that are taken out before rounding and put back after it (SageAttention §4.2, SageAttention2 §3.1).
 
-Means are summed in float64 and rounded to float32. Any constant vector is a valid mean: a channel so large that
-subtracting could overflow float32 is left as it is.
+Means are summed in float64 and rounded to float32. Any constant vector is a valid mean: where subtracting it could
+overflow float32, or it is not finite, none is taken.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from ..recipe_options import SampledTokens, TokenSample
 from .formats import FP32_MAX
 
 _LARGEST_SMOOTHED = 2.0**126  # |a − mean(a)| ≤ 2 · max|a| < 2^128
+_LARGEST_MEAN = 2.0**103  # |a − mean| < FP32_MAX + 2^103, half its ulp, for every a: rounded, FP32_MAX at the most
 _TINY = 2.0**-112
 
 
@@ -33,10 +34,10 @@ def sampled(valid: Tensor | None, sample: TokenSample, like: Tensor) -> Tensor |
     return chosen & usable
 
 
-def token_mean(x: Tensor, tokens: Tensor | None, valid: Tensor | None = None) -> Tensor:
+def token_mean(x: Tensor, tokens: Tensor | None) -> Tensor:
     """Mean over the chosen tokens (``None``: all) of ``x`` ``[B, H, N, D]``, float32 ``[B, H, D]``.
 
-    ``valid``: tokens that the mean will be subtracted from and that count, ``None`` for all.
+    A channel whose mean is not below 2¹⁰³ gets 0 instead: what was not chosen may be of any size.
     """
     if x.shape[2] == 0:
         return x.new_zeros(x.shape[0], x.shape[1], x.shape[3])
@@ -46,8 +47,8 @@ def token_mean(x: Tensor, tokens: Tensor | None, valid: Tensor | None = None) ->
         chosen = torch.where(tokens[..., None], x, 0.0)
         count = tokens.sum(dim=-1).clamp(min=1)
         mean = chosen.sum(dim=2, dtype=torch.float64) / count[..., None]
-    largest = (x if valid is None else torch.where(valid[..., None], x, 0.0)).abs().amax(dim=2)
-    return torch.where(largest >= _LARGEST_SMOOTHED, 0.0, mean.float())
+    mean = mean.float()
+    return torch.where(mean.abs() < _LARGEST_MEAN, mean, 0.0)  # (NaN is not below)
 
 
 def tile_mean(x: Tensor, tile: int) -> Tensor:

@@ -5,14 +5,17 @@ import re
 import struct
 
 import pytest
+import torch
 from c_structs import layout, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit_attention import RECIPES
 from lowbit_attention.cuda import hopper, mma, packing
-from lowbit_attention.cuda.instances import HEAD_DIMS, TILE_KEYS, WgmmaConfig, wgmma_config
+from lowbit_attention.cuda.instances import HEAD_DIMS, TILE_KEYS, PackFormat, WgmmaConfig, wgmma_config
 from lowbit_attention.cuda.packing import PackPlan
+from lowbit_attention.recipe_options import SampledTokens
+from lowbit_attention.reference.smoothing import sampled
 
 
 def python_layout(text):
@@ -68,15 +71,26 @@ def test_shared_memory_is_what_the_kernels_struct_takes(name, head_dim):
 # ---- the plan of packing
 
 RECIPE = RECIPES["sage2_8b"]
-PARTS = ("k_tiles", "v_tiles", "k_scales", "k_mean", "v_scale", "v_mean", "partials")
+PARTS = ("k_tiles", "v_tiles", "k_scales", "k_mean", "k_largest_scale", "v_scale", "v_mean", "v_inverse")
+
+
+CONSTANTS = {"HEAD_DIM": 128, "TILE_KEYS": TILE_KEYS, "ROTATE": 0, "K_LANES": 8, "V_HALF": 0}
+read("kernels/pack.cu", CONSTANTS)
+
+
+def test_the_packing_kernels_use_clusters_where_the_host_launches_them():
+    for keys in (64, 128):
+        constants = CONSTANTS | {"TILE_KEYS": keys}
+        read("kernels/pack.cu", constants)
+        assert constants["CLUSTERS"] == PackFormat(keys).has_clusters
 
 
 def part_sizes(plan, heads):
     """Bytes that the kernels' comments give each part."""
     tiles, channels = heads * plan.tiles * TILE_KEYS * plan.dim, heads * plan.dim * 4
     scales = heads * plan.tiles * (TILE_KEYS // WgmmaConfig.geometry.b_k) * 4 * 4  # four a key tile of the geometry
-    partials = 2 * heads * plan.splits * 3 * plan.dim * 4
-    return dict(zip(PARTS, (tiles, tiles, scales, channels, channels, channels, partials), strict=True))
+    sizes = (tiles, tiles, scales, channels, heads * 4, channels, channels, channels)
+    return dict(zip(PARTS, sizes, strict=True))
 
 
 @settings(deadline=None, derandomize=True, max_examples=500)
@@ -99,15 +113,59 @@ def test_a_plan_holds_everything_and_nothing_twice(batch, kv_heads, kv_len, head
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
     assert spans[-1][1] <= plan.workspace_bytes
 
-    # statistics: every token in one split, none empty (an empty one's minimum of nothing would be infinite)
+    # statistics: every token in one split, none empty; the splits are a cluster, whose first block has room for all
     assert plan.statistics_grid == (plan.splits, heads, 2)
     assert (plan.splits - 1) * plan.tokens_a_split < kv_len <= plan.splits * plan.tokens_a_split
+    assert (plan.k_tokens, plan.k_tokens_a_split) == (kv_len, plan.tokens_a_split)
+    assert plan.splits in (1, 2, 4, 8)
+    assert plan.splits <= CONSTANTS["kMostClusterSplits"] == packing._MOST_CLUSTER_SPLITS
     # packing: every tile in one block, none empty; V's threads pack 128 / dim tiles at once
     assert plan.tiles == -(-kv_len // TILE_KEYS)
     blocks, *rest = plan.pack_grid
     assert rest == [heads, 2]
     assert (blocks - 1) * plan.tiles_a_block < plan.tiles <= blocks * plan.tiles_a_block
     assert plan.tiles_a_block % (128 // plan.dim) == 0
+
+
+# ---- a sample of K
+
+(PLACE,) = re.findall(
+    r"int sampled_token\(int i, int tokens, int step, int rest\) \{\s*return (.+) \+ u32\((.+)\) / u32\((.+)\);\s*\}",
+    read("kernels/pack.cu", None),
+)
+"""The terms a, b, c of a + b / c, the kernel's place of a sample's i-th token."""
+
+
+def place(i, kv_len, tokens):
+    """`PLACE` with numbers, none beyond 31 bits."""
+    step, rest = divmod(kv_len, tokens)
+    names = {"i": i, "tokens": tokens, "step": step, "rest": rest}
+    first, above, below = (eval(term, {"__builtins__": {}}, names) for term in PLACE)
+    assert max(first, above, below) < 1 << 31
+    return first + above // below
+
+
+@settings(deadline=None, derandomize=True, max_examples=2000)
+@given(data=st.data(), kv_len=st.one_of(st.integers(1, 3000), st.integers(1, 1 << 30)), count=st.integers(1, 1024))
+def test_the_kernels_place_of_a_sampled_token(data, kv_len, count):
+    tokens = min(count, kv_len)
+    i = data.draw(st.one_of(st.sampled_from((0, tokens - 1)), st.integers(0, tokens - 1)))
+    assert place(i, kv_len, tokens) == (2 * i + 1) * kv_len // (2 * tokens)
+
+
+@pytest.mark.parametrize("kv_len", [1, 2, 63, 64, 65, 127, 128, 129, 1000, 4608])
+@pytest.mark.parametrize("count", [1, 3, 64, 128, 1024])
+def test_a_sample_is_the_references(kv_len, count):
+    """Every token that the reference takes, once: in one split of the plan, and at the kernel's place."""
+    recipe = RECIPE.replace(k_sample=SampledTokens(count))
+    plan = PackPlan.of(1, 3, kv_len, 128, 128, recipe)
+    spans = [
+        range(first, min(first + plan.k_tokens_a_split, plan.k_tokens))
+        for first in range(0, plan.splits * plan.k_tokens_a_split, plan.k_tokens_a_split)
+    ]
+    found = [i if plan.k_tokens == kv_len else place(i, kv_len, plan.k_tokens) for span in spans for i in span]
+    expected = sampled(None, recipe.k_sample, torch.zeros(1, 1, kv_len, 1))[0, 0].nonzero().flatten().tolist()
+    assert found == expected
 
 
 @settings(deadline=None, derandomize=True, max_examples=300)

@@ -222,12 +222,16 @@ def test_huge_values_do_not_overflow(sample: AllTokens | SampledTokens) -> None:
     x = biased(2, 75, 16, 0)
     x[..., 0] = torch.from_numpy(generator.choice([-FP32_MAX, FP32_MAX], (1, 2, 75))).float()
     x[..., 1] = FP32_MAX
-    x[..., 2] = 2.0**126 * (1 - 2**-24)
-    x[0, 0, 0, 3] = -FP32_MAX  # outside the sample
+    x[..., 2] = 2.0**126 * (1 - 2**-24)  # the largest mean of a tile
+    x[..., 3] = 2.0**103
+    largest = x[..., 4] = 2.0**103 * (1 - 2**-24)  # the largest mean of a sequence
+    x[0, 0, 0, 5] = -FP32_MAX  # outside the sample
+    if isinstance(sample, SampledTokens):
+        x[0, 1, 0, 4] = -FP32_MAX
     mean, tiles = token_mean(x, sampled(None, sample, x)), tile_mean(x, 32)
-    assert (mean[..., :2] == 0).all()
-    assert mean[0, 0, 3] == 0
-    assert (mean[..., 2] == x[0, 0, 0, 2]).all()
+    assert (mean[..., :4] == 0).all()
+    assert (mean[..., 4] == largest).all()
+    assert (mean[0, 0, 5] == 0) == (sample == AllTokens())
     assert (x - mean[:, :, None]).isfinite().all()
     assert (tiles[..., :2] == 0).all()
     assert (tiles[..., 2] == x[0, 0, 0, 2]).all()
@@ -236,6 +240,21 @@ def test_huge_values_do_not_overflow(sample: AllTokens | SampledTokens) -> None:
     for tensor in (packed.q, packed.k, packed.v, packed.q_scale, packed.k_scale, packed.v_scale, packed.k_smooth):
         assert tensor.isfinite().all()
     assert packed.q.abs().max() == packed.k.abs().max() == 127
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_takes_its_channels_mean_away_and_no_more(bad: float) -> None:
+    """The other tokens stay numbers, and the bad one stays what it is."""
+    x = biased(2, 75, 16, 0)
+    clean = token_mean(x, None)
+    x[0, 1, 7, 3] = bad
+    mean = token_mean(x, None)
+    clean[0, 1, 3] = 0
+    assert torch.equal(mean, clean)
+    for sample in (SampledTokens(5), SampledTokens(4)):  # token 7 is one of the five, and none of the four
+        chosen = sampled(None, sample, x)
+        assert chosen[0, 1, 7] == (sample.count == 5)
+        assert (token_mean(x, chosen)[0, 1, 3] == 0) == (sample.count == 5)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 1.0])

@@ -4,6 +4,7 @@
 #include "ptx/math.cuh"
 
 constexpr float kTiny = 1.9259299443872359e-34f;  // 2^-112: below it 1 / δ overflows, and a group counts as zeros
+constexpr float kLargestMean = 1.0141204801825835e31f;  // 2^103: |a − mean| then rounds to the largest float at most
 constexpr float kLargestSmoothed = 8.507059173023462e37f;  // 2^126: |a − mean| ≤ 2 · max|a| must stay below 2^128
 
 struct Scale {
