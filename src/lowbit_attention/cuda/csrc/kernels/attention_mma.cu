@@ -489,7 +489,7 @@ struct Loader {
     const u32 place = threadIdx.x / 32 * kWarpBytes + threadIdx.x % 32 * 16 + kMiddle;
     mine = args.tiles + first * sizeof(PackedTile) + place;
     to = shared_address(&shared.stages[0]) + place;
-    to_scale = u32(__builtin_offsetof(PackedTile, k_scale) + threadIdx.x % 4 * sizeof(float)) - place;
+    to_scale = u32(u64(kKTileBytes + kVTileBytes) + threadIdx.x % 4 * sizeof(float)) - place;  // they follow K and V
     pin_register(to);
 #if SMOOTH_Q
     const i64 query_tile = i64(blockIdx.x) * kGroups + threadIdx.x / 16 % kGroups;
