@@ -23,6 +23,8 @@ SCHEMA = 1
 
 MIN_NVRTC = (12, 8)
 """Older compilers build a trap for the FP8 MMA with an FP16 accumulator."""
+_CACHES = (12, 9)
+"""Older compilers know neither a cache of their own nor the option that turns it off."""
 
 NVRTC_WHEELS = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 """The packages that bring NVRTC, of CUDA 13 and of CUDA 12."""
@@ -144,7 +146,8 @@ def compile_source(source: Source, options: Options) -> Compiled:
         define_macro=[*options.defines] or None,
         include_path=None if source.root is None else str(source.root),
         ptxas_options=["-v"],  # its report of registers and spills
-        no_cache=True,  # NVRTC's own cache, where there is a driver, gives the code without that report
+        # NVRTC's own cache, where there is a driver, gives the code without that report; older ones have none
+        no_cache=True if nvrtc_version() >= _CACHES else None,
     )
     try:
         code = core.Program(source.text, "c++", program_options).compile("cubin", logs=log)

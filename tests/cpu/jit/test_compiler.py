@@ -111,6 +111,26 @@ def test_an_old_compiler_is_named(monkeypatch):
         compile_source(ADD, Options.of("sm_89", {"AMOUNT": 1}))
 
 
+@pytest.mark.parametrize(("version", "option"), [((12, 8), None), ((12, 9), True), ((13, 0), True)])
+def test_an_option_that_older_compilers_refuse_is_left_out(monkeypatch, version, option):
+    """NVRTC 12.8, which the oldest wheels of torch bring: 'unrecognized option --no-cache'."""
+    given = []
+    core = compiler._core()
+
+    class Core:
+        Program = core.Program
+
+        @staticmethod
+        def ProgramOptions(**options):
+            given.append(options["no_cache"])
+            return core.ProgramOptions(**options | {"no_cache": None})
+
+    monkeypatch.setattr(compiler, "_core", lambda: Core)
+    monkeypatch.setattr(compiler, "nvrtc_version", lambda: version)
+    compile_source(ADD, Options.of("sm_89", {"AMOUNT": "1.0f"}))
+    assert given == [option]
+
+
 def test_a_missing_compiler_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.core", None)
     with pytest.raises(MissingExtraError, match=r"lowbit-attention\[cuda13\]"):
