@@ -98,9 +98,12 @@ def _time(
 
 
 def table_from_rows(rows: Iterable[Mapping[str, str]]) -> dict[str, Any]:
-    """What ``data/sm_90_costs.json`` holds, from a benchmark's rows: whole calls of ours and cuDNN's."""
+    """What ``data/sm_90_costs.json`` holds, from a benchmark's rows: whole calls of ours and cuDNN's.
+
+    Of a recipe and shape that several commits timed, the last one's rows count.
+    """
     recipes = {f"ours:{name}": name for name in RECIPES} | {"torch_cudnn": "exact"}
-    collected: dict[str, dict[int, dict[float, list[float]]]] = {}
+    newest: dict[tuple[str, Shape], tuple[str, list[float]]] = {}
     facts: set[tuple[str, str]] = set()
     for row in rows:
         if row["part"] != "whole" or row["provider"] not in recipes or row["kv_len"] != row["q_len"]:
@@ -108,8 +111,13 @@ def table_from_rows(rows: Iterable[Mapping[str, str]]) -> dict[str, Any]:
         facts.add((row["gpu"], row["torch"]))
         b, hq, hk, nq, nk, d = (int(row[c]) for c in ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "head_dim"))
         shape = Shape("", b, hq, hk, nq, nk, d, row["is_causal"] == "True")
-        by_dim = collected.setdefault(recipes[row["provider"]], {}).setdefault(d, {})
-        by_dim.setdefault(float(shape.flops), []).append(float(row["tops"]))
+        key, commit = (recipes[row["provider"]], shape), row["commit"]
+        if key not in newest or newest[key][0] != commit:
+            newest[key] = (commit, [])
+        newest[key][1].append(float(row["tops"]))
+    collected: dict[str, dict[int, dict[float, list[float]]]] = {}
+    for (name, shape), (_, tops) in newest.items():
+        collected.setdefault(name, {}).setdefault(shape.head_dim, {}).setdefault(float(shape.flops), []).extend(tops)
     cards = ", ".join(sorted(f"{gpu}, torch {version}" for gpu, version in facts))
     return {
         "gpu": ", ".join(sorted({gpu for gpu, _ in facts})),
