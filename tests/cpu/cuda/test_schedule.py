@@ -10,7 +10,7 @@ ROWS = 64  # of a warpgroup
 
 
 def rows_of(item, pieces, warpgroups):
-    """Block and rows within it that `work_of` in csrc/kernels/attention_wgmma.cu gives an item."""
+    """Block and rows within it that `work_of` in csrc/wgmma/block.cuh gives an item."""
     rows, first = warpgroups * ROWS, 0
     if item >= pieces.whole:
         number_of_cut, count = item - pieces.whole, pieces.count - pieces.whole

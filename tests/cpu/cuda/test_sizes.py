@@ -28,8 +28,8 @@ def python_layout(text):
 @pytest.mark.parametrize(
     ("arguments", "file", "name"),
     [
-        (packing.ARGUMENTS, "kernels/pack.cu", "PackArgs"),
-        (hopper.ARGUMENTS, "kernels/attention_wgmma.cu", "AttentionArgs"),
+        (packing.ARGUMENTS, "pack/statistics.cuh", "PackArgs"),
+        (hopper.ARGUMENTS, "wgmma/block.cuh", "AttentionArgs"),
         (mma.ARGUMENTS, "kernels/attention_mma.cu", "MmaArgs"),
         (mma.SMOOTH_ARGUMENTS, "kernels/smooth_q.cu", "SmoothArgs"),
     ],
@@ -48,7 +48,7 @@ SUPPORTED = [name for name, r in RECIPES.items() if not hopper._recipe_reasons(r
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_shared_memory_is_what_the_kernels_struct_takes(name, head_dim):
-    config, file = wgmma_config(RECIPES[name], head_dim), "kernels/attention_wgmma.cu"
+    config, file = wgmma_config(RECIPES[name], head_dim), "wgmma/block.cuh"
     constants = dict(config.instance().defines) | {"true": 1, "false": 0}
     for part in ("tile/swizzle.cuh", "tile/strided.cuh"):
         read(part, constants)
@@ -75,13 +75,13 @@ PARTS = ("k_tiles", "v_tiles", "k_scales", "k_mean", "k_largest_scale", "v_scale
 
 
 CONSTANTS = {"HEAD_DIM": 128, "TILE_KEYS": TILE_KEYS, "ROTATE": 0, "K_LANES": 8, "V_HALF": 0}
-read("kernels/pack.cu", CONSTANTS)
+read("pack/statistics.cuh", CONSTANTS)
 
 
 def test_the_packing_kernels_use_clusters_where_the_host_launches_them():
     for keys in (64, 128):
         constants = CONSTANTS | {"TILE_KEYS": keys}
-        read("kernels/pack.cu", constants)
+        read("pack/statistics.cuh", constants)
         assert constants["CLUSTERS"] == PackFormat(keys).has_clusters
 
 
@@ -131,7 +131,7 @@ def test_a_plan_holds_everything_and_nothing_twice(batch, kv_heads, kv_len, head
 
 (PLACE,) = re.findall(
     r"int sampled_token\(int i, int tokens, int step, int rest\) \{\s*return (.+) \+ u32\((.+)\) / u32\((.+)\);\s*\}",
-    read("kernels/pack.cu", None),
+    read("pack/statistics.cuh", None),
 )
 """The terms a, b, c of a + b / c, the kernel's place of a sample's i-th token."""
 

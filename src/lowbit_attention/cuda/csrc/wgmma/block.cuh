@@ -1,0 +1,106 @@
+// A thread block of attention_wgmma: its arguments, its numbers, its shared memory, and which rows it works on.
+#pragma once
+#include "attend/schedule.cuh"
+#include "tile/strided.cuh"
+#include "tile/swizzle.cuh"
+
+struct AttentionArgs {
+  Strided q;              // [B, Hq, Nq, D]
+  void* out;              // [B, Hq, Nq, Dv] in q's type, channels next to each other
+  i64 out_batch, out_head, out_token;  // strides in elements
+  float* lse;             // [B, Hq, Nq], or null
+  const u8* k_tiles;      // [B · Hkv][tiles][128 keys × kDim]
+  const float* k_scales;  // [B · Hkv][tiles][4]
+  const u8* v_tiles;      // [B · Hkv][tiles][kDim × 128 keys]
+  const float* k_mean;    // [B · Hkv][kDim], for lse
+  const float* k_largest_scale;  // [B · Hkv], of all tiles
+  const float* v_scale;   // [B · Hkv][kDim]
+  const float* v_mean;    // [B · Hkv][kDim]
+  float sm_scale;         // logits = sm_scale · q · k
+  float logits_scale;     // |sm_scale| · log2 e
+  float log2_p_max;       // log2 P_r, rounded down
+  float p_max;            // P_r
+  float slack, headroom;  // of RestartedMax
+  i32 q_heads, kv_heads, q_len, kv_len, channels, v_channels;
+  i32 causal_offset;      // query i sees key j if j ≤ i + causal_offset; kv_len without causality
+  i32 tiles, items;       // items: pieces of work
+  i32 whole_items, rest;  // the first are whole blocks of rows; then `rest` blocks, in as many pieces as fill the card
+  i32 dtype;
+  Schedule schedule;
+};
+
+// ---- tile numbers
+
+constexpr int kDim = HEAD_DIM;
+constexpr int kRows = 64;                     // of a warpgroup: wgmma's M
+// P·V in two parts, the second of which takes the first's registers: sums of half the keys, or of half the channels
+// (in FP32 the sums of 128 channels and of P would not fit beside O, S and P).
+#define SPLITS_CHANNELS (!SUMS_F16 && HEAD_DIM == 128 && PROMOTION_KEYS == 128)
+constexpr bool kPromotesHalves = PROMOTION_KEYS == 64;
+constexpr bool kTwoParts = kPromotesHalves || SPLITS_CHANNELS;
+constexpr int kInterval = kPromotesHalves ? 1 : PROMOTION_KEYS / kTileKeys;  // tiles a promotion
+// O changes with every tile where each is promoted, so it lies in registers, which leaves room for two warpgroups. Where
+// it changes seldom it lies in shared memory, and a third warpgroup fills the time that a warp's latencies leave.
+#define OUTPUT_IN_SHARED (SUMS_F16 && PROMOTION_KEYS > 128)
+constexpr int kConsumers = OUTPUT_IN_SHARED ? 3 : 2;
+constexpr int kStages = kDim == 64 ? 4 : OUTPUT_IN_SHARED ? 2 : 3;  // pairs of tiles of K and V in flight
+constexpr int kThreads = 128 * (kConsumers + 1);
+// What setmaxnreg makes of the registers at launch, 128 · 512 or 168 · 384. O, S, P and FP32 sums of all take 212.
+constexpr bool kTight = !SUMS_F16 && kDim == 128 && !SPLITS_CHANNELS;
+constexpr int kProducerRegisters = OUTPUT_IN_SHARED ? 80 : kTight ? 56 : 72;
+constexpr int kConsumerRegisters = OUTPUT_IN_SHARED ? 144 : kTight ? 224 : 216;
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters == (kConsumers == 3 ? 128 * 4 : 168 * 3),
+              "more than the launch has: setmaxnreg would wait for ever");
+constexpr int kTileBytes = kTileKeys * kDim;
+constexpr int kOnes = SUM_IN_MMA ? 8 : 0;     // more rows of V: ones
+constexpr int kQueryWarps = 3;                // of the producer's warpgroup
+constexpr float kLn2 = 0.6931471805599453f;
+
+struct Shared {
+  alignas(1024) u8 k[kStages][kTileBytes];
+  alignas(1024) u8 v[kStages][kTileBytes + kOnes * kTileKeys];
+  alignas(1024) u8 q[2][kConsumers][kRows * kDim];
+#if OUTPUT_IN_SHARED
+  Vec16 o[kConsumers][kDim / 8][128];  // each thread's own, four by four
+#endif
+  float v_scale[2][kDim], v_mean[2][kDim];  // of the head of each piece of work
+  float k_scale[kStages][4];
+  float q_scale[2][kConsumers][4][8];       // of a warp's rows r and r + 8, in base-2 logits
+  float mean_logit[2][kConsumers][kRows];   // sm_scale · q · k̄
+  float k_largest_scale[2];                 // of the head's tiles
+  u64 full[kStages], empty[kStages], q_full[2], q_empty[2];
+};
+
+template <int kLength>
+struct Ring {  // a place in a ring of stages, and the parity of the barriers' phase there
+  int stage = 0;
+  u32 parity = 0;
+  __device__ void next() {
+    if (++stage == kLength) stage = 0, parity ^= 1;
+  }
+};
+
+struct Piece : Work {
+  i32 end_row;  // rows from here on are no part of it
+};
+
+// The blocks of the last turn are too few for the card, so each is cut between its warpgroups into up to kConsumers
+// pieces: all first pieces, then all second ones.
+__device__ inline Piece work_of(const AttentionArgs& args, i32 item) {
+  constexpr int kBlock = kConsumers * kRows;
+  int rows = kBlock, first = 0;
+  if (item >= args.whole_items) {
+    const i32 cut = item - args.whole_items, count = args.items - args.whole_items;  // `rest` times the pieces a block
+    const int number = (cut >= args.rest) + (kConsumers == 3 && cut >= 2 * args.rest);
+    rows = kConsumers == 3 && count == 2 * args.rest ? 2 * kRows : count > args.rest ? kRows : kBlock;
+    first = number * rows;
+    item -= number * args.rest;
+  }
+  const Work work = work_item(item, args.schedule, kBlock);
+  const i32 block_end = min(work.first_row + kBlock, args.q_len);
+  return {work.batch, work.head, work.kv_head, work.first_row + first, min(work.first_row + first + rows, block_end)};
+}
+
+__device__ inline KeyTiles tiles_of(const AttentionArgs& args, i32 first_row, i32 rows, const Piece& work) {
+  return key_tiles(first_row, rows, work.end_row, args.causal_offset, args.kv_len);
+}

@@ -1,0 +1,54 @@
+// P·V's sums of a warpgroup, in the two formats.
+#pragma once
+#include "ptx/convert.cuh"
+#include "ptx/math.cuh"
+#include "ptx/wgmma.cuh"
+#include "wgmma/block.cuh"
+
+#define WGMMA_NAME_(n, type) wgmma_m64n##n##k32_##type##_e4m3_rs
+#define WGMMA_NAME(n, type) WGMMA_NAME_(n, type)
+#if SPLITS_CHANNELS && SUM_IN_MMA  // the second half; the first is 64
+#define COLUMNS 72
+#elif SPLITS_CHANNELS
+#define COLUMNS 64
+#elif HEAD_DIM == 128 && SUM_IN_MMA
+#define COLUMNS 136
+#elif HEAD_DIM == 64 && SUM_IN_MMA
+#define COLUMNS 72
+#else
+#define COLUMNS HEAD_DIM
+#endif
+
+#if SUMS_F16
+using Sums = u32[COLUMNS / 4];  // two FP16 sums a register: row half r % 2, channels 8 · (r / 2) + 2q and + 1
+template <int kPart>
+__device__ __forceinline__ void multiply_pv(Sums& sums, const u32 (&p)[4], u64 v, bool accumulate) {
+  WGMMA_NAME(COLUMNS, f16)(sums, p, v, accumulate);
+}
+__device__ __forceinline__ float sum_of(const Sums& sums, int i) {
+  const u32 pair = sums[i / 4 * 2 + i / 2 % 2];
+  return cvt_f32_f16(u16(i % 2 ? pair >> 16 : pair));
+}
+__device__ __forceinline__ void rescale_sums(Sums& sums, const float (&factor)[2]) {
+  const u32 pair[2] = {cvt_f16x2_f32(factor[0], factor[0]), cvt_f16x2_f32(factor[1], factor[1])};
+#pragma unroll
+  for (int r = 0; r < COLUMNS / 4; ++r) sums[r] = mul_f16x2(sums[r], pair[r % 2]);
+}
+#else
+using Sums = float[COLUMNS / 2];
+template <int kPart>
+__device__ __forceinline__ void multiply_pv(Sums& sums, const u32 (&p)[4], u64 v, bool accumulate) {
+  if constexpr (SPLITS_CHANNELS && kPart == 0) {
+    wgmma_m64n64k32_f32_e4m3_rs(reinterpret_cast<float(&)[32]>(sums), p, v, accumulate);
+  } else {
+    WGMMA_NAME(COLUMNS, f32)(sums, p, v, accumulate);
+  }
+}
+__device__ __forceinline__ float sum_of(const Sums& sums, int i) { return sums[i]; }
+__device__ __forceinline__ void rescale_sums(Sums& sums, const float (&factor)[2]) {
+#pragma unroll
+  for (int i = 0; i < COLUMNS / 2; ++i) sums[i] *= factor[i / 2 % 2];
+}
+#endif
+
+__device__ __forceinline__ float row_sum(const Sums& sums, int half) { return sum_of(sums, COLUMNS / 2 - 4 + 2 * half); }
