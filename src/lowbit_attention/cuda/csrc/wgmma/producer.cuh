@@ -49,7 +49,9 @@ __device__ void quantize_queries(const AttentionArgs& args, Shared& shared) {
                             ? nullptr
                             : args.k_mean + (i64(work.batch) * args.kv_heads + work.kv_head) * kDim;
     mbarrier_wait(&shared.q_empty[ring.stage], ring.parity ^ 1);
-    quantize_rows<kDtype, kDim, kQueryWarps, kDim == 128 && (kDtype == kFloat32 || kConsumers == 2) ? 16 : 8>(
+    // Eight lanes of two rows have 16 registers of 16-bit channels, which fit in 80 but not in 72; FP32 takes twice that.
+    constexpr int kLanes = kDim == 128 && (kDtype == kFloat32 || kConsumers == 2) ? 16 : 8;
+    quantize_rows<kDtype, kDim, kQueryWarps, kLanes>(
         args.q, base, work.end_row - work.first_row, args.channels, args.sm_scale, args.logits_scale, mean,
         threadIdx.x / 32 - 1, {shared.q[ring.stage], shared.q_scale[ring.stage], shared.mean_logit[ring.stage]});
     shared.k_largest_scale[ring.stage] = args.k_largest_scale[i64(work.batch) * args.kv_heads + work.kv_head];
