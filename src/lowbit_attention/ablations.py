@@ -94,8 +94,9 @@ ABLATIONS: dict[str, Ablation] = {
                 "FP22, single level, smooth V": "sage2_8b:keys_per_promotion=never,row_sum=unrounded,smooth_v=true",
                 "FP16, 64 keys": "sage2pp_8b",
                 "FP16, 512 keys": "sage2pp_8b:p_max=28,v_max=4.5,keys_per_promotion=512",
-                "FP16, 512 keys, restarted": "fast_8b:smooth_v=false",
-                "FP16, 512 keys, restarted, smooth V": "fast_8b",
+                "FP16, 512 keys, restarted": "fast_8b:p_max=28,keys_per_promotion=512,smooth_v=false",
+                "FP16, 512 keys, restarted, smooth V": "fast_8b:p_max=28,keys_per_promotion=512",
+                "FP16, 1024 keys, restarted, smooth V": "fast_8b",
             },
         ),
         Ablation(

@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from .errors import InvalidArgumentError
 
 Fidelity = Literal["step", "instruction"]
@@ -88,19 +91,36 @@ ACCUMULATOR_MODELS: dict[str, AccumulatorModel] = {m.name: m for m in (ADA_FP22,
 
 @dataclass(frozen=True)
 class Machine:
-    """Whose numbers an emulation gives: a geometry, an accumulator model and how faithfully it is followed."""
+    """Whose numbers an emulation gives: a geometry, an accumulator model and how faithfully it is followed.
+
+    ``row_sum_columns``: how many columns of ones beside V share the keys among them where the MMA adds up P (see
+    `row_sum_column`).
+    """
 
     name: str
     geometry: Geometry = Geometry()
     accumulators: AccumulatorModel = ADA_FP22
     fidelity: Fidelity = "step"
+    row_sum_columns: Literal[1, 8] = 1
 
     def __post_init__(self) -> None:
+        if self.row_sum_columns not in (1, 8):
+            raise InvalidArgumentError(f"row_sum_columns={self.row_sum_columns}: 1, or 8 (an MMA's narrowest)")
         if self.fidelity not in ("step", "instruction"):
             raise InvalidArgumentError(f"fidelity={self.fidelity!r} is neither 'step' nor 'instruction'")
 
     def __str__(self) -> str:
         return f"{self.name} ({self.geometry}; {self.accumulators} accumulators, {self.fidelity} fidelity)"
+
+
+def row_sum_column(keys: Tensor, columns: int) -> Tensor:
+    """Which of a machine's columns of ones counts a key, int64 like ``keys`` (numbers of keys).
+
+    A kernel's P·V may have ``columns`` times the ones it needs, because an MMA has at least 8 columns. With the keys
+    shared among them every sum is an eighth, and so is what its truncation takes from each P. Key k goes to the column
+    of its half of 16 and of the thread of a quad whose registers hold it.
+    """
+    return keys % 32 // 16 * 4 + keys % 8 // 2 if columns == 8 else torch.zeros_like(keys)
 
 
 _ADA_TILES = Geometry(b_q=128, b_k=64, warp_rows=32)  # the papers' tiles, four warps of 32 rows
@@ -112,7 +132,7 @@ MACHINES: dict[str, Machine] = {
         Machine("sm_80", _ADA_TILES, SM90_MMA),  # no FP8 here: where a recipe wants it, FP16 MMAs do it as on sm_90
         Machine("sm_86", _ADA_TILES, SM90_MMA),
         Machine("sm_89", _ADA_TILES, ADA_FP22),
-        Machine("sm_90a", _HOPPER_TILES, SM90_WGMMA),
+        Machine("sm_90a", _HOPPER_TILES, SM90_WGMMA, row_sum_columns=8),
         Machine("sm_120a", _ADA_TILES, SM90_MMA),  # not probed; its FP32 sums are true FP32, as these are
     )
 }

@@ -96,17 +96,18 @@ def test_single_level_sums_drift_and_two_level_sums_do_not():
 def test_what_the_accumulator_cuts_off_does_not_govern_the_row_sum(name):
     """Of a column of ones every product is positive, so what FP8 MMAs cut off one by one is a bias of lse.
 
-    It is less than the rest of lse's error, which `step` has alone. (FP16 sums over 1024 keys: 4.3 times that error.)
+    It is less than the rest of lse's error, which `step` has alone. (Where one column counts all of 1024 keys, it is
+    4.3 times that error.)
     """
     q, k, v = make("normal", heads=1, length=2048, head_dim=64)
     scale = 1 / math.sqrt(64)
     _, true = exact(q, k, v, sm_scale=scale)
 
-    def error(spec, fidelity):
-        machine = resolve_machine("sm_90a", fidelity)
+    def error(spec, fidelity, columns=8):
+        machine = replace(resolve_machine("sm_90a", fidelity), row_sum_columns=columns)
         found = emulate(q.float(), k.float(), v.float(), recipe(spec), sm_scale=scale, machine=machine)
         return float((found.lse.double() - true).abs().mean())
 
-    assert error(name, "instruction") < 2 * error(name, "step")
+    assert error(name, "instruction") < 1.1 * error(name, "step")
     long = "fast_8b:p_max=14,keys_per_promotion=1024"
-    assert error(long, "instruction") > 2 * error(long, "step")
+    assert error(long, "instruction", columns=1) > 2 * error(long, "step")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..granularity import PerChannelAndKeyTile
-from ..machine import DEFAULT_MACHINE, Machine
+from ..machine import DEFAULT_MACHINE, Machine, row_sum_column
 from ..recipe import Recipe
 from .arithmetic import plain_arithmetic
 from .formats import FP32_MAX
@@ -107,8 +107,11 @@ def _slices(
     rows, keys = q.shape[1], k.shape[1]
     softmax = OnlineSoftmax((len(index), rows, v.shape[2]), recipe, machine, q.device)
     if softmax.sum_in_mma:
-        v = torch.cat([v, v.new_ones(*v.shape[:2], 1)], dim=2)
-        tile_scale = torch.cat([tile_scale, tile_scale.new_ones(*tile_scale.shape[:2], 1)], dim=2)
+        columns = machine.row_sum_columns
+        column = row_sum_column(torch.arange(keys, device=v.device), columns)
+        ones = torch.nn.functional.one_hot(column, columns).to(v.dtype)
+        v = torch.cat([v, ones.expand(v.shape[0], -1, -1)], dim=2)
+        tile_scale = torch.cat([tile_scale, tile_scale.new_ones(*tile_scale.shape[:2], columns)], dim=2)
     scaled_by_tile = isinstance(recipe.v_granularity, PerChannelAndKeyTile)
 
     interval = recipe.promotion_keys(geometry)

@@ -29,7 +29,8 @@ class OnlineSoftmax:
         slices, rows, channels = shape
         self.recipe, self.machine = recipe, machine
         self.sum_in_mma = recipe.row_sum == "accumulator"
-        columns = channels + self.sum_in_mma  # the row sum is the last column's
+        self.channels = channels
+        columns = channels + (machine.row_sum_columns if self.sum_in_mma else 0)  # the last columns' are the row sum
         partial_dtype = torch.float64 if machine.accumulators.lossless else torch.float32
 
         def rows_of(value: float) -> Tensor:
@@ -102,8 +103,8 @@ class OnlineSoftmax:
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Output ``[S, N, channels]`` over its row sum (0 for rows that saw no key), row maximum and row sum / P_r."""
-        row_sum = self.out[..., -1] if self.sum_in_mma else self.out_l
-        out = self.out[..., :-1] if self.sum_in_mma else self.out
+        row_sum = self.out[..., self.channels :].sum(dim=-1) if self.sum_in_mma else self.out_l
+        out = self.out[..., : self.channels]
         out = out / torch.where(row_sum == 0, 1.0, row_sum)[..., None]
         return out, self.out_m, row_sum / self.recipe.p_max
 

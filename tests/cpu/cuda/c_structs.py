@@ -17,6 +17,8 @@ NESTED = {
     "Schedule": "attend/schedule.cuh",
     "Divisor": "attend/schedule.cuh",
     "Stage": "kernels/attention_mma.cu",
+    "Work": "attend/schedule.cuh",
+    "Piece": "wgmma/block.cuh",
 }
 
 
@@ -73,8 +75,8 @@ def read(file, constants):
 
 def layout(file, name, constants=None):
     """``(name, offset, `struct` code)`` of every member, ``Strided`` ones opened; the struct's size and alignment."""
-    (body,) = re.findall(rf"struct {name} \{{(.*?)\n\}};", read(file, constants), flags=re.DOTALL)
-    flat, end, widest = [], 0, 1
+    ((base, body),) = re.findall(rf"struct {name}(?: : (\w+))? \{{(.*?)\n\}};", read(file, constants), flags=re.DOTALL)
+    flat, end, widest = layout(NESTED[base], base, constants) if base else ([], 0, 1)
     for member, kind, pointer, asked, dims in members(body):
         if kind in NESTED:
             inner, size, alignment = layout(NESTED[kind], kind, constants)

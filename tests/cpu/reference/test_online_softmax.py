@@ -97,9 +97,12 @@ def attend(x: np.ndarray, v: np.ndarray, v_scale: np.ndarray, r: Recipe, machine
     per_tile = isinstance(r.v_granularity, PerChannelAndKeyTile)
     in_mma, f16_sums = r.row_sum == "accumulator", kind in ("fp16", "fp8_f16") and not model.lossless
     every: Any = {"tile": b_k, "never": math.inf}.get(r.keys_per_promotion, r.keys_per_promotion)
-    ones, channels, wide = np.ones((len(x), 1), f32), v.shape[1], f64 if model.lossless else f32
+    columns = [(k % 32 // 16) * 4 + k % 8 // 2 if machine.row_sum_columns == 8 else 0 for k in range(len(x))]
+    ones = np.eye(machine.row_sum_columns, dtype=f32)[columns]  # a key counts in one column only
+    channels, wide = v.shape[1], f64 if model.lossless else f32
     row = Row(np.zeros(channels, f32), -math.inf, np.zeros(channels))
-    row_sum, m_out, seen, m = f32(0), -INF, -INF, -INF
+    m_out, seen, m = -INF, -INF, -INF
+    row_sum = np.zeros(machine.row_sum_columns if in_mma else 1, f32)
     sums: list[np.ndarray] = []  # the accumulator, the row sum and Σ|p·v|; empty: an interval starts
 
     def rescaled(total: np.ndarray, factor: f32, in_accumulator: bool) -> np.ndarray:
@@ -112,7 +115,7 @@ def attend(x: np.ndarray, v: np.ndarray, v_scale: np.ndarray, r: Recipe, machine
         old, new = power(m_out, m_new), power(m, m_new)
         scale = v_scale[tile] if per_tile else np.ones(channels, f32)
         row.out = row.out * old + (sums[0].astype(f32) * scale) * new
-        row_sum, m_out = row_sum * old + sums[1].astype(f32)[0] * new, m_new
+        row_sum, m_out = row_sum * old + sums[1].astype(f32) * new, m_new
         row.size = row.size * f64(old) + sums[2] * scale * new
         row.promotions += 1
         sums.clear()
@@ -136,7 +139,11 @@ def attend(x: np.ndarray, v: np.ndarray, v_scale: np.ndarray, r: Recipe, machine
             ends = (tile if r.promote_first_tile else tile + 1) % (every // b_k) == 0
         part = int(min(every, b_k))
         for at in range(start, stop, part):
-            sums = sums or [np.zeros(channels, wide), np.zeros(1, wide if in_mma else f32), np.zeros(channels)]
+            sums = sums or [
+                np.zeros(channels, wide),
+                np.zeros_like(row_sum, wide if in_mma else f32),
+                np.zeros(channels),
+            ]
             keys = slice(at, min(at + part, stop))
             exponent = (x[keys] - m) + f32(math.log2(r.p_max)) if m > -INF else np.full_like(x[keys], -INF)
             p = np.exp2(exponent.astype(f64)).astype(f32)
@@ -151,10 +158,11 @@ def attend(x: np.ndarray, v: np.ndarray, v_scale: np.ndarray, r: Recipe, machine
                 promote(tile)
     if sums:
         promote(-1)
-    if row_sum > 0:
+    total = row_sum.sum(dtype=f32)
+    if total > 0:
         scale = np.ones(channels, f32) if per_tile else v_scale[0]
-        row.out, row.size = row.out / row_sum * scale, row.size / f64(row_sum) * scale
-        row.lse = math.log(2) * f64(m_out) + math.log(f64(row_sum) / r.p_max)
+        row.out, row.size = row.out / total * scale, row.size / f64(total) * scale
+        row.lse = math.log(2) * f64(m_out) + math.log(f64(total) / r.p_max)
     return row
 
 

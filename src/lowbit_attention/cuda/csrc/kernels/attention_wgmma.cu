@@ -66,6 +66,16 @@ struct Consumer {
   __device__ __forceinline__ void release(int stage) {
     if (arrives) mbarrier_arrive(&shared.empty[stage]);
   }
+  // Three warpgroups begin their MMAs in turns: whose come first end first, so that the warpgroups stay apart. (The tensor
+  // cores would share them out, and all three would wait for all of them.)
+  static constexpr bool kTakesTurns = OUTPUT_IN_SHARED;
+  static constexpr int kTurnThreads = 2 * 128;  // the warpgroup whose turn it is, and that before it
+  __device__ __forceinline__ void await_turn() const {
+    if (kTakesTurns) bar_sync(1 + thread.group, kTurnThreads);
+  }
+  __device__ __forceinline__ void pass_turn() const {
+    if (kTakesTurns) bar_arrive(1 + (thread.group + 1) % kConsumers, kTurnThreads);
+  }
   __device__ __forceinline__ void pass_stage() {
     wait_for_stage();
     release(ring.stage);
@@ -128,7 +138,7 @@ struct Consumer {
       float x[4];
 #if OUTPUT_IN_SHARED
       Vec16 old = {};
-      if constexpr (!kFirst) old = shared.o[thread.group][four][threadIdx.x % 128];
+      if constexpr (!kFirst) old = shared.o[thread.group][thread.warp][four][threadIdx.x % 32];
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[i] = __uint_as_float(old.word[i]);
 #else
@@ -145,7 +155,7 @@ struct Consumer {
   __device__ __forceinline__ void promote(const Sums& from, const float (&scale)[2]) {
     promoted<kFirst, kPart>(from, scale, [&](int four, const float (&x)[4]) {
 #if OUTPUT_IN_SHARED
-      shared.o[thread.group][four][threadIdx.x % 128] = {
+      shared.o[thread.group][thread.warp][four][threadIdx.x % 32] = {
           {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])}};
 #else
 #pragma unroll
@@ -190,8 +200,12 @@ struct Consumer {
       if (tile > 0 && begins) {
         float scale[2];
         rows.promotion<kMasked>(change, scale);
-        if (tile == (PROMOTE_FIRST ? 1 : kInterval)) promote<true, 0>(sums, scale);
-        else promote<false, 0>(sums, scale);
+        if (tile == (PROMOTE_FIRST ? 1 : kInterval)) {
+          await_rows_sent();
+          promote<true, 0>(sums, scale);
+        } else {
+          promote<false, 0>(sums, scale);
+        }
       } else if (change.moved) {
         rows.rescale<kMasked>(change, rescale);  // (here: nothing waits for the vote)
         rescale_sums(sums, rescale);
@@ -222,8 +236,10 @@ struct Consumer {
       promote<false, 0>(sums, rescale);
       begin_pv<1>(false);
     } else {
+      await_turn();
       if constexpr (kMore) begin_scores();
       begin_pv<0>(!begins);
+      pass_turn();
     }
     if constexpr (kMore && !kDrain) {
       wgmma_wait_group<1>();
@@ -251,7 +267,7 @@ struct Consumer {
 
   // O / l · δ_V + v̄, and lse. Rows that saw no key give 0 and −∞. Where O lies in shared memory, `last` says what it is
   // to be multiplied with before the last interval's sums are added; `first`: there is no O yet.
-  template <Dtype kDtype, bool kWhole>  // kWhole: every row and channel of the block exists
+  template <Dtype kDtype>
   __device__ __forceinline__ void finish(const Piece& work, const float (&last)[2], bool first) {
     const i32 token = work.first_row + thread.group * kRows + thread.row(0);
     float inverse[2], seen[2];
@@ -260,61 +276,86 @@ struct Consumer {
       float sum = rows.sum[half];
 #if SUM_IN_MMA
       if (kInterval > 1) sum = __fmaf_rn(sum, last[half], row_sum(sums, half));
-#else
+#endif
       sum += __shfl_xor_sync(0xFFFFFFFF, sum, 1);
       sum += __shfl_xor_sync(0xFFFFFFFF, sum, 2);
-#endif
       seen[half] = rows.m[half] == -kInfinity ? 0.0f : 1.0f;
       inverse[half] = rows.m[half] == -kInfinity ? 0.0f : 1.0f / sum;
-      if (args.lse != nullptr && thread.q == 0 && (kWhole || token + 8 * half < work.end_row)) {
+      if (args.lse != nullptr && thread.q == 0 && token + 8 * half < work.end_row) {
         const float mean_logit = shared.mean_logit[q_ring.stage][thread.group][thread.row(half)];
         args.lse[(i64(work.batch) * args.q_heads + work.head) * args.q_len + token + 8 * half] =
             rows.m[half] == -kInfinity ? -kInfinity : (rows.m[half] + __log2f(sum / args.p_max)) * kLn2 + mean_logit;
       }
     }
     const i64 at = work.batch * args.out_batch + work.head * args.out_head + token * args.out_token + 2 * thread.q;
-    const bool inside[2] = {kWhole || token < work.end_row, kWhole || token + 8 < work.end_row};
-    const auto store = [&](int i, const float (&x)[4]) {
+    u32 y[kDim / 8][2];
+    const auto keep = [&](int i, const float (&x)[4]) {
+      if (i % 4 == 0) pmevent_if(args.items < 0);  // (else the assembler loads more at once than registers are left)
       const Vec8 scale = *reinterpret_cast<const Vec8*>(&shared.v_scale[q_ring.stage][8 * i + 2 * thread.q]);
       const Vec8 mean = *reinterpret_cast<const Vec8*>(&shared.v_mean[q_ring.stage][8 * i + 2 * thread.q]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float y[2];
+        float z[2];
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const float scaled = x[2 * half + c] * inverse[half] * __uint_as_float(scale.word[c]);
-          y[c] = __fmaf_rn(__uint_as_float(mean.word[c]), seen[half], scaled);
-          y[c] = max_nan_f32(min_nan_f32(y[c], kLargest<kDtype>), -kLargest<kDtype>);
+          z[c] = __fmaf_rn(__uint_as_float(mean.word[c]), seen[half], scaled);
+          if (kDtype == kFloat32) z[c] = max_nan_f32(min_nan_f32(z[c], kLargest<kDtype>), -kLargest<kDtype>);
         }
-        if (kWhole || (inside[half] && 8 * i < args.v_channels)) {
-          store_pair<kDtype>(args.out, at + 8 * half * args.out_token + 8 * i, y[0], y[1]);
+        if constexpr (kDtype != kFloat32) {
+          y[i][half] = saturated_pair<kDtype>(z[0], z[1]);
+        } else if (token + 8 * half < work.end_row && 8 * i < args.v_channels) {  // (too many to be sent together)
+          store_pair<kDtype>(args.out, at + 8 * half * args.out_token + 8 * i, z[0], z[1]);
         }
       }
     };
 #if OUTPUT_IN_SHARED
-    if (first) promoted<true, 0>(sums, last, store);
-    else promoted<false, 0>(sums, last, store);
+    if (first) promoted<true, 0>(sums, last, keep);
+    else promoted<false, 0>(sums, last, keep);
 #else
 #pragma unroll
     for (int i = 0; i < kDim / 8; ++i) {
       const float x[4] = {o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]};
-      store(i, x);
+      keep(i, x);
     }
 #endif
-  }
-  template <Dtype kDtype>
-  __device__ __forceinline__ void finish(const Piece& work, const float (&last)[2], bool first) {
-    const i32 end = work.first_row + (thread.group + 1) * kRows;
-    if (end <= work.end_row && args.v_channels == kDim) finish<kDtype, true>(work, last, first);
-    else finish<kDtype, false>(work, last, first);
+    if constexpr (kDtype != kFloat32) send_rows(work, y);
   }
 
-  __device__ __forceinline__ void work_on(i32 item) {
-    const Piece work = work_of(args, item);
+  // The warp's 16 rows go to the caller by the copy engine, through the warp's part of shared memory: a lane has two
+  // channels at a time of a row, and such stores would take longer than two tiles.
+  __device__ __forceinline__ void send_rows(const Piece& work, const u32 (&y)[kDim / 8][2]) {
+    // From row to row: a chunk more than it has, so that eight rows' equal chunks lie in different banks.
+    constexpr int kPitch = kDim * 2 + 16;
+    static_assert(16 * kPitch <= int(sizeof(shared.o[0][0])), "a warp's rows do not fit in its part");
+    const u32 lane = threadIdx.x % 32, at = shared_address(shared.o[thread.group][thread.warp]);
+    await_rows_sent();  // (and all lanes have read O)
+#pragma unroll
+    for (int i = 0; i < kDim / 8; i += 2) {
+      stmatrix_m8n8_x4(at + lane % 16 * kPitch + (i + lane / 16) * 16, y[i][0], y[i][1], y[i + 1][0], y[i + 1][1]);
+    }
+    fence_proxy_async();
+    __syncwarp();
+    const i32 token = work.first_row + thread.group * kRows + 16 * thread.warp + i32(lane);
+    if (lane < 16 && token < work.end_row) {
+      const i64 to = work.batch * args.out_batch + work.head * args.out_head + token * args.out_token;
+      cp_async_bulk_global_shared(static_cast<u16*>(args.out) + to, at + lane * kPitch, args.v_channels * 2);
+    }
+    cp_async_bulk_commit_group();
+  }
+
+  // Until the last piece of work's rows have left the warp's part of shared memory.
+  __device__ __forceinline__ void await_rows_sent() {
+    cp_async_bulk_wait_group_read<0>();
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void work_on() {
+    mbarrier_wait(&shared.q_full[q_ring.stage], q_ring.parity);
+    const Piece work = shared.piece[q_ring.stage];
     const i32 first_row = work.first_row + thread.group * kRows;
     const KeyTiles mine = tiles_of(args, first_row, kRows, work);
     const KeyTiles all = tiles_of(args, work.first_row, kConsumers * kRows, work);
-    mbarrier_wait(&shared.q_full[q_ring.stage], q_ring.parity);
 #if !OUTPUT_IN_SHARED
 #pragma unroll
     for (int i = 0; i < kDim / 2; ++i) o[i] = 0.0f;
@@ -353,12 +394,14 @@ struct Consumer {
       for (int i = 0; i < int(sizeof(Sums) / 4); ++i) sums[i] = 0;
       if (all.count > 0) pass_stage();
     }
-    for (i32 j = mine.count; j < all.count; ++j) pass_stage();  // stages that only another warpgroup's rows need
+    for (i32 j = mine.count; j < all.count; ++j) {  // stages that only another warpgroup's rows need
+      await_turn(), pass_turn();
+      pass_stage();
+    }
     float last_scale[2] = {0.0f, 0.0f};
     if constexpr (kInterval > 1) rows.last_promotion(last_scale);
     const bool first = tile <= (PROMOTE_FIRST ? 1 : kInterval);
-    asm volatile("" : "+r"(item));  // (so that the compiler works the rest out again, instead of keeping it all the while)
-    const Piece done = work_of(args, item);
+    const Piece done = shared.piece[q_ring.stage];  // (read again, instead of keeping it all the while)
     if (done.first_row + thread.group * kRows < done.end_row) {
       if (args.dtype == kBFloat16) finish<kBFloat16>(done, last_scale, first);
       else if (args.dtype == kFloat16) finish<kFloat16>(done, last_scale, first);
@@ -383,15 +426,22 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attention_wgmma(const 
     fence_mbarrier_init();
   }
 #if SUM_IN_MMA
-  {  // the rows of ones: copies never touch them
+  {  // the rows of ones: copies never touch them. Each counts every eighth word of keys (machine.py: row_sum_column)
     constexpr u32 kFourOnes = 0x38383838;  // E4M3
-    for (int i = threadIdx.x; i < kStages * kOnes * kTileKeys / 4; i += kThreads) {
-      const int s = i / (kOnes * kTileKeys / 4), at = i % (kOnes * kTileKeys / 4);
-      reinterpret_cast<u32*>(shared.v[s] + kTileBytes)[at] = kFourOnes;
+    constexpr int kWords = kTileKeys / 4;
+    for (int i = threadIdx.x; i < kStages * kOnes * kWords; i += kThreads) {
+      const int stage = i / (kOnes * kWords), row = i / kWords % kOnes, word = i % kWords;
+      const int at = kTileBytes + swizzled<kTileKeys>(row, word / 4) + word % 4 * 4;
+      *reinterpret_cast<u32*>(shared.v[stage] + at) = word % kOnes == row ? kFourOnes : 0;
     }
     fence_proxy_async();
   }
 #endif
+  // As in kernels/pack.cu: what wrote Q had ended before packing began. Only lse needs a result of packing.
+  if (args.lse != nullptr) griddepcontrol_wait();
+  if (args.dtype == kBFloat16) quantize_first_queries<kBFloat16>(args, shared);
+  else if (args.dtype == kFloat16) quantize_first_queries<kFloat16>(args, shared);
+  else quantize_first_queries<kFloat32>(args, shared);
   __syncthreads();
   griddepcontrol_wait();  // K and V are packed
   if (threadIdx.x < 128) {
@@ -399,15 +449,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attention_wgmma(const 
     if (threadIdx.x == 0) {
       copy_tiles(args, shared);
     } else if (threadIdx.x >= 32) {
-      if (args.dtype == kBFloat16) quantize_queries<kBFloat16>(args, shared);
-      else if (args.dtype == kFloat16) quantize_queries<kFloat16>(args, shared);
-      else quantize_queries<kFloat32>(args, shared);
+      if (args.dtype == kBFloat16) quantize_other_queries<kBFloat16>(args, shared);
+      else if (args.dtype == kFloat16) quantize_other_queries<kFloat16>(args, shared);
+      else quantize_other_queries<kFloat32>(args, shared);
     }
   } else {
     setmaxnreg_inc<kConsumerRegisters>();
     Consumer consumer{args, shared, Thread()};
+    if (consumer.thread.group == kConsumers - 1) consumer.pass_turn();  // the first one's first
     for (i32 item = blockIdx.x; item < args.items; item += gridDim.x) {
-      consumer.work_on(item);
+      consumer.work_on();
     }
+    consumer.await_rows_sent();
   }
 }

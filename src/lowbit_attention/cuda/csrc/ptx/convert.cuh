@@ -17,6 +17,16 @@ __device__ inline u32 cvt_bf16x2_f32(float high, float low) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
   return out;
 }
+__device__ inline u32 cvt_satfinite_f16x2_f32(float high, float low) {
+  u32 out;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+__device__ inline u32 cvt_satfinite_bf16x2_f32(float high, float low) {
+  u32 out;
+  asm("cvt.rn.satfinite.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
 __device__ inline float cvt_f32_f16(u16 half) {
   float out;
   asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(half));

@@ -10,6 +10,22 @@ __device__ inline void cp_async_bulk_shared_global(void* to, const void* from, u
       "l"(from), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
 }
+// The other way; in groups that a thread commits and awaits. (`read`: until shared memory may be written again.)
+__device__ inline void cp_async_bulk_global_shared(void* to, u32 from, u32 bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
+}
+__device__ inline void cp_async_bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ void cp_async_bulk_wait_group_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+// Four 8 × 8 matrices of 16-bit numbers, a lane holding two neighbours of a row of each; lane l has the address of row
+// l % 8 of matrix l / 8.
+__device__ inline void stmatrix_m8n8_x4(u32 address, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
 
 // Read once: do not keep it in L1.
 __device__ inline Vec16 ld_global_nc_v4(const void* from) {

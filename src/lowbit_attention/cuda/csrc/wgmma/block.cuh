@@ -56,18 +56,23 @@ constexpr int kOnes = SUM_IN_MMA ? 8 : 0;     // more rows of V: ones
 constexpr int kQueryWarps = 3;                // of the producer's warpgroup
 constexpr float kLn2 = 0.6931471805599453f;
 
+struct Piece : Work {
+  i32 end_row;  // rows from here on are no part of it
+};
+
 struct Shared {
   alignas(1024) u8 k[kStages][kTileBytes];
   alignas(1024) u8 v[kStages][kTileBytes + kOnes * kTileKeys];
   alignas(1024) u8 q[2][kConsumers][kRows * kDim];
-#if OUTPUT_IN_SHARED
-  Vec16 o[kConsumers][kDim / 8][128];  // each thread's own, four by four
-#endif
+  // A warp's own: O between promotions (OUTPUT_IN_SHARED; each thread's own numbers, four by four), and its rows on their
+  // way out.
+  Vec16 o[kConsumers][4][kDim / 8][32];
   float v_scale[2][kDim], v_mean[2][kDim];  // of the head of each piece of work
   float k_scale[kStages][4];
   float q_scale[2][kConsumers][4][8];       // of a warp's rows r and r + 8, in base-2 logits
   float mean_logit[2][kConsumers][kRows];   // sm_scale · q · k̄
   float k_largest_scale[2];                 // of the head's tiles
+  Piece piece[2];
   u64 full[kStages], empty[kStages], q_full[2], q_empty[2];
 };
 
@@ -78,10 +83,6 @@ struct Ring {  // a place in a ring of stages, and the parity of the barriers' p
   __device__ void next() {
     if (++stage == kLength) stage = 0, parity ^= 1;
   }
-};
-
-struct Piece : Work {
-  i32 end_row;  // rows from here on are no part of it
 };
 
 // The blocks of the last turn are too few for the card, so each is cut between its warpgroups into up to kConsumers

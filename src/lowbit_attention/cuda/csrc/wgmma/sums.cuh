@@ -51,4 +51,8 @@ __device__ __forceinline__ void rescale_sums(Sums& sums, const float (&factor)[2
 }
 #endif
 
-__device__ __forceinline__ float row_sum(const Sums& sums, int half) { return sum_of(sums, COLUMNS / 2 - 4 + 2 * half); }
+// The last eight columns are P · ones, the keys shared among them: a thread has two of them for each of its rows.
+__device__ __forceinline__ float row_sum(const Sums& sums, int half) {
+  constexpr int kFirst = COLUMNS / 2 - 4;
+  return sum_of(sums, kFirst + 2 * half) + sum_of(sums, kFirst + 2 * half + 1);
+}
