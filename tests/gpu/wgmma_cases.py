@@ -54,7 +54,7 @@ def covering(times):
 def compile_everything():
     """Every instance that the tests use, side by side: one after the other would take minutes."""
     named = (i for i in MANIFEST if i.arch == "sm_90a")
-    configs = (wgmma_config(r, dim) for r in TESTED.values() for dim in HEAD_DIMS)
+    configs = (wgmma_config(r, dim, t) for r in TESTED.values() for dim in HEAD_DIMS for t in DTYPES.values())
     jobs = {str(i): i for i in (*named, *(c.instance() for c in configs))}
     cache().get_all((i.source(), i.options()) for i in jobs.values())
 

@@ -20,7 +20,7 @@ from ..recipes import recipe as find_recipe
 from ..reference.formats import round_e4m3
 from ..reference.masks import LOG2E
 from ..request import Request
-from .instances import DTYPE_CODES, WgmmaConfig, pack_instance, wgmma_config
+from .instances import WgmmaConfig, pack_instance, wgmma_config
 from .launch import Arguments, Kernel, cache, load
 from .packing import Packer, PackPlan, loadable, packer, sample_reasons
 from .schedule import (
@@ -34,7 +34,7 @@ from .schedule import (
 )
 from .speeds import speedup
 
-ARGUMENTS = Arguments("P3q P3q P 7P 6f 12i 4i 8I 0q".replace(" ", ""))
+ARGUMENTS = Arguments("P3q P3q P 7P 6f 11i 4i 8I 0q".replace(" ", ""))
 """``AttentionArgs``."""
 
 
@@ -127,7 +127,7 @@ class HopperAttention(Implementation):
 def _make_plan(request: Request, recipe: Recipe, index: int) -> _Plan:
     head_dim, v_head_dim = (-(-d // 8) * 8 for d in (request.head_dim, request.v_head_dim))
     pack = PackPlan.of(request.batch, request.kv_heads, request.kv_len, head_dim, v_head_dim, recipe)
-    config = wgmma_config(recipe, pack.dim)
+    config = wgmma_config(recipe, pack.dim, request.dtype)
     instances = (pack_instance(pack.dim, request.dtype, "sm_90a"), config.instance())
     cache().get_all((i.source(), i.options()) for i in instances)  # (side by side, the first time)
     q_blocks = -(-request.q_len // config.q_rows)
@@ -135,7 +135,7 @@ def _make_plan(request: Request, recipe: Recipe, index: int) -> _Plan:
     offset = request.kv_len if request.causal_offset is None else request.causal_offset
     integers = (
         request.q_heads, request.kv_heads, request.q_len, request.kv_len, head_dim, v_head_dim,
-        offset, pack.tiles, pieces.count, pieces.whole, pieces.rest, DTYPE_CODES[request.dtype],
+        offset, pack.tiles, pieces.count, pieces.whole, pieces.rest,
         *schedule(request, q_blocks, heads_side_by_side(request, pack, index)),
     )  # fmt: skip
     kind = recipe.softmax_max

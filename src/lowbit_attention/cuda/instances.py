@@ -122,12 +122,14 @@ def smooth_q_instance(head_dim: int, dtype: torch.dtype, arch: str) -> Instance:
 class WgmmaConfig:
     """What the Hopper attention kernel is compiled for; the macros of csrc/kernels/attention_wgmma.cu.
 
-    ``sums_f16``: P·V in FP16 sums, else in FP32-typed ones; ``promotion_keys``: after how many keys they are added to
-    the FP32 output; ``promote_first``: after the first tile, too; ``restart``: each interval has its own maximum;
-    ``sum_in_mma``: the row sum is a column of ones beside V.
+    ``dtype``: Q's and the output's (code for all types at once is twice as long, and does not always stay in the
+    instruction cache: docs/kernels/hopper.md); ``sums_f16``: P·V in FP16 sums, else in FP32-typed ones;
+    ``promotion_keys``: after how many keys they are added to the FP32 output; ``promote_first``: after the first tile,
+    too; ``restart``: each interval has its own maximum; ``sum_in_mma``: the row sum is that of the columns of ones.
     """
 
     head_dim: int
+    dtype: torch.dtype = torch.bfloat16
     sums_f16: bool = False
     promotion_keys: int = 128
     promote_first: bool = False
@@ -181,6 +183,7 @@ class WgmmaConfig:
             "sm_90a",
             (
                 ("HEAD_DIM", self.head_dim),
+                ("INPUT_DTYPE", DTYPE_CODES[self.dtype]),
                 ("SUMS_F16", int(self.sums_f16)),
                 ("PROMOTION_KEYS", self.promotion_keys),
                 ("PROMOTE_FIRST", int(self.promote_first)),
@@ -192,13 +195,14 @@ class WgmmaConfig:
         )
 
 
-def wgmma_config(recipe: Recipe, head_dim: int) -> WgmmaConfig:
+def wgmma_config(recipe: Recipe, head_dim: int, dtype: torch.dtype) -> WgmmaConfig:
     """The configuration that runs a recipe which `attention_wgmma` supports, for channels padded to ``head_dim``."""
     keys = recipe.promotion_keys(WgmmaConfig.geometry)
     if keys is None:
         raise ValueError(f"recipe {recipe} never promotes, and attention_wgmma has no such instance")
     return WgmmaConfig(
         head_dim,
+        dtype,
         sums_f16=recipe.accumulator == "fp8_f16",
         promotion_keys=keys,
         promote_first=recipe.promote_first_tile and keys > WgmmaConfig.geometry.b_k,
@@ -328,8 +332,7 @@ def _manifest() -> Iterable[Instance]:
     for head_dim in HEAD_DIMS:
         for dtype in DTYPE_CODES:
             yield pack_instance(head_dim, dtype, "sm_90a")
-        for name in WGMMA_RECIPES:
-            yield wgmma_config(RECIPES[name], head_dim).instance()
+            yield from (wgmma_config(RECIPES[name], head_dim, dtype).instance() for name in WGMMA_RECIPES)
     for arch in MMA_ARCHS:
         for head_dim in HEAD_DIMS:
             configs = [mma_config(RECIPES[name], head_dim, arch) for name in mma_recipes(arch)]

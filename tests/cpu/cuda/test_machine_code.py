@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from lowbit_attention import recipe
 from lowbit_attention.cuda.hopper import KERNEL
@@ -14,7 +15,7 @@ from lowbit_attention.jit.compiler import compile_source
 @pytest.fixture(scope="module")
 def smoke():
     """The smallest instance of the attention kernel, compiled."""
-    instance = wgmma_config(recipe("sage2_8b"), 64).instance()
+    instance = wgmma_config(recipe("sage2_8b"), 64, torch.bfloat16).instance()
     return instance, compile_source(instance.source(), instance.options())
 
 
@@ -66,8 +67,8 @@ def test_serialised_mmas_are_remarked_by_the_compiler(smoke):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("r", KERNEL.auto_recipes, ids=str)
 def test_what_auto_may_ask_for_is_in_the_manifest(r, head_dim):
-    assert wgmma_config(r, head_dim).instance() in MANIFEST
     for dtype in DTYPE_CODES:
+        assert wgmma_config(r, head_dim, dtype).instance() in MANIFEST
         assert pack_instance(head_dim, dtype, "sm_90a") in MANIFEST
 
 

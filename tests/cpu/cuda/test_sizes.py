@@ -48,7 +48,7 @@ SUPPORTED = [name for name, r in RECIPES.items() if not hopper._recipe_reasons(r
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_shared_memory_is_what_the_kernels_struct_takes(name, head_dim):
-    config, file = wgmma_config(RECIPES[name], head_dim), "wgmma/block.cuh"
+    config, file = wgmma_config(RECIPES[name], head_dim, torch.float16), "wgmma/block.cuh"
     constants = dict(config.instance().defines) | {"true": 1, "false": 0}
     for part in ("tile/swizzle.cuh", "tile/strided.cuh"):
         read(part, constants)

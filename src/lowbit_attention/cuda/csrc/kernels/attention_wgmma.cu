@@ -8,6 +8,7 @@
 //
 // docs/kernels/hopper.md counts the cycles. Compiled for:
 //   HEAD_DIM         64 or 128 (channels are padded to it)
+//   INPUT_DTYPE      Q's and the output's, of tile/strided.cuh
 //   SUMS_F16         P·V in FP16 sums (1) or FP32-typed ones (0)
 //   PROMOTION_KEYS   after how many keys they are added to the FP32 output: 64 or a multiple of 128
 //   PROMOTE_FIRST    promote after the first tile, too, and count from there
@@ -267,7 +268,6 @@ struct Consumer {
 
   // O / l · δ_V + v̄, and lse. Rows that saw no key give 0 and −∞. Where O lies in shared memory, `last` says what it is
   // to be multiplied with before the last interval's sums are added; `first`: there is no O yet.
-  template <Dtype kDtype>
   __device__ __forceinline__ void finish(const Piece& work, const float (&last)[2], bool first) {
     const i32 token = work.first_row + thread.group * kRows + thread.row(0);
     float inverse[2], seen[2];
@@ -288,6 +288,7 @@ struct Consumer {
       }
     }
     const i64 at = work.batch * args.out_batch + work.head * args.out_head + token * args.out_token + 2 * thread.q;
+    const i32 channels[2] = {token < work.end_row ? args.v_channels : 0, token + 8 < work.end_row ? args.v_channels : 0};
     u32 y[kDim / 8][2];
     const auto keep = [&](int i, const float (&x)[4]) {
       if (i % 4 == 0) pmevent_if(args.items < 0);  // (else the assembler loads more at once than registers are left)
@@ -300,12 +301,12 @@ struct Consumer {
         for (int c = 0; c < 2; ++c) {
           const float scaled = x[2 * half + c] * inverse[half] * __uint_as_float(scale.word[c]);
           z[c] = __fmaf_rn(__uint_as_float(mean.word[c]), seen[half], scaled);
-          if (kDtype == kFloat32) z[c] = max_nan_f32(min_nan_f32(z[c], kLargest<kDtype>), -kLargest<kDtype>);
+          if (kInput == kFloat32) z[c] = max_nan_f32(min_nan_f32(z[c], kLargest<kInput>), -kLargest<kInput>);
         }
-        if constexpr (kDtype != kFloat32) {
-          y[i][half] = saturated_pair<kDtype>(z[0], z[1]);
-        } else if (token + 8 * half < work.end_row && 8 * i < args.v_channels) {  // (too many to be sent together)
-          store_pair<kDtype>(args.out, at + 8 * half * args.out_token + 8 * i, z[0], z[1]);
+        if constexpr (kInput != kFloat32) {
+          y[i][half] = saturated_pair<kInput>(z[0], z[1]);
+        } else {  // (too many to be sent together)
+          st_global_v2_if(8 * i < channels[half], static_cast<float*>(args.out) + at + 8 * half * args.out_token + 8 * i, z[0], z[1]);
         }
       }
     };
@@ -319,7 +320,7 @@ struct Consumer {
       keep(i, x);
     }
 #endif
-    if constexpr (kDtype != kFloat32) send_rows(work, y);
+    if constexpr (kInput != kFloat32) send_rows(work, y);
   }
 
   // The warp's 16 rows go to the caller by the copy engine, through the warp's part of shared memory: a lane has two
@@ -403,9 +404,7 @@ struct Consumer {
     const bool first = tile <= (PROMOTE_FIRST ? 1 : kInterval);
     const Piece done = shared.piece[q_ring.stage];  // (read again, instead of keeping it all the while)
     if (done.first_row + thread.group * kRows < done.end_row) {
-      if (args.dtype == kBFloat16) finish<kBFloat16>(done, last_scale, first);
-      else if (args.dtype == kFloat16) finish<kFloat16>(done, last_scale, first);
-      else finish<kFloat32>(done, last_scale, first);
+      finish(done, last_scale, first);
     }
     __syncwarp();
     if (arrives) mbarrier_arrive(&shared.q_empty[q_ring.stage]);
@@ -439,9 +438,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attention_wgmma(const 
 #endif
   // As in kernels/pack.cu: what wrote Q had ended before packing began. Only lse needs a result of packing.
   if (args.lse != nullptr) griddepcontrol_wait();
-  if (args.dtype == kBFloat16) quantize_first_queries<kBFloat16>(args, shared);
-  else if (args.dtype == kFloat16) quantize_first_queries<kFloat16>(args, shared);
-  else quantize_first_queries<kFloat32>(args, shared);
+  quantize_first_queries(args, shared);
   __syncthreads();
   griddepcontrol_wait();  // K and V are packed
   if (threadIdx.x < 128) {
@@ -449,9 +446,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attention_wgmma(const 
     if (threadIdx.x == 0) {
       copy_tiles(args, shared);
     } else if (threadIdx.x >= 32) {
-      if (args.dtype == kBFloat16) quantize_other_queries<kBFloat16>(args, shared);
-      else if (args.dtype == kFloat16) quantize_other_queries<kFloat16>(args, shared);
-      else quantize_other_queries<kFloat32>(args, shared);
+      quantize_other_queries(args, shared);
     }
   } else {
     setmaxnreg_inc<kConsumerRegisters>();

@@ -25,13 +25,13 @@ struct AttentionArgs {
   i32 causal_offset;      // query i sees key j if j ≤ i + causal_offset; kv_len without causality
   i32 tiles, items;       // items: pieces of work
   i32 whole_items, rest;  // the first are whole blocks of rows; then `rest` blocks, in as many pieces as fill the card
-  i32 dtype;
   Schedule schedule;
 };
 
 // ---- tile numbers
 
 constexpr int kDim = HEAD_DIM;
+constexpr Dtype kInput = Dtype(INPUT_DTYPE);
 constexpr int kRows = 64;                     // of a warpgroup: wgmma's M
 // P·V in two parts, the second of which takes the first's registers: sums of half the keys, or of half the channels
 // (in FP32 the sums of 128 channels and of P would not fit beside O, S and P).

@@ -41,31 +41,30 @@ __device__ void copy_tiles(const AttentionArgs& args, Shared& shared) {
 }
 
 // The rows of Q of a piece of work, by `kWarps` warps of which this is number `warp`.
-template <Dtype kDtype, int kWarps>
+template <int kWarps>
 __device__ void quantize_queries(const AttentionArgs& args, Shared& shared, const Piece& work, int stage, int warp) {
-  // Eight lanes of two rows have 16 registers of 16-bit channels, which fit in 80 but not in 72; FP32 takes twice that.
-  constexpr int kLanes = kDim == 128 && (kDtype == kFloat32 || kConsumers == 2) ? 16 : 8;
+  // Eight lanes of two rows have 16 registers of 16-bit channels, which fit in 80 (BF16's, whose conversion is a shift) but
+  // not in 72; FP32 takes twice that.
+  constexpr int kLanes = kDim == 128 && (kInput != kBFloat16 || kConsumers == 2) ? 16 : 8;
   const i64 base = i64(work.batch) * args.q.batch + i64(work.head) * args.q.head + i64(work.first_row) * args.q.token;
   const float* mean = args.lse == nullptr ? nullptr : args.k_mean + (i64(work.batch) * args.kv_heads + work.kv_head) * kDim;
-  quantize_rows<kDtype, kDim, kWarps, kLanes>(args.q, base, work.end_row - work.first_row, args.channels, args.sm_scale,
+  quantize_rows<kInput, kDim, kWarps, kLanes>(args.q, base, work.end_row - work.first_row, args.channels, args.sm_scale,
                                               args.logits_scale, mean, warp,
                                               {shared.q[stage], shared.q_scale[stage], shared.mean_logit[stage]});
   fence_proxy_async();
 }
 
 // The block's first piece of work, while it has nothing else to do: all warps, before they take their roles.
-template <Dtype kDtype>
 __device__ void quantize_first_queries(const AttentionArgs& args, Shared& shared) {
-  quantize_queries<kDtype, kThreads / 32>(args, shared, work_of(args, blockIdx.x), 0, threadIdx.x / 32);
+  quantize_queries<kThreads / 32>(args, shared, work_of(args, blockIdx.x), 0, threadIdx.x / 32);
 }
 
-template <Dtype kDtype>
 __device__ void quantize_other_queries(const AttentionArgs& args, Shared& shared) {
   Ring<2> ring;
   for (i32 item = blockIdx.x; item < args.items; item += gridDim.x, ring.next()) {
     const Piece work = work_of(args, item);
     mbarrier_wait(&shared.q_empty[ring.stage], ring.parity ^ 1);
-    if (item != blockIdx.x) quantize_queries<kDtype, kQueryWarps>(args, shared, work, ring.stage, threadIdx.x / 32 - 1);
+    if (item != blockIdx.x) quantize_queries<kQueryWarps>(args, shared, work, ring.stage, threadIdx.x / 32 - 1);
     shared.k_largest_scale[ring.stage] = args.k_largest_scale[i64(work.batch) * args.kv_heads + work.kv_head];
     mbarrier_arrive(&shared.q_full[ring.stage]);
   }
