@@ -166,7 +166,7 @@ class WgmmaConfig:
         ones = 8 * TILE_KEYS if self.sum_in_mma else 0
         rows = self.consumers * 64
         used = stages * (2 * tile + ones) + 2 * rows * self.head_dim
-        used += rows * self.head_dim * 4  # O, and rows on their way out
+        used += rows * self.head_dim * 4 if self.output_in_shared else 0
         used += 2 * 2 * self.head_dim * 4  # V's scales and means
         used += (
             stages * 16 + 2 * self.consumers * 4 * 32 + 2 * rows * 4 + 8 + (2 * stages + 4) * 8 + 2 * 20

@@ -287,9 +287,12 @@ struct Consumer {
             rows.m[half] == -kInfinity ? -kInfinity : (rows.m[half] + __log2f(sum / args.p_max)) * kLn2 + mean_logit;
       }
     }
+#if ROWS_THROUGH_SHARED
+    u32 y[kDim / 8][2];
+#else
     const i64 at = work.batch * args.out_batch + work.head * args.out_head + token * args.out_token + 2 * thread.q;
     const i32 channels[2] = {token < work.end_row ? args.v_channels : 0, token + 8 < work.end_row ? args.v_channels : 0};
-    u32 y[kDim / 8][2];
+#endif
     const auto keep = [&](int i, const float (&x)[4]) {
       if (i % 4 == 0) pmevent_if(args.items < 0);  // (else the assembler loads more at once than registers are left)
       const Vec8 scale = *reinterpret_cast<const Vec8*>(&shared.v_scale[q_ring.stage][8 * i + 2 * thread.q]);
@@ -301,13 +304,14 @@ struct Consumer {
         for (int c = 0; c < 2; ++c) {
           const float scaled = x[2 * half + c] * inverse[half] * __uint_as_float(scale.word[c]);
           z[c] = __fmaf_rn(__uint_as_float(mean.word[c]), seen[half], scaled);
-          if (kInput == kFloat32) z[c] = max_nan_f32(min_nan_f32(z[c], kLargest<kInput>), -kLargest<kInput>);
         }
-        if constexpr (kInput != kFloat32) {
-          y[i][half] = saturated_pair<kInput>(z[0], z[1]);
-        } else {  // (too many to be sent together)
-          st_global_v2_if(8 * i < channels[half], static_cast<float*>(args.out) + at + 8 * half * args.out_token + 8 * i, z[0], z[1]);
-        }
+#if ROWS_THROUGH_SHARED
+        y[i][half] = saturated_pair<kInput>(z[0], z[1]);
+#else
+#pragma unroll
+        for (int c = 0; c < 2; ++c) z[c] = max_nan_f32(min_nan_f32(z[c], kLargest<kInput>), -kLargest<kInput>);
+        if (8 * i < channels[half]) store_pair<kInput>(args.out, at + 8 * half * args.out_token + 8 * i, z[0], z[1]);
+#endif
       }
     };
 #if OUTPUT_IN_SHARED
@@ -320,9 +324,12 @@ struct Consumer {
       keep(i, x);
     }
 #endif
-    if constexpr (kInput != kFloat32) send_rows(work, y);
+#if ROWS_THROUGH_SHARED
+    send_rows(work, y);
+#endif
   }
 
+#if ROWS_THROUGH_SHARED
   // The warp's 16 rows go to the caller by the copy engine, through the warp's part of shared memory: a lane has two
   // channels at a time of a row, and such stores would take longer than two tiles.
   __device__ __forceinline__ void send_rows(const Piece& work, const u32 (&y)[kDim / 8][2]) {
@@ -350,6 +357,9 @@ struct Consumer {
     cp_async_bulk_wait_group_read<0>();
     __syncwarp();
   }
+#else
+  __device__ __forceinline__ void await_rows_sent() {}
+#endif
 
   __device__ __forceinline__ void work_on() {
     mbarrier_wait(&shared.q_full[q_ring.stage], q_ring.parity);

@@ -56,15 +56,6 @@ __device__ inline Vec8 ld_shared_v2(u32 address) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(out.word[0]), "=r"(out.word[1]) : "r"(address) : "memory");
   return out;
 }
-// (A branch around the store would cost registers where there are none left.)
-__device__ inline void st_global_v2_if(bool condition, void* to, float a, float b) {
-  asm volatile(
-      "{ .reg .pred p;\n"
-      "  setp.ne.s32 p, %0, 0;\n"
-      "  @p st.global.v2.f32 [%1], {%2, %3}; }" ::"r"(i32(condition)),
-      "l"(to), "f"(a), "f"(b)
-      : "memory");
-}
 __device__ inline float ld_global_f32(const float* from) {
   float out;
   asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(out) : "l"(from));

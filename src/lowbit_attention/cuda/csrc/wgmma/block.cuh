@@ -42,6 +42,9 @@ constexpr int kInterval = kPromotesHalves ? 1 : PROMOTION_KEYS / kTileKeys;  // 
 // O changes with every tile where each is promoted, so it lies in registers, which leaves room for two warpgroups. Where
 // it changes seldom it lies in shared memory, and a third warpgroup fills the time that a warp's latencies leave.
 #define OUTPUT_IN_SHARED (SUMS_F16 && PROMOTION_KEYS > 128)
+// Then rows leave through there, too, but for FP32's, which do not fit. (From registers through shared memory they would
+// take registers for addresses, and there are none left: the assembler serialises the MMAs of some instances.)
+#define ROWS_THROUGH_SHARED (OUTPUT_IN_SHARED && INPUT_DTYPE != 0)
 constexpr int kConsumers = OUTPUT_IN_SHARED ? 3 : 2;
 constexpr int kStages = kDim == 64 ? 4 : OUTPUT_IN_SHARED ? 2 : 3;  // pairs of tiles of K and V in flight
 constexpr int kThreads = 128 * (kConsumers + 1);
@@ -64,9 +67,10 @@ struct Shared {
   alignas(1024) u8 k[kStages][kTileBytes];
   alignas(1024) u8 v[kStages][kTileBytes + kOnes * kTileKeys];
   alignas(1024) u8 q[2][kConsumers][kRows * kDim];
-  // A warp's own: O between promotions (OUTPUT_IN_SHARED; each thread's own numbers, four by four), and its rows on their
-  // way out.
+#if OUTPUT_IN_SHARED
+  // A warp's own: O between promotions (each thread's numbers, four by four), and 16-bit rows on their way out.
   Vec16 o[kConsumers][4][kDim / 8][32];
+#endif
   float v_scale[2][kDim], v_mean[2][kDim];  // of the head of each piece of work
   float k_scale[kStages][4];
   float q_scale[2][kConsumers][4][8];       // of a warp's rows r and r + 8, in base-2 logits
