@@ -20,19 +20,10 @@
 #include "tile/output.cuh"
 #include "wgmma/block.cuh"
 #include "wgmma/producer.cuh"
+#include "wgmma/rows.cuh"
 #include "wgmma/sums.cuh"
 
 // ---- a consumer warpgroup
-
-struct Thread {  // where a thread stands in its warpgroup
-  int group, warp, quad, q;
-  __device__ Thread()
-      : group(__shfl_sync(0xFFFFFFFF, threadIdx.x / 128 - 1, 0)),  // (so that the compiler knows it is the warp's)
-        warp(__shfl_sync(0xFFFFFFFF, threadIdx.x / 32 % 4, 0)),
-        quad(threadIdx.x % 32 / 4),
-        q(threadIdx.x % 4) {}
-  __device__ int row(int half) const { return 16 * warp + quad + 8 * half; }
-};
 
 struct Consumer {
   const AttentionArgs& args;
@@ -325,41 +316,9 @@ struct Consumer {
     }
 #endif
 #if ROWS_THROUGH_SHARED
-    send_rows(work, y);
+    send_rows(args, work, shared.o[thread.group][thread.warp], token - thread.quad, y);
 #endif
   }
-
-#if ROWS_THROUGH_SHARED
-  // The warp's 16 rows go to the caller by the copy engine, through the warp's part of shared memory: a lane has two
-  // channels at a time of a row, and such stores would take longer than two tiles.
-  __device__ __forceinline__ void send_rows(const Piece& work, const u32 (&y)[kDim / 8][2]) {
-    // From row to row: a chunk more than it has, so that eight rows' equal chunks lie in different banks.
-    constexpr int kPitch = kDim * 2 + 16;
-    static_assert(16 * kPitch <= int(sizeof(shared.o[0][0])), "a warp's rows do not fit in its part");
-    const u32 lane = threadIdx.x % 32, at = shared_address(shared.o[thread.group][thread.warp]);
-    await_rows_sent();  // (and all lanes have read O)
-#pragma unroll
-    for (int i = 0; i < kDim / 8; i += 2) {
-      stmatrix_m8n8_x4(at + lane % 16 * kPitch + (i + lane / 16) * 16, y[i][0], y[i][1], y[i + 1][0], y[i + 1][1]);
-    }
-    fence_proxy_async();
-    __syncwarp();
-    const i32 token = work.first_row + thread.group * kRows + 16 * thread.warp + i32(lane);
-    if (lane < 16 && token < work.end_row) {
-      const i64 to = work.batch * args.out_batch + work.head * args.out_head + token * args.out_token;
-      cp_async_bulk_global_shared(static_cast<u16*>(args.out) + to, at + lane * kPitch, args.v_channels * 2);
-    }
-    cp_async_bulk_commit_group();
-  }
-
-  // Until the last piece of work's rows have left the warp's part of shared memory.
-  __device__ __forceinline__ void await_rows_sent() {
-    cp_async_bulk_wait_group_read<0>();
-    __syncwarp();
-  }
-#else
-  __device__ __forceinline__ void await_rows_sent() {}
-#endif
 
   __device__ __forceinline__ void work_on() {
     mbarrier_wait(&shared.q_full[q_ring.stage], q_ring.parity);
@@ -465,6 +424,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attention_wgmma(const 
     for (i32 item = blockIdx.x; item < args.items; item += gridDim.x) {
       consumer.work_on();
     }
-    consumer.await_rows_sent();
+    await_rows_sent();
   }
 }

@@ -109,3 +109,13 @@ __device__ inline Piece work_of(const AttentionArgs& args, i32 item) {
 __device__ inline KeyTiles tiles_of(const AttentionArgs& args, i32 first_row, i32 rows, const Piece& work) {
   return key_tiles(first_row, rows, work.end_row, args.causal_offset, args.kv_len);
 }
+
+struct Thread {  // where a thread stands in its warpgroup
+  int group, warp, quad, q;
+  __device__ Thread()
+      : group(__shfl_sync(0xFFFFFFFF, threadIdx.x / 128 - 1, 0)),  // (so that the compiler knows it is the warp's)
+        warp(__shfl_sync(0xFFFFFFFF, threadIdx.x / 32 % 4, 0)),
+        quad(threadIdx.x % 32 / 4),
+        q(threadIdx.x % 4) {}
+  __device__ int row(int half) const { return 16 * warp + quad + 8 * half; }
+};
