@@ -13,7 +13,7 @@ import torch
 from lowbit_attention.cuda.instances import CSRC, TILE_KEYS
 from lowbit_attention.cuda.layout import TOKEN_ORDER, swizzled_offsets, unpack_keys, unpack_values
 from lowbit_attention.granularity import PerThread
-from lowbit_attention.machine import MACHINES
+from lowbit_attention.machine import MACHINES, row_sum_column
 
 # (rows, row bytes) of what wgmma reads: Q, K and Vᵀ for 128 and for 64 channels
 TILES = [(64, 128), (128, 128), (64, 64), (128, 64)]
@@ -149,6 +149,54 @@ def test_registers_give_the_product_of_p_and_v(dim, sums, columns):
                 row, channel = (16 * WARP + LANE // 4 + 8 * half)[:, 0], (8 * i + 2 * Q + c)[:, 0]
                 out[row, channel] = mine[:, 4 * i + 2 * half + c]
     assert np.array_equal(out, p @ v)
+
+
+def test_the_rows_of_ones_share_the_keys_as_the_reference_does():
+    """attention_wgmma.cu writes them word by word, wgmma reads them as it reads V; sums.cuh adds up a thread's two."""
+    columns, words = 8, TILE_KEYS // 4
+    memory = np.zeros(columns * TILE_KEYS, dtype=np.int64)
+    offsets = swizzled_offsets(columns, TILE_KEYS).numpy()
+    for row in range(columns):
+        for word in range(words):
+            at = offsets[row, word // 4] + word % 4 * 4
+            memory[at : at + 4] = word % columns == row
+    byte = np.arange(TILE_KEYS)
+    read = np.stack([memory[address_read(row, byte % 32, TILE_KEYS, byte // 32)] for row in range(columns)])
+    counted = np.empty((TILE_KEYS, columns), dtype=np.int64)  # [key, column]
+    key = byte // 16 * 16 + np.array(TOKEN_ORDER)[byte % 16]
+    counted[key] = read.T
+    assert (counted.sum(axis=1) == 1).all()  # every key once
+    assert np.array_equal(counted.argmax(axis=1), row_sum_column(torch.arange(TILE_KEYS), columns).numpy())
+
+    p = np.random.default_rng(0).integers(0, 449, (64, TILE_KEYS))
+    row, column = half_accumulator_place(columns)
+    pairs = (p @ counted)[row[..., None], column]  # [thread, register, two columns]
+    for half in range(2):
+        mine = pairs[:, half].sum(axis=1)
+        over_quad = mine.reshape(-1, 4).sum(axis=1)
+        assert np.array_equal(over_quad, p.sum(axis=1)[(16 * WARP + LANE // 4 + 8 * half)[::4, 0]])
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_rows_on_their_way_out_lie_in_order(dim):
+    """rows.cuh: a warp's 16 rows by stmatrix, in rows of ``pitch`` bytes; no two of eight chunks meet in a bank."""
+    pitch, lane = 2 * dim + 16, np.arange(32)
+    rows = np.arange(16 * dim).reshape(16, dim)
+    memory = np.full(16 * pitch // 2, -1)  # 16-bit numbers
+
+    def register(i, half):  # y[i][half] of every lane: two channels
+        return np.stack([rows[lane // 4 + 8 * half, 8 * i + 2 * (lane % 4) + c] for c in range(2)], axis=1)
+
+    for i in range(0, dim // 8, 2):
+        registers = (register(i, 0), register(i, 1), register(i + 1, 0), register(i + 1, 1))
+        address = lane % 16 * pitch + (i + lane // 16) * 16
+        for matrix in range(4):
+            assert len({a // 16 % 8 for a in address[8 * matrix : 8 * matrix + 8]}) == 8
+            for row in range(8):  # whose address lane 8 · matrix + row has, and whose numbers lanes 4 · row … hold
+                at = address[8 * matrix + row] // 2
+                memory[at : at + 8] = registers[matrix][4 * row : 4 * row + 4].flatten()
+    for row in range(16):
+        assert np.array_equal(memory[row * pitch // 2 :][:dim], rows[row])
 
 
 def test_a_thread_needs_one_scale_of_q_and_one_of_k():
