@@ -91,7 +91,10 @@ class HopperAttention(Implementation):
         out, lse = self._attend(q, plan, address, sm_scale, index)
         return (out if out.shape[3] == plan.v_head_dim else out[..., : plan.v_head_dim]), lse
 
-    def _attend(self, q: Tensor, plan: _Plan, workspace: int, sm_scale: float, index: int) -> Output:
+    def _attend(
+        self, q: Tensor, plan: _Plan, workspace: int, sm_scale: float, index: int, overlaps: bool = True
+    ) -> Output:
+        """``overlaps``: the kernel before this one on the stream is the packing, which Q's writer did not outlast."""
         request, pack = plan.request, plan.pack
         batch, heads, length, _ = q.shape
         if request.layout == "NHD":
@@ -111,7 +114,7 @@ class HopperAttention(Implementation):
                 *plan.integers,
             )
         )  # fmt: skip
-        plan.kernel(plan.grid, index, arguments, overlaps=True)
+        plan.kernel(plan.grid, index, arguments, overlaps=overlaps)
         return out, lse
 
     def _plan(self, request: Request, recipe: Recipe, index: int) -> _Plan:
@@ -247,7 +250,7 @@ def kernel_alone(
 
     def call() -> object:
         with torch.cuda.device(index):
-            return KERNEL._attend(q, plan, workspace.data_ptr(), scale, index)[0]
+            return KERNEL._attend(q, plan, workspace.data_ptr(), scale, index, overlaps=False)[0]
 
     return call
 

@@ -129,7 +129,7 @@ class WgmmaConfig:
     """
 
     head_dim: int
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype
     sums_f16: bool = False
     promotion_keys: int = 128
     promote_first: bool = False
@@ -140,7 +140,7 @@ class WgmmaConfig:
 
     @property
     def output_in_shared(self) -> bool:
-        """Whether O lies in shared memory (kOutputInShared)."""
+        """Whether O lies in shared memory (OUTPUT_IN_SHARED)."""
         return self.sums_f16 and self.promotion_keys > self.geometry.b_k
 
     @property
@@ -168,9 +168,8 @@ class WgmmaConfig:
         used = stages * (2 * tile + ones) + 2 * rows * self.head_dim
         used += rows * self.head_dim * 4 if self.output_in_shared else 0
         used += 2 * 2 * self.head_dim * 4  # V's scales and means
-        used += (
-            stages * 16 + 2 * self.consumers * 4 * 32 + 2 * rows * 4 + 8 + (2 * stages + 4) * 8 + 2 * 20
-        )  # pieces of work
+        used += stages * 16 + 2 * self.consumers * 4 * 32 + 2 * rows * 4 + 8 + (2 * stages + 4) * 8
+        used += 2 * 20  # pieces of work
         return -(-used // 1024) * 1024
 
     def instance(self) -> Instance:

@@ -394,16 +394,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attention_wgmma(const 
     fence_mbarrier_init();
   }
 #if SUM_IN_MMA
-  {  // the rows of ones: copies never touch them. Each counts every eighth word of keys (machine.py: row_sum_column)
-    constexpr u32 kFourOnes = 0x38383838;  // E4M3
-    constexpr int kWords = kTileKeys / 4;
-    for (int i = threadIdx.x; i < kStages * kOnes * kWords; i += kThreads) {
-      const int stage = i / (kOnes * kWords), row = i / kWords % kOnes, word = i % kWords;
-      const int at = kTileBytes + swizzled<kTileKeys>(row, word / 4) + word % 4 * 4;
-      *reinterpret_cast<u32*>(shared.v[stage] + at) = word % kOnes == row ? kFourOnes : 0;
-    }
-    fence_proxy_async();
-  }
+  write_ones(shared);
 #endif
   // As in kernels/pack.cu: what wrote Q had ended before packing began. Only lse needs a result of packing.
   if (args.lse != nullptr) griddepcontrol_wait();

@@ -1,5 +1,6 @@
 // P·V's sums of a warpgroup, in the two formats.
 #pragma once
+#include "ptx/barrier.cuh"
 #include "ptx/convert.cuh"
 #include "ptx/math.cuh"
 #include "ptx/wgmma.cuh"
@@ -48,6 +49,21 @@ __device__ __forceinline__ float sum_of(const Sums& sums, int i) { return sums[i
 __device__ __forceinline__ void rescale_sums(Sums& sums, const float (&factor)[2]) {
 #pragma unroll
   for (int i = 0; i < COLUMNS / 2; ++i) sums[i] *= factor[i / 2 % 2];
+}
+#endif
+
+#if SUM_IN_MMA
+// The rows of ones behind every stage's V, which copies never touch. Each counts every eighth word of keys, as
+// `row_sum_column` of machine.py says.
+__device__ __forceinline__ void write_ones(Shared& shared) {
+  constexpr u32 kFourOnes = 0x38383838;  // E4M3
+  constexpr int kWords = kTileKeys / 4;
+  for (int i = threadIdx.x; i < kStages * kOnes * kWords; i += kThreads) {
+    const int stage = i / (kOnes * kWords), row = i / kWords % kOnes, word = i % kWords;
+    const int at = kTileBytes + swizzled<kTileKeys>(row, word / 4) + word % 4 * 4;
+    *reinterpret_cast<u32*>(shared.v[stage] + at) = word % kOnes == row ? kFourOnes : 0;
+  }
+  fence_proxy_async();
 }
 #endif
 
