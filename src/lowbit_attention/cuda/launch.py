@@ -75,16 +75,16 @@ class Kernel:
         device: int,
         arguments: int,
         overlaps: bool = False,
-        clustered: bool = False,
+        cluster: int = 1,
     ) -> None:
         """Launch on the current stream of ``device``, which must be current.
 
         ``overlaps``: the kernel may begin while the one before it ends, and waits for it itself (programmatic
-        dependent launch). ``clustered``: the blocks of a row of the grid (its first dimension) are a thread block
-        cluster.
+        dependent launch). ``cluster``: so many neighbouring blocks (in the first dimension, whose size is a
+        multiple) are a thread block cluster.
         """
         stream = torch._C._cuda_getCurrentRawStream(device)
-        key = (grid, stream, overlaps, clustered)
+        key = (grid, stream, overlaps, cluster)
         config = self._configs.get(key)
         if config is None:
             if len(self._configs) >= _MOST_CONFIGS:
@@ -98,7 +98,7 @@ class Kernel:
                 result = self._launch(config, self._function, arguments, 0)[0]
             self._checked((result,))
 
-    def _config(self, grid: tuple[int, int, int], stream: int, overlaps: bool, clustered: bool) -> Any:
+    def _config(self, grid: tuple[int, int, int], stream: int, overlaps: bool, cluster: int) -> Any:
         driver = self._driver
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
@@ -111,11 +111,11 @@ class Kernel:
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1
             attributes.append(attribute)
-        if clustered:
+        if cluster > 1:
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            cluster = attribute.value.clusterDim
-            cluster.x, cluster.y, cluster.z = grid[0], 1, 1
+            size = attribute.value.clusterDim
+            size.x, size.y, size.z = cluster, 1, 1
             attributes.append(attribute)
         if attributes:
             config.attrs = attributes

@@ -22,7 +22,9 @@ _LEAST_SPLIT = 256
 _MOST_SPLITS = 32
 _MOST_CLUSTER_SPLITS = 8
 """Where the splits of a head are a thread block cluster (kMostClusterSplits). A block has 32 KB of loads under way, and
-some 100 of them keep an H100's memory busy: with 7 heads or more, that many splits of K and V do."""
+some 100 of them keep an H100's memory busy: with 13 heads or more, that many splits of V do."""
+_CLUSTERED_BLOCKS = 528
+"""Blocks of the statistics that run at once: 4 on each of 132 multiprocessors. (A few more take twice as long.)"""
 _MOST_SAMPLED = 1024
 """Tokens of a sample of K (the kernel finds them in 32 bits)."""
 _BLOCKS = 1056
@@ -49,9 +51,9 @@ class PackPlan:
     splits: int
     tokens_a_split: int
     k_tokens: int
-    k_tokens_a_split: int
     tiles_a_block: int
     statistics_grid: tuple[int, int, int]
+    cluster: int
     pack_grid: tuple[int, int, int]
     k_tiles: int
     v_tiles: int
@@ -89,10 +91,11 @@ class PackPlan:
         k_tokens = min(recipe.k_sample.count, kv_len) if isinstance(recipe.k_sample, SampledTokens) else kv_len
         full_reads = 2 * heads if k_tokens == kv_len else heads  # of V, and of K
         splits, tokens_a_split = _splits(full_reads, kv_len, dim, form)
-        at_once = _tokens_at_once(dim)
-        k_tokens_a_split = tokens_a_split if k_tokens == kv_len else -(-k_tokens // (splits * at_once)) * at_once
+        of_k = heads * splits if k_tokens == kv_len else -(-heads // splits) * splits  # (clusters are whole)
         tiles_at_once = _PACK_THREADS * 16 * 8 // (dim * form.tile_keys)  # of V, that a block packs
-        tiles_a_block = _power_of_two_below(max(tiles_at_once, min(8, heads * tiles // _BLOCKS)))
+        # Several tiles cost a few percent, but where each block adds up its head's splits, that is worse.
+        most_tiles = tiles_at_once if form.has_clusters else min(8, heads * tiles // _BLOCKS)
+        tiles_a_block = _power_of_two_below(max(tiles_at_once, most_tiles))
         blocks = -(-tiles // tiles_a_block)
         k_bytes, v_bytes, record = form.k_bytes(dim), form.v_bytes(dim), form.record_bytes(dim)
         arrays = {"k_tiles": k_bytes, "v_tiles": v_bytes, "k_scales": 4 * 4}
@@ -123,9 +126,9 @@ class PackPlan:
             splits=splits,
             tokens_a_split=tokens_a_split,
             k_tokens=k_tokens,
-            k_tokens_a_split=k_tokens_a_split,
             tiles_a_block=tiles_a_block,
-            statistics_grid=(splits, heads, 2),
+            statistics_grid=(heads * splits + of_k, 1, 1),
+            cluster=splits if form.has_clusters else 1,
             pack_grid=(blocks, heads, 2),
             k_stride=record if form.is_record else k_bytes,
             v_stride=record if form.is_record else v_bytes,
@@ -145,6 +148,13 @@ def sample_reasons(recipe: Recipe) -> list[str]:
     return []
 
 
+def statistics_bytes(dim: int, dtype: torch.dtype) -> int:
+    """Size of the statistics' ``StatisticsShared``: copies under way (or what lanes hand over), and a cluster's."""
+    loads = 2 * (2 if dtype == torch.float32 else 4) * _STATISTICS_THREADS * 8 * dtype.itemsize
+    lanes = _STATISTICS_THREADS * 8 // dim * dim * 3 * 4
+    return max(loads, lanes) + 3 * _MOST_CLUSTER_SPLITS * dim * 4
+
+
 def _tokens_at_once(dim: int) -> int:
     """Tokens that a block of the statistics loads with one instruction a thread."""
     return _STATISTICS_THREADS * 8 // dim
@@ -155,13 +165,13 @@ def _splits(reads: int, kv_len: int, dim: int, form: PackFormat) -> tuple[int, i
 
     ``reads``: how many heads of K and V are read whole.
     """
-    wanted = min(-(-_BLOCKS // reads), max(1, kv_len // _LEAST_SPLIT))
+    most = max(1, kv_len // _LEAST_SPLIT)
     at_once = _tokens_at_once(dim)
     if form.has_clusters:  # (a power of two: not every other size fills a GPC)
-        splits = _power_of_two_below(min(wanted, _MOST_CLUSTER_SPLITS))
+        splits = _power_of_two_below(max(1, min(_CLUSTERED_BLOCKS // reads, most, _MOST_CLUSTER_SPLITS)))
         return splits, -(-kv_len // (splits * at_once)) * at_once
     in_flight = at_once * 8
-    tokens_a_split = -(-kv_len // (min(wanted, _MOST_SPLITS) * in_flight)) * in_flight
+    tokens_a_split = -(-kv_len // (min(-(-_BLOCKS // reads), most, _MOST_SPLITS) * in_flight)) * in_flight
     return -(-kv_len // tokens_a_split), tokens_a_split
 
 
@@ -174,9 +184,8 @@ class Packer:
 
     def __init__(self, head_dim: int, dtype: torch.dtype, arch: str, form: PackFormat) -> None:
         instance = pack_instance(head_dim, dtype, arch, form)
-        self._clustered = form.has_clusters
         self._overlaps = has_dependent_launch(arch)
-        self._statistics: Kernel = load(instance, "statistics", _STATISTICS_THREADS)
+        self._statistics: Kernel = load(instance, "statistics", _STATISTICS_THREADS, statistics_bytes(head_dim, dtype))
         self._pack: Kernel = load(instance, "pack", _PACK_THREADS)
 
     def __call__(self, k: Tensor, v: Tensor, plan: PackPlan, workspace: int, device: int) -> None:
@@ -193,15 +202,15 @@ class Packer:
                 workspace + plan.v_scale, workspace + plan.v_mean, workspace + plan.v_inverse,
                 plan.k_stride, plan.v_stride, plan.k_scale_stride,
                 plan.recipe.v_max,
-                plan.kv_heads, plan.kv_len, plan.head_dim, plan.v_head_dim,
-                plan.splits, plan.tokens_a_split, plan.k_tokens, plan.k_tokens_a_split,
+                plan.pack_grid[1], plan.kv_heads, plan.kv_len, plan.head_dim, plan.v_head_dim,
+                plan.splits, plan.tokens_a_split, plan.k_tokens,
                 plan.tiles, plan.tiles_a_block,
                 plan.recipe.smooth_k, plan.recipe.smooth_v,
                 plan.recipe.qk_max, not isinstance(plan.recipe.k_granularity, PerThread),
                 plan.form.is_record, plan.recipe.v_scale_power_of_two,
             )
         )  # fmt: skip
-        self._statistics(plan.statistics_grid, device, arguments, clustered=self._clustered)
+        self._statistics(plan.statistics_grid, device, arguments, cluster=plan.cluster)
         self._pack(plan.pack_grid, device, arguments, overlaps=self._overlaps)
 
 

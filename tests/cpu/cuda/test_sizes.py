@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from lowbit_attention import RECIPES
 from lowbit_attention.cuda import hopper, mma, packing
-from lowbit_attention.cuda.instances import HEAD_DIMS, TILE_KEYS, PackFormat, WgmmaConfig, wgmma_config
-from lowbit_attention.cuda.packing import PackPlan
+from lowbit_attention.cuda.instances import DTYPE_CODES, HEAD_DIMS, TILE_KEYS, PackFormat, WgmmaConfig, wgmma_config
+from lowbit_attention.cuda.packing import PackPlan, statistics_bytes
 from lowbit_attention.recipe_options import SampledTokens
 from lowbit_attention.reference.smoothing import sampled
 
@@ -114,9 +114,10 @@ def test_a_plan_holds_everything_and_nothing_twice(batch, kv_heads, kv_len, head
     assert spans[-1][1] <= plan.workspace_bytes
 
     # statistics: every token in one split, none empty; the splits are a cluster, whose first block has room for all
-    assert plan.statistics_grid == (plan.splits, heads, 2)
+    assert plan.statistics_grid == (2 * heads * plan.splits, 1, 1)
+    assert plan.cluster == plan.splits
     assert (plan.splits - 1) * plan.tokens_a_split < kv_len <= plan.splits * plan.tokens_a_split
-    assert (plan.k_tokens, plan.k_tokens_a_split) == (kv_len, plan.tokens_a_split)
+    assert plan.k_tokens == kv_len
     assert plan.splits in (1, 2, 4, 8)
     assert plan.splits <= CONSTANTS["kMostClusterSplits"] == packing._MOST_CLUSTER_SPLITS
     # packing: every tile in one block, none empty; V's threads pack 128 / dim tiles at once
@@ -155,17 +156,31 @@ def test_the_kernels_place_of_a_sampled_token(data, kv_len, count):
 
 @pytest.mark.parametrize("kv_len", [1, 2, 63, 64, 65, 127, 128, 129, 1000, 4608])
 @pytest.mark.parametrize("count", [1, 3, 64, 128, 1024])
-def test_a_sample_is_the_references(kv_len, count):
-    """Every token that the reference takes, once: in one split of the plan, and at the kernel's place."""
+@pytest.mark.parametrize("heads", [1, 3, 40, 600])
+def test_a_sample_is_the_references(kv_len, count, heads):
+    """Every token that the reference takes, at the kernel's place; and a block for every head, in whole clusters."""
     recipe = RECIPE.replace(k_sample=SampledTokens(count))
-    plan = PackPlan.of(1, 3, kv_len, 128, 128, recipe)
-    spans = [
-        range(first, min(first + plan.k_tokens_a_split, plan.k_tokens))
-        for first in range(0, plan.splits * plan.k_tokens_a_split, plan.k_tokens_a_split)
-    ]
-    found = [i if plan.k_tokens == kv_len else place(i, kv_len, plan.k_tokens) for span in spans for i in span]
+    plan = PackPlan.of(1, heads, kv_len, 128, 128, recipe)
+    found = [i if plan.k_tokens == kv_len else place(i, kv_len, plan.k_tokens) for i in range(plan.k_tokens)]
     expected = sampled(None, recipe.k_sample, torch.zeros(1, 1, kv_len, 1))[0, 0].nonzero().flatten().tolist()
     assert found == expected
+    of_k = plan.statistics_grid[0] - heads * plan.splits
+    assert plan.statistics_grid[0] % plan.cluster == 0
+    assert heads <= of_k < heads + plan.cluster if plan.k_tokens < kv_len else of_k == heads * plan.splits
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_shared_memory_of_the_statistics(dtype, head_dim):
+    constants = {"HEAD_DIM": head_dim, "TILE_KEYS": TILE_KEYS, "ROTATE": 0, "K_LANES": 8, "V_HALF": 0}
+    constants |= {"INPUT_DTYPE": DTYPE_CODES[dtype]}
+    for part in ("tile/strided.cuh", "pack/statistics.cuh"):
+        read(part, constants)
+    batch, batches, threads = (constants[name] for name in ("kBatch", "kBatches", "kStatisticsThreads"))
+    copies = batches * batch * threads * 8 * dtype.itemsize
+    lanes = 3 * constants["kLanes"] * head_dim * 4
+    of_splits = 3 * constants["kMostClusterSplits"] * head_dim * 4
+    assert statistics_bytes(head_dim, dtype) == max(copies, lanes) + of_splits <= 48 * 1024
 
 
 @settings(deadline=None, derandomize=True, max_examples=300)

@@ -48,27 +48,24 @@ __device__ Channels finished_channels(const PackArgs& args, i64 head, bool is_v)
 // One channel's statistics over all splits, always added in the same order.
 __device__ Statistics gathered(const PackArgs& args, i64 head, bool is_v, int channel) {
   constexpr int kLoads = 8;  // under way at once
-  const float* from = args.partials + (is_v * i64(gridDim.y) + head) * args.splits * 3 * kDim + channel;
+  const int count = !is_v && args.k_tokens < args.kv_len ? 1 : args.splits;
+  const float* from = args.partials + (i64(!is_v) * args.heads + head) * args.splits * 3 * kDim + channel;
   Statistics all = {0.0f, kInfinity, -kInfinity};
-  float rest = 0.0f;
-  for (int first = 0; first < args.splits; first += kLoads) {
+  for (int first = 0; first < count; first += kLoads) {
     float part[kLoads][3];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const float* split = from + min(first + i, args.splits - 1) * 3 * kDim;  // (past the end: not counted)
+      const float* split = from + min(first + i, count - 1) * 3 * kDim;  // (past the end: not counted)
 #pragma unroll
       for (int j = 0; j < 3; ++j) part[i][j] = split[j * kDim];
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      if (first + i >= args.splits) break;
-      float error;
-      all.sum = two_sum(all.sum, part[i][0], error);
-      rest += error;
+      if (first + i >= count) break;
+      all.sum += part[i][0];
       all.low = min_nan_f32(all.low, part[i][1]), all.high = max_nan_f32(all.high, part[i][2]);
     }
   }
-  all.sum += rest;
   return all;
 }
 
@@ -266,16 +263,13 @@ constexpr int kBlocks = TILE_KEYS == 64 ? 2 : 0;
 // it would spill.)
 constexpr int kPackBlocks = TILE_KEYS == 128 && HEAD_DIM == 128 && INPUT_DTYPE != kFloat32 ? 4 : kBlocks;
 
-extern "C" __global__ void __launch_bounds__(kStatisticsThreads, kBlocks) statistics(const __grid_constant__ PackArgs args) {
+extern "C" __global__ void __launch_bounds__(kStatisticsThreads, 4) statistics(const __grid_constant__ PackArgs args) {
   griddepcontrol_launch_dependents();
 #if CLUSTERS
   barrier_cluster_arrive();
 #endif
-  if (tiles_find_largest(args) && blockIdx.x == 0 && blockIdx.z == 0 && threadIdx.x == 0) {
-    // no group that is scaled has less; a head of zeros keeps it (0 would not do: a factor of Q may be infinite)
-    args.k_largest_scale[blockIdx.y] = __fdiv_rn(kTiny, float(args.k_max));
-  }
-  gather_statistics<Dtype(INPUT_DTYPE)>(args);
+  extern __shared__ __align__(16) u8 memory[];
+  gather_statistics(args, *reinterpret_cast<StatisticsShared*>(memory));
 }
 extern "C" __global__ void __launch_bounds__(kPackThreads, kPackBlocks) pack(const __grid_constant__ PackArgs args) {
   griddepcontrol_launch_dependents();

@@ -3,6 +3,7 @@
 #include "attend/scale.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/cluster.cuh"
+#include "ptx/copy.cuh"
 #include "tile/strided.cuh"
 
 constexpr int kDim = HEAD_DIM;
@@ -18,7 +19,7 @@ constexpr int kMostClusterSplits = 8;  // the largest cluster that every Hopper 
 
 struct PackArgs {
   Strided k, v;       // [B, Hkv, Nk, D] and [B, Hkv, Nk, Dv]
-  float* partials;    // [2 (K, V)][B · Hkv][splits][3 (sum, low, high)][kDim]; not with clusters
+  float* partials;    // [2 (V, K)][B · Hkv][splits][3 (sum, low, high)][kDim]; not with clusters
   u8* k_tiles;        // [B · Hkv][tiles], `k_stride` bytes apart: [64 or 128 keys][kDim] lanes
   float* k_scales;    // [B · Hkv][tiles], `k_scale_stride` floats apart: [4]
   u8* v_tiles;        // [B · Hkv][tiles], `v_stride` bytes apart: E4M3 [kDim][keys], or FP16 [keys][kDim]
@@ -29,9 +30,10 @@ struct PackArgs {
   float* v_inverse;   // [B · Hkv][kDim], what V is multiplied with; with clusters only
   i64 k_stride, v_stride, k_scale_stride;
   float v_max;        // V_r
+  i32 heads;          // B · Hkv
   i32 kv_heads, kv_len, k_channels, v_channels;
   i32 splits, tokens_a_split;  // of the statistics
-  i32 k_tokens, k_tokens_a_split;  // of K's: kv_len, or a sample of fewer, at most 1024
+  i32 k_tokens;       // of K's: kv_len, or a sample of fewer, at most 1024, which one block reads
   i32 tiles, tiles_a_block;    // of the packing
   i32 smooth_k, smooth_v;
   i32 k_max;              // 127 or 7
@@ -63,31 +65,20 @@ __device__ void store_eight(float* to, const float (&from)[kChunk]) {
   }
 }
 
-// a + b exactly, as sum + error.
-__device__ inline float two_sum(float a, float b, float& error) {
-  const float sum = __fadd_rn(a, b), other = __fsub_rn(sum, a);
-  error = __fadd_rn(__fsub_rn(a, __fsub_rn(sum, other)), __fsub_rn(b, other));
-  return sum;
-}
-
 // Statistics of `count` parts, always added in the same order.
 template <class Part>
 __device__ Statistics added_up(int count, Part part) {
   Statistics all = {0.0f, kInfinity, -kInfinity};
-  float rest = 0.0f;
   for (int i = 0; i < count; ++i) {
     const Statistics next = part(i);
-    float error;
-    all.sum = two_sum(all.sum, next.sum, error);
-    rest += error;
-    all.low = min_nan_f32(all.low, next.low), all.high = max_nan_f32(all.high, next.high);
+    all.sum += next.sum, all.low = min_nan_f32(all.low, next.low), all.high = max_nan_f32(all.high, next.high);
   }
-  all.sum += rest;
   return all;
 }
 
-// Any constant vector is a valid mean: none is taken that could make some finite number's difference overflow, or that is
-// not finite itself. It does not take the extremes to see that, and of a sample they would say nothing of the rest.
+// Any constant vector is a valid mean, so plain float32 sums are good enough; but none is taken that could make some finite
+// number's difference overflow, or that is not finite itself. It does not take the extremes to see that, and of a sample
+// they would say nothing of the rest.
 __device__ float mean_of(float sum, int tokens) {
   const float mean = __fdiv_rn(sum, float(tokens));
   return fabsf(mean) < kLargestMean ? mean : 0.0f;
@@ -140,58 +131,89 @@ __device__ Finished finish_values(const PackArgs& args, i64 head, const Statisti
   return {mean, scale.inverse};
 }
 
-// ---- statistics: block (split, head, K or V); a thread reads one chunk of channels of every kLanes-th token
+// ---- statistics: a block is a split of a head of V, then of K, of which a sample is not split. A thread reads one chunk of
+// channels of every kLanes-th token. Copies to shared memory, where each thread has its own places, keep more loads under
+// way than registers would hold; and as soon as a batch of them is there, the next but one begins.
 
 constexpr int kStatisticsThreads = 256;
 constexpr int kLanes = kStatisticsThreads / kChunks;
-// Loads in flight, of all tokens and of a sample (registers, and it has few); their sum is pairwise, so a channel's mean
-// errs by about 3 · 2⁻²⁴ of max.
-constexpr int kBatch = 8, kSampleBatch = 4;
+constexpr Dtype kStatisticsInput = Dtype(INPUT_DTYPE);
+// Tokens that a thread has in registers at once and adds pairwise.
+constexpr int kBatch = INPUT_DTYPE == 0 ? 2 : 4;  // (FP32's are larger)
+constexpr int kBatches = 2;  // under way
+using StatisticsRaw = Raw<kStatisticsInput>;
 
-struct Sums {  // of the tokens that a thread has read; sum + lost is nearer than a float could be
-  float sum[kChunk], lost[kChunk], low[kChunk], high[kChunk];
+struct StatisticsShared {
+  union {
+    StatisticsRaw raw[kBatches][kBatch][kStatisticsThreads];
+    float of_lanes[3][kLanes][kDim];
+  };
+  float of_splits[3][kMostClusterSplits][kDim];  // of every block of the cluster, in the first one's memory
 };
 
-// Tokens place(first), place(first + kLanes), … below place(end), of the head at `base`.
-template <Dtype kDtype, int kLoads, class Place>
-__device__ Sums sums_of(const Strided& tensor, i64 base, int channels, int first, int end, Place place) {
-  const int channel = threadIdx.x % kChunks * kChunk;
-  Sums out;
+// Statistics of tokens place(first), place(first + kLanes), … below place(end) of the head at `base`, to of_lanes.
+template <class Place>
+__device__ void gather_lane(StatisticsShared& shared, const Strided& tensor, i64 base, int channels, int first, int end,
+                            Place place) {
+  constexpr int kParts = sizeof(StatisticsRaw) / 16, kBytes = 2 * kParts;
+  const int channel = threadIdx.x % kChunks * kChunk, lane = threadIdx.x / kChunks;
+  const u8* from = static_cast<const u8*>(tensor.data) + (base + channel) * kBytes;
+  const bool exists = channel < channels;
+  first += lane;
+  float sum[kChunk] = {};
+  StatisticsRaw low = filled_raw<kStatisticsInput>(kInfinity), high = filled_raw<kStatisticsInput>(-kInfinity);
+
+  const auto copy = [&](int batch, int token) {
 #pragma unroll
-  for (int c = 0; c < kChunk; ++c) {
-    out.sum[c] = out.lost[c] = 0.0f;
-    out.low[c] = kInfinity, out.high[c] = -kInfinity;
-  }
-  for (int token = first; token < end; token += kLoads * kLanes) {
-    Raw<kDtype> raw[kLoads];
+    for (int i = 0; i < kBatch; ++i, token += kLanes) {
+      if (exists && token < end) {
+        const u8* raw = from + i64(place(token)) * tensor.token * kBytes;
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int t = place(min(token + i * kLanes, end - 1));  // (past the end: read again, not counted)
-      raw[i] = zero_raw<kDtype>();
-      if (channel < channels) raw[i] = load_raw<kDtype>(tensor, base + i64(t) * tensor.token, channel);
+        for (int part = 0; part < kParts; ++part) {
+          cp_async_cg_16(shared_address(&shared.raw[batch][i][threadIdx.x].half[part]), raw + 16 * part);
+        }
+      }
+    }
+    cp_async_commit_group();
+  };
+#pragma unroll
+  for (int batch = 0; batch < kBatches; ++batch) copy(batch, first + batch * kBatch * kLanes);
+  int batch = 0;
+  for (int token = first; token < end; token += kBatch * kLanes) {
+    cp_async_wait_group<kBatches - 1>();
+    StatisticsRaw raw[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const bool inside = token + i * kLanes < end;
+      raw[i] = exists && inside ? shared.raw[batch][i][threadIdx.x] : zero_raw<kStatisticsInput>();
+      if (inside) low = min_nan_raw(low, raw[i]), high = max_nan_raw(high, raw[i]);
     }
 #pragma unroll
     for (int c = 0; c < kChunk; ++c) {
-      float x[kLoads];
+      float x[kBatch];
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const bool counts = token + i * kLanes < end;
-        x[i] = to_float<kDtype>(raw[i], c);
-        out.low[c] = min_nan_f32(out.low[c], x[i]);  // (a token seen twice: no matter)
-        out.high[c] = max_nan_f32(out.high[c], x[i]);
-        x[i] = counts ? x[i] : 0.0f;
+      for (int i = 0; i < kBatch; ++i) x[i] = to_float<kStatisticsInput>(raw[i], c);
+#pragma unroll
+      for (int step = 1; step < kBatch; step *= 2) {
+#pragma unroll
+        for (int i = 0; i < kBatch; i += 2 * step) x[i] += x[i + step];
       }
-#pragma unroll
-      for (int step = 1; step < kLoads; step *= 2) {
-#pragma unroll
-        for (int i = 0; i < kLoads; i += 2 * step) x[i] += x[i + step];
-      }
-      float error;
-      out.sum[c] = two_sum(out.sum[c], x[0], error);
-      out.lost[c] += error;
+      sum[c] += x[0];
     }
+    copy(batch, token + kBatches * kBatch * kLanes);  // (what was there is in registers)
+    batch = batch + 1 == kBatches ? 0 : batch + 1;
   }
-  return out;
+  cp_async_wait_group<0>();
+  __syncthreads();  // nobody reads or writes raw numbers any more
+  store_eight(&shared.of_lanes[0][lane][channel], sum);
+  float numbers[kChunk];
+#pragma unroll
+  for (int c = 0; c < kChunk; ++c) numbers[c] = to_float<kStatisticsInput>(low, c);
+  store_eight(&shared.of_lanes[1][lane][channel], numbers);
+#pragma unroll
+  for (int c = 0; c < kChunk; ++c) numbers[c] = to_float<kStatisticsInput>(high, c);
+  store_eight(&shared.of_lanes[2][lane][channel], numbers);
+  __syncthreads();
 }
 
 // Token ⌊(i + ½) · kv_len / tokens⌋, with kv_len = step · tokens + rest so that nothing leaves 31 bits.
@@ -199,60 +221,57 @@ __device__ int sampled_token(int i, int tokens, int step, int rest) {
   return i * step + u32(step * tokens + (2 * i + 1) * rest) / u32(2 * tokens);
 }
 
-template <Dtype kDtype>
-__device__ void gather_statistics(const PackArgs& args) {
-  __shared__ __align__(16) float shared[3][kLanes][kDim];
-  const bool is_v = blockIdx.z == 1;
+// Of three arrays of [parts][kDim], a thread's channel.
+template <int kParts>
+__device__ Statistics added_up(const float (&parts)[3][kParts][kDim], int count) {
+  return added_up(count, [&](int i) {
+    return Statistics{parts[0][i][threadIdx.x], parts[1][i][threadIdx.x], parts[2][i][threadIdx.x]};
+  });
+}
+
+__device__ void gather_statistics(const PackArgs& args, StatisticsShared& shared) {
+  const int of_k = gridDim.x - args.heads * args.splits;
+  const bool is_v = int(blockIdx.x) >= of_k, is_sample = !is_v && args.k_tokens < args.kv_len;
+  const int unit = is_v ? blockIdx.x - of_k : blockIdx.x;
+  const int head = is_sample ? unit : unit / args.splits, split = is_sample ? 0 : unit % args.splits;
+  if (head >= args.heads) return;  // (beside samples, to make a cluster whole)
   const Strided& tensor = is_v ? args.v : args.k;
   const int channels = is_v ? args.v_channels : args.k_channels;
-  const i64 base = i64(blockIdx.y / args.kv_heads) * tensor.batch + i64(blockIdx.y % args.kv_heads) * tensor.head;
-  const int chunk = threadIdx.x % kChunks, lane = threadIdx.x / kChunks;
-  const int tokens = is_v ? args.kv_len : args.k_tokens, share = is_v ? args.tokens_a_split : args.k_tokens_a_split;
-  const int first = blockIdx.x * share + lane, end = min(int(blockIdx.x + 1) * share, tokens);
-
-  Sums sums;
-  if (tokens == args.kv_len) {
-    sums = sums_of<kDtype, kBatch>(tensor, base, channels, first, end, [](int i) { return i; });
+  const i64 base = i64(head / args.kv_heads) * tensor.batch + i64(head % args.kv_heads) * tensor.head;
+  if (tiles_find_largest(args) && !is_v && split == 0 && threadIdx.x == 0) {
+    // no group that is scaled has less; a head of zeros keeps it (0 would not do: a factor of Q may be infinite)
+    args.k_largest_scale[head] = __fdiv_rn(kTiny, float(args.k_max));
+  }
+  if (is_sample) {
+    const int tokens = args.k_tokens, step = args.kv_len / tokens, rest = args.kv_len % tokens;
+    gather_lane(shared, tensor, base, channels, 0, tokens, [&](int i) { return sampled_token(i, tokens, step, rest); });
   } else {
-    const int step = args.kv_len / tokens, rest = args.kv_len % tokens;
-    sums = sums_of<kDtype, kSampleBatch>(tensor, base, channels, first, end,
-                                         [&](int i) { return sampled_token(i, tokens, step, rest); });
+    const int first = split * args.tokens_a_split, end = min(first + args.tokens_a_split, args.kv_len);
+    gather_lane(shared, tensor, base, channels, first, end, [](int i) { return i; });
   }
-#pragma unroll
-  for (int c = 0; c < kChunk; ++c) sums.sum[c] += sums.lost[c];
-  store_eight(&shared[0][lane][chunk * kChunk], sums.sum);
-  store_eight(&shared[1][lane][chunk * kChunk], sums.low);
-  store_eight(&shared[2][lane][chunk * kChunk], sums.high);
-  __syncthreads();
-  Statistics mine;
-  if (threadIdx.x < kDim) {
-    mine = added_up(kLanes, [&](int i) {
-      return Statistics{shared[0][i][threadIdx.x], shared[1][i][threadIdx.x], shared[2][i][threadIdx.x]};
-    });
-  }
+  Statistics all;
+  if (threadIdx.x < kDim) all = added_up(shared.of_lanes, kLanes);
 #if CLUSTERS
-  __shared__ float splits[3][kMostClusterSplits][kDim];  // of every block of the cluster, in the first one's memory
-  barrier_cluster_wait();  // the first block has begun, so its shared memory is there
-  if (threadIdx.x < kDim) {
-    const float numbers[3] = {mine.sum, mine.low, mine.high};
+  if (!is_sample) {
+    barrier_cluster_wait();  // the first block has begun, so its shared memory is there
+    if (threadIdx.x < kDim) {
+      const float numbers[3] = {all.sum, all.low, all.high};
 #pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      const u32 here = shared_address(&splits[i][blockIdx.x][threadIdx.x]);
-      st_shared_cluster_f32(mapa_shared_cluster(here, 0), numbers[i]);
+      for (int i = 0; i < 3; ++i) {
+        const u32 here = shared_address(&shared.of_splits[i][split][threadIdx.x]);
+        st_shared_cluster_f32(mapa_shared_cluster(here, 0), numbers[i]);
+      }
     }
+    barrier_cluster_arrive();
+    barrier_cluster_wait();
+    if (threadIdx.x < kDim) all = added_up(shared.of_splits, args.splits);
   }
-  barrier_cluster_arrive();
-  barrier_cluster_wait();
-  if (blockIdx.x != 0 || threadIdx.x >= kDim) return;
-  const Statistics all = added_up(args.splits, [&](int i) {
-    return Statistics{splits[0][i][threadIdx.x], splits[1][i][threadIdx.x], splits[2][i][threadIdx.x]};
-  });
-  if (is_v) args.v_inverse[i64(blockIdx.y) * kDim + threadIdx.x] = finish_values(args, blockIdx.y, all, true).inverse;
-  else finish_keys(args, blockIdx.y, all, true);
+  if (split != 0 || threadIdx.x >= kDim) return;
+  if (is_v) args.v_inverse[i64(head) * kDim + threadIdx.x] = finish_values(args, head, all, true).inverse;
+  else finish_keys(args, head, all, true);
 #else
   if (threadIdx.x >= kDim) return;
-  const i64 head = i64(blockIdx.z) * gridDim.y + blockIdx.y;
-  float* out = args.partials + (head * args.splits + blockIdx.x) * 3 * kDim + threadIdx.x;
-  out[0] = mine.sum, out[kDim] = mine.low, out[2 * kDim] = mine.high;
+  float* out = args.partials + ((i64(!is_v) * args.heads + head) * args.splits + split) * 3 * kDim + threadIdx.x;
+  out[0] = all.sum, out[kDim] = all.low, out[2 * kDim] = all.high;
 #endif
 }

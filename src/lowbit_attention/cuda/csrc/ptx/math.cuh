@@ -45,6 +45,27 @@ __device__ inline float mul_rp_f32(float a, float b) {  // rounded up
   asm("mul.rp.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
   return out;
 }
+// Two 16-bit numbers at a time.
+__device__ inline u32 min_nan_f16x2(u32 a, u32 b) {
+  u32 out;
+  asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  return out;
+}
+__device__ inline u32 min_nan_bf16x2(u32 a, u32 b) {
+  u32 out;
+  asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  return out;
+}
+__device__ inline u32 max_nan_f16x2(u32 a, u32 b) {
+  u32 out;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  return out;
+}
+__device__ inline u32 max_nan_bf16x2(u32 a, u32 b) {
+  u32 out;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  return out;
+}
 __device__ inline u32 mul_f16x2(u32 a, u32 b) {
   u32 out;
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));

@@ -5,6 +5,7 @@
 #pragma once
 #include "ptx/convert.cuh"
 #include "ptx/copy.cuh"
+#include "ptx/math.cuh"
 
 enum Dtype : i32 { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
@@ -49,6 +50,17 @@ __device__ Raw<kDtype> zero_raw() {
   return out;
 }
 
+// Eight times the same number, which all types have.
+template <Dtype kDtype>
+__device__ Raw<kDtype> filled_raw(float x) {
+  Raw<kDtype> out;
+  const u32 pair = kDtype == kBFloat16 ? __float_as_uint(x) >> 16 : cvt_f16x2_f32(0.0f, x);
+  const u32 word = kDtype == kFloat32 ? __float_as_uint(x) : pair | pair << 16;
+#pragma unroll
+  for (int i = 0; i < int(sizeof(out.half) / sizeof(u32)); ++i) out.half[i / 4].word[i % 4] = word;
+  return out;
+}
+
 template <Dtype kDtype>
 __device__ float to_float(const Raw<kDtype>& raw, int i) {
   if constexpr (kDtype == kFloat32) {
@@ -58,4 +70,30 @@ __device__ float to_float(const Raw<kDtype>& raw, int i) {
     if constexpr (kDtype == kFloat16) return cvt_f32_f16(u16(i % 2 ? pair >> 16 : pair));
     else return __uint_as_float(i % 2 ? pair & 0xFFFF0000 : pair << 16);
   }
+}
+
+// The smaller and the larger of each two channels; NaN if either is.
+template <Dtype kDtype>
+__device__ Raw<kDtype> min_nan_raw(const Raw<kDtype>& a, const Raw<kDtype>& b) {
+  Raw<kDtype> out;
+#pragma unroll
+  for (int i = 0; i < int(sizeof(out.half) / sizeof(u32)); ++i) {
+    const u32 x = a.half[i / 4].word[i % 4], y = b.half[i / 4].word[i % 4];
+    out.half[i / 4].word[i % 4] = kDtype == kFloat32 ? __float_as_uint(min_nan_f32(__uint_as_float(x), __uint_as_float(y)))
+                                  : kDtype == kFloat16 ? min_nan_f16x2(x, y)
+                                                       : min_nan_bf16x2(x, y);
+  }
+  return out;
+}
+template <Dtype kDtype>
+__device__ Raw<kDtype> max_nan_raw(const Raw<kDtype>& a, const Raw<kDtype>& b) {
+  Raw<kDtype> out;
+#pragma unroll
+  for (int i = 0; i < int(sizeof(out.half) / sizeof(u32)); ++i) {
+    const u32 x = a.half[i / 4].word[i % 4], y = b.half[i / 4].word[i % 4];
+    out.half[i / 4].word[i % 4] = kDtype == kFloat32 ? __float_as_uint(max_nan_f32(__uint_as_float(x), __uint_as_float(y)))
+                                  : kDtype == kFloat16 ? max_nan_f16x2(x, y)
+                                                       : max_nan_bf16x2(x, y);
+  }
+  return out;
 }
