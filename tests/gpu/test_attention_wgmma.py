@@ -9,9 +9,10 @@ pytest.importorskip("cuda.core", reason="needs the extra cuda12 or cuda13")
 
 import wgmma_cases
 from kernel_cases import DTYPES, hopper_only, inputs
-from wgmma_cases import BASE_ERROR, GEOMETRY, TESTED, assert_agrees, covering, reference, run
+from wgmma_cases import BASE_ERROR, GEOMETRY, TESTED, assert_agrees, covering, reference, run, split_rows
 
 from lowbit_attention import compare, recipe
+from lowbit_attention.cuda import hopper, schedule
 from lowbit_attention.reference.exact import exact
 from lowbit_attention.reference.masks import LOG2E, Masking
 from lowbit_attention.reference.quantize import pack
@@ -51,6 +52,48 @@ def test_more_blocks_of_rows_than_multiprocessors(r, causal, head_dim):
     q, k, v = inputs("qkv_bias", batch=4, heads=(16, 4), lengths=(1000, 777), head_dims=(head_dim, head_dim))
     out, lse = run(q, k, v, r, is_causal=causal)
     assert_agrees(out, lse, q, k, v, r, causal_offset=777 - 1000 if causal else None)
+
+
+@pytest.fixture
+def every_key_split(monkeypatch):
+    """Keys are split wherever places are left, however few they are."""
+    monkeypatch.setattr(schedule, "_SPLIT_COST", -1e6)
+    hopper.KERNEL._plans.clear()
+    yield
+    hopper.KERNEL._plans.clear()
+
+
+SPLIT = [TESTED["fast_8b"], recipe("fast_8b:softmax_max=running"), recipe("fast_8b:promote_first_tile=false")]
+
+
+@pytest.mark.parametrize("r", SPLIT, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 72])
+@pytest.mark.parametrize("lengths", [(192, 129), (70, 300), (500, 1024), (193, 2500), (1000, 4001)], ids=str)
+@pytest.mark.parametrize("family", ["qkv_bias", "sink", "outlier_tokens"])
+@pytest.mark.usefixtures("every_key_split")
+def test_splits_along_the_keys(r, head_dim, lengths, family):
+    q, k, v = inputs(family, batch=1, heads=(4, 2), lengths=lengths, head_dims=(head_dim, head_dim))
+    assert split_rows(q, k, v, r, None)[0] > 1
+    out, lse = run(q, k, v, r)
+    assert_agrees(out, lse, q, k, v, r)
+    assert all(torch.equal(x, y) for x, y in zip(run(q, k, v, r), (out, lse), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_the_last_turns_keys_are_split(dtype):
+    """Some blocks of rows whole and some along the keys, as the plan has it; again and again on the same packed K."""
+    multiprocessors = schedule.multiprocessors(torch.cuda.current_device())
+    heads = multiprocessors // 4 + 10  # 4 blocks of rows each, so that some 40 are left
+    q, k, v = inputs("normal", dtype, batch=1, heads=(heads, heads), lengths=(700, 4000), head_dims=(128, 128))
+    r = TESTED["fast_8b"]
+    key_splits, rows = split_rows(q, k, v, r, None)
+    assert key_splits > 1
+    assert 0 < int(rows.sum()) < rows.numel()
+    out, lse = run(q, k, v, r)
+    assert_agrees(out, lse, q, k, v, r)
+    alone = hopper.kernel_alone(q, k, v, r)
+    for _ in range(3):
+        assert torch.equal(alone(), out)
 
 
 @PLAIN

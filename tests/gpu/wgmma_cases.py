@@ -11,9 +11,12 @@ import torch
 from kernel_cases import CAUSAL, DTYPES, HARD_FAMILIES, HEADS, LENGTHS, by_row, mean_logits, score_unit
 
 from lowbit_attention import attention, compare, explain, recipe
-from lowbit_attention.cuda.instances import HEAD_DIMS, MANIFEST, wgmma_config
+from lowbit_attention.api import make_request
+from lowbit_attention.cuda.hopper import pieces_of
+from lowbit_attention.cuda.instances import HEAD_DIMS, MANIFEST, padded_head_dim, wgmma_config
 from lowbit_attention.cuda.launch import cache
 from lowbit_attention.cuda.packing import pack_kv
+from lowbit_attention.cuda.schedule import multiprocessors
 from lowbit_attention.machine import MACHINES
 from lowbit_attention.reference.attention import emulate
 from lowbit_attention.reference.exact import exact
@@ -74,7 +77,33 @@ def reference(q, k, v, r, *, sm_scale=None, causal_offset=None, fidelity="step")
     scale = 1 / math.sqrt(q.shape[3]) if sm_scale is None else sm_scale
     machine = replace(MACHINE, fidelity=fidelity)
     means = pack_kv(k, v, r).means()
-    return emulate(q, k, v, r, sm_scale=scale, masking=Masking(causal_offset), machine=machine, means=means)
+
+    def emulated(key_splits):
+        return emulate(
+            q, k, v, r, sm_scale=scale, masking=Masking(causal_offset), machine=machine, means=means,
+            key_splits=key_splits,
+        )  # fmt: skip
+
+    key_splits, rows = split_rows(q, k, v, r, causal_offset)
+    result = emulated(1)
+    if key_splits > 1:
+        other = emulated(key_splits)
+        out, lse = torch.where(rows[..., None], other.out, result.out), torch.where(rows, other.lse, result.lse)
+        result = replace(result, out=out, lse=lse)
+    return result
+
+
+def split_rows(q, k, v, r, causal_offset):
+    """Into how many parts the kernel splits the keys of some query rows, and of which (bool ``[B, Hq, Nq]``)."""
+    (batch, heads, length, _), config = q.shape, wgmma_config(r, padded_head_dim(max(q.shape[3], v.shape[3])), q.dtype)
+    request = make_request(
+        q, k, v, None, r, None, is_causal=causal_offset is not None, bottom_right=True, return_lse=False, layout="HND"
+    )
+    pieces, q_blocks = pieces_of(request, config, multiprocessors(q.device.index))
+    item = torch.arange(batch * heads * q_blocks).reshape(batch, heads, q_blocks)  # one head after the other, …
+    in_rest = (item >= pieces.whole).flip(-1)  # … from its last block to its first
+    rows = in_rest.repeat_interleave(config.q_rows, dim=2)[..., :length]
+    return pieces.key_splits, rows.to(q.device)
 
 
 BASE_ERROR = 1.75

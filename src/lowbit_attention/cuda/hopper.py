@@ -20,10 +20,11 @@ from ..recipes import recipe as find_recipe
 from ..reference.formats import round_e4m3
 from ..reference.masks import LOG2E
 from ..request import Request
-from .instances import WgmmaConfig, pack_instance, wgmma_config
+from .instances import TILE_KEYS, WgmmaConfig, pack_instance, padded_head_dim, wgmma_config
 from .launch import Arguments, Kernel, cache, load
 from .packing import Packer, PackPlan, loadable, packer, sample_reasons
 from .schedule import (
+    Pieces,
     compiler_reasons,
     cut,
     heads_side_by_side,
@@ -34,7 +35,7 @@ from .schedule import (
 )
 from .speeds import speedup
 
-ARGUMENTS = Arguments("P3q P3q P 7P 6f 11i 4i 8I 0q".replace(" ", ""))
+ARGUMENTS = Arguments("P3q P3q P 7P 6f 11i 4i 8I i 2P".replace(" ", ""))
 """``AttentionArgs``."""
 
 
@@ -52,6 +53,8 @@ class _Plan:
     max_options: tuple[float, float]
     integers: tuple[int, ...]
     v_head_dim: int
+    partials: int
+    workspace_bytes: int
 
 
 class HopperAttention(Implementation):
@@ -85,7 +88,7 @@ class HopperAttention(Implementation):
                 return self.run(q, k, v, mask, sm_scale, request, recipe)
         q, k, v = loadable(q), loadable(k), loadable(v)
         plan = self._plan(request, recipe, index)
-        workspace = torch.empty(plan.pack.workspace_bytes, dtype=torch.uint8, device=q.device)
+        workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=q.device)
         address = workspace.data_ptr()
         plan.packer(k, v, plan.pack, address, index)
         out, lse = self._attend(q, plan, address, sm_scale, index)
@@ -112,6 +115,7 @@ class HopperAttention(Implementation):
                 workspace + pack.v_scale, workspace + pack.v_mean,
                 sm_scale, abs(sm_scale) * LOG2E, plan.log2_p_max, plan.recipe.p_max, *plan.max_options,
                 *plan.integers,
+                workspace + plan.partials, workspace + pack.zeros,
             )
         )  # fmt: skip
         plan.kernel(plan.grid, index, arguments, overlaps=overlaps)
@@ -129,17 +133,21 @@ class HopperAttention(Implementation):
 
 def _make_plan(request: Request, recipe: Recipe, index: int) -> _Plan:
     head_dim, v_head_dim = (-(-d // 8) * 8 for d in (request.head_dim, request.v_head_dim))
-    pack = PackPlan.of(request.batch, request.kv_heads, request.kv_len, head_dim, v_head_dim, recipe)
-    config = wgmma_config(recipe, pack.dim, request.dtype)
+    dim = padded_head_dim(max(head_dim, v_head_dim))
+    assert dim is not None  # (else the request is not supported)
+    config = wgmma_config(recipe, dim, request.dtype)
+    pieces, q_blocks = pieces_of(request, config, multiprocessors(index))
+    warps = pieces.rest * config.consumers * 4 * (pieces.key_splits > 1)
+    pack = PackPlan.of(request.batch, request.kv_heads, request.kv_len, head_dim, v_head_dim, recipe, zero_count=warps)
+    partials = -(-pack.workspace_bytes // 16) * 16
     instances = (pack_instance(pack.dim, request.dtype, "sm_90a"), config.instance())
     cache().get_all((i.source(), i.options()) for i in instances)  # (side by side, the first time)
-    q_blocks = -(-request.q_len // config.q_rows)
-    pieces = cut(q_blocks * request.q_heads * request.batch, multiprocessors(index), config.consumers)
     offset = request.kv_len if request.causal_offset is None else request.causal_offset
     integers = (
         request.q_heads, request.kv_heads, request.q_len, request.kv_len, head_dim, v_head_dim,
         offset, pack.tiles, pieces.count, pieces.whole, pieces.rest,
         *schedule(request, q_blocks, heads_side_by_side(request, pack, index)),
+        pieces.key_splits,
     )  # fmt: skip
     kind = recipe.softmax_max
     return _Plan(
@@ -153,7 +161,17 @@ def _make_plan(request: Request, recipe: Recipe, index: int) -> _Plan:
         max_options=(kind.slack, kind.headroom) if isinstance(kind, RestartedMax) else (0.0, 0.0),
         integers=integers,
         v_head_dim=request.v_head_dim,
+        partials=partials,
+        workspace_bytes=partials + pieces.key_splits * warps * (dim // 8 + 1) * 32 * 16,
     )
+
+
+def pieces_of(request: Request, config: WgmmaConfig, places: int) -> tuple[Pieces, int]:
+    """How a call's blocks of rows are cut for so many multiprocessors; and how many blocks a head has."""
+    q_blocks = -(-request.q_len // config.q_rows)
+    can_split = config.output_in_shared and not request.is_causal
+    key_tiles = -(-request.kv_len // TILE_KEYS) if can_split else 0
+    return cut(q_blocks * request.q_heads * request.batch, places, config.consumers, key_tiles), q_blocks
 
 
 @lru_cache(maxsize=64)
@@ -245,7 +263,7 @@ def kernel_alone(
     index = q.device.index
     with torch.cuda.device(index):
         plan = KERNEL._plan(request, chosen, index)
-        workspace = torch.empty(plan.pack.workspace_bytes, dtype=torch.uint8, device=q.device)
+        workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=q.device)
         plan.packer(k, v, plan.pack, workspace.data_ptr(), index)
 
     def call() -> object:

@@ -169,7 +169,7 @@ class WgmmaConfig:
         used += rows * self.head_dim * 4 if self.output_in_shared else 0
         used += 2 * 2 * self.head_dim * 4  # V's scales and means
         used += stages * 16 + 2 * self.consumers * 4 * 32 + 2 * rows * 4 + 8 + (2 * stages + 4) * 8
-        used += 2 * 20  # pieces of work
+        used += 2 * (36 if self.output_in_shared else 20)  # pieces of work
         return -(-used // 1024) * 1024
 
     def instance(self) -> Instance:

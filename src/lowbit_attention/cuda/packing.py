@@ -31,7 +31,7 @@ _BLOCKS = 1056
 """Thread blocks that fill the card: 8 on each of 132 multiprocessors."""
 _ALIGNMENT = 256
 
-ARGUMENTS = Arguments("P3q P3q 9P 3q f 16i 0q".replace(" ", ""))
+ARGUMENTS = Arguments("P3q P3q 10P 3q f 17i 0q".replace(" ", ""))
 """``PackArgs``."""
 
 
@@ -64,6 +64,8 @@ class PackPlan:
     v_mean: int
     v_inverse: int
     partials: int
+    zeros: int
+    zero_count: int
     k_stride: int
     v_stride: int
     k_scale_stride: int
@@ -81,8 +83,9 @@ class PackPlan:
         v_head_dim: int,
         recipe: Recipe,
         form: PackFormat = WGMMA_FORMAT,
+        zero_count: int = 0,
     ) -> PackPlan:
-        """The plan for these sizes."""
+        """The plan for these sizes; ``zero_count``: 32-bit words that the attention kernel wants to be 0."""
         dim = padded_head_dim(max(head_dim, v_head_dim))
         if dim is None:
             raise ValueError(f"head_dim {max(head_dim, v_head_dim)} has no packed form")
@@ -109,6 +112,7 @@ class PackPlan:
             "v_mean": heads * dim * 4,
             "v_inverse": heads * dim * 4 * form.has_clusters,
             "partials": 2 * heads * splits * 3 * dim * 4 * (not form.has_clusters),
+            "zeros": zero_count * 4,
         }
         offsets, end = {}, 0
         for name, size in sizes.items():
@@ -133,6 +137,7 @@ class PackPlan:
             k_stride=record if form.is_record else k_bytes,
             v_stride=record if form.is_record else v_bytes,
             k_scale_stride=record // 4 if form.is_record else 4,
+            zero_count=zero_count,
             workspace_bytes=end,
             recipe=recipe,
             form=form,
@@ -200,6 +205,7 @@ class Packer:
                 workspace + plan.k_tiles, workspace + plan.k_scales, workspace + plan.v_tiles,
                 workspace + plan.k_mean, workspace + plan.k_largest_scale,
                 workspace + plan.v_scale, workspace + plan.v_mean, workspace + plan.v_inverse,
+                workspace + plan.zeros,
                 plan.k_stride, plan.v_stride, plan.k_scale_stride,
                 plan.recipe.v_max,
                 plan.pack_grid[1], plan.kv_heads, plan.kv_len, plan.head_dim, plan.v_head_dim,
@@ -207,7 +213,7 @@ class Packer:
                 plan.tiles, plan.tiles_a_block,
                 plan.recipe.smooth_k, plan.recipe.smooth_v,
                 plan.recipe.qk_max, not isinstance(plan.recipe.k_granularity, PerThread),
-                plan.form.is_record, plan.recipe.v_scale_power_of_two,
+                plan.form.is_record, plan.recipe.v_scale_power_of_two, plan.zero_count,
             )
         )  # fmt: skip
         self._statistics(plan.statistics_grid, device, arguments, cluster=plan.cluster)

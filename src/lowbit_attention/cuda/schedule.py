@@ -79,16 +79,34 @@ class Pieces:
     rest: int
     count: int
     """Whole blocks and pieces together."""
+    key_splits: int = 1
+    """If more than 1, a piece is all rows and one part of the keys, else some of the rows and all keys."""
 
 
-def cut(blocks: int, places: int, most: int) -> Pieces:
-    """Cut the blocks that are left for the last turn into up to ``most`` pieces each, as many as find a place.
+_SPLIT_COST = 6.0
+"""What a split of a block takes beside its key tiles, in the time of a key tile: its own Q, the sums' way to memory."""
+_MERGE_COST = 1.0
+"""What adding up one split's sums takes, likewise."""
+_FEWER_ROWS = 0.8
+"""The time of a block's rows cut between multiprocessors, in that of the block: a warpgroup alone is little faster."""
 
-    576 blocks on 132 places: four turns and 48 blocks, each in two pieces, which take less than a turn.
+
+def cut(blocks: int, places: int, most: int, key_tiles: int = 0) -> Pieces:
+    """Cut the blocks that are left for the last turn into as many pieces as find a place.
+
+    Either their rows are cut, into up to ``most`` pieces, or the keys of each, ``key_tiles`` (0: they cannot be), which
+    takes sums from one multiprocessor to another, but fills them all.
+
+    576 blocks on 132 places: four turns and 48 blocks, each in two pieces, which take half a turn.
     """
     rest = blocks % places
-    pieces = min(most, places // rest) if rest else 1
-    return Pieces(blocks - rest, rest, blocks - rest + rest * pieces)
+    most_places = places // rest if rest else 1
+    time = {1: _FEWER_ROWS * key_tiles if most_places > 1 else float(key_tiles)}
+    for splits in range(2, min(most_places, key_tiles) + 1):
+        time[splits] = key_tiles / splits + _SPLIT_COST + _MERGE_COST * splits
+    splits = min(time, key=lambda s: time[s])
+    pieces = splits if splits > 1 else min(most, most_places)
+    return Pieces(blocks - rest, rest, blocks - rest + rest * pieces, splits)
 
 
 def divisor(d: int) -> tuple[int, int]:

@@ -42,6 +42,7 @@ def emulate(
     masking: Masking = Masking(),
     machine: Machine = DEFAULT_MACHINE,
     means: Means | None = None,
+    key_splits: int = 1,
 ) -> Result:
     """Quantised attention as a kernel of ``machine``'s kind computes it.
 
@@ -49,10 +50,12 @@ def emulate(
         q: ``[B, Hq, Nq, D]``; k: ``[B, Hkv, Nk, D]``; v: ``[B, Hkv, Nk, Dv]``; any floating dtype, Hq a multiple of
             Hkv. All arithmetic is float32, like a kernel's.
         means: a kernel's own means, to be used instead of the reference's.
+        key_splits: in how many parts the key tiles are summed up by themselves, as a kernel does that shares a block of
+            rows out between multiprocessors: part i begins with tile ``⌊tiles · i / key_splits⌋``.
     """
     recipe.check_geometry(machine.geometry)
     with plain_arithmetic(q.device):
-        return _emulate(q, k, v, recipe, sm_scale, masking, machine, means)
+        return _emulate(q, k, v, recipe, sm_scale, masking, machine, means, key_splits)
 
 
 def _emulate(
@@ -64,6 +67,7 @@ def _emulate(
     masking: Masking,
     machine: Machine,
     means: Means | None,
+    key_splits: int,
 ) -> Result:
     # contiguous: the order of a mean's additions, and so its last bit, must not depend on the caller's strides
     q, k, v = q.float().contiguous(), k.float().contiguous(), v.float().contiguous()
@@ -76,7 +80,7 @@ def _emulate(
         at_once = max(1, elements // (rows * machine.geometry.b_k))
         for first in range(0, batch * heads, at_once):
             part = slice(first, min(first + at_once, batch * heads))
-            out[part], lse[part] = _slices(packed, recipe, sm_scale, masking, machine, part)
+            out[part], lse[part] = _slices(packed, recipe, sm_scale, masking, machine, part, key_splits)
     out, lse = out.reshape(batch, heads, rows, v.shape[3]), lse.reshape(batch, heads, rows)
     group = heads // max(1, k.shape[1])
     if packed.v_mean is not None:
@@ -88,7 +92,13 @@ def _emulate(
 
 
 def _slices(
-    packed: Packed, recipe: Recipe, sm_scale: float, masking: Masking, machine: Machine, part: slice
+    packed: Packed,
+    recipe: Recipe,
+    sm_scale: float,
+    masking: Masking,
+    machine: Machine,
+    part: slice,
+    key_splits: int,
 ) -> tuple[Tensor, Tensor]:
     """Output (v̄ not yet added) and log-sum-exp (k̄'s term not yet added) of some of the B · Hq slices."""
     geometry = machine.geometry
@@ -105,40 +115,48 @@ def _slices(
     v_scale = tile_scale.amax(dim=1, keepdim=True)  # taken out of the sums, which so stay in range
     tile_scale = tile_scale / v_scale
     rows, keys = q.shape[1], k.shape[1]
-    softmax = OnlineSoftmax((len(index), rows, v.shape[2]), recipe, machine, q.device)
-    if softmax.sum_in_mma:
+    if recipe.row_sum == "accumulator":
         columns = machine.row_sum_columns
         column = row_sum_column(torch.arange(keys, device=v.device), columns)
         ones = torch.nn.functional.one_hot(column, columns).to(v.dtype)
         v = torch.cat([v, ones.expand(v.shape[0], -1, -1)], dim=2)
         tile_scale = torch.cat([tile_scale, tile_scale.new_ones(*tile_scale.shape[:2], columns)], dim=2)
     scaled_by_tile = isinstance(recipe.v_granularity, PerChannelAndKeyTile)
-
     interval = recipe.promotion_keys(geometry)
-    fresh = True
-    for number, start in enumerate(range(0, keys, geometry.b_k)):
-        seeing = slice(masking.first_row(start, geometry.b_q), rows)
-        if seeing.start >= rows:
-            break  # causality: no row sees this tile or a later one
-        tile = slice(start, min(start + geometry.b_k, keys))
-        factor = (q_scale[:, seeing, None] * k_scale[:, None, tile]).clamp_(-FP32_MAX, FP32_MAX)
-        x = torch.bmm(q[:, seeing], k[:, tile].transpose(1, 2)).mul_(factor)
-        if packed.q_mean is not None and packed.k_smooth is not None:
-            mean = packed.q_mean[b, h] * (sm_scale * LOG2E)
-            x += _delta_s(mean, packed.k_smooth[b, h_kv, tile], seeing, geometry.b_q)
-        if recipe.quantises_qk:  # (non-finite Q or K are NaN here, and stay so)
-            x = x.clamp_(-FP32_MAX, FP32_MAX)
-        x = masking.hide(x, (b, h), seeing, tile)
 
-        p = softmax.choose_max(seeing, x, fresh)
-        step = geometry.b_k if interval is None else min(interval, geometry.b_k)
-        for first in range(0, tile.stop - start, step):
-            softmax.add(seeing, p[..., first : first + step], v[:, start + first : min(start + first + step, keys)])
-            fresh = _interval_ends(recipe, interval, geometry.b_k, number)
-            if fresh:
-                softmax.promote(seeing, tile_scale[:, number, None] if scaled_by_tile else None)
-    if not scaled_by_tile:  # (a scale per tile promotes at every tile)
-        softmax.promote(slice(0, rows))
+    def summed_up(part: range) -> OnlineSoftmax:
+        softmax = OnlineSoftmax((len(index), rows, packed.v.shape[3]), recipe, machine, q.device)
+        fresh = True
+        for number, key_tile in enumerate(part):
+            start = key_tile * geometry.b_k
+            seeing = slice(masking.first_row(start, geometry.b_q), rows)
+            if seeing.start >= rows:
+                break  # causality: no row sees this tile or a later one
+            tile = slice(start, min(start + geometry.b_k, keys))
+            factor = (q_scale[:, seeing, None] * k_scale[:, None, tile]).clamp_(-FP32_MAX, FP32_MAX)
+            x = torch.bmm(q[:, seeing], k[:, tile].transpose(1, 2)).mul_(factor)
+            if packed.q_mean is not None and packed.k_smooth is not None:
+                mean = packed.q_mean[b, h] * (sm_scale * LOG2E)
+                x += _delta_s(mean, packed.k_smooth[b, h_kv, tile], seeing, geometry.b_q)
+            if recipe.quantises_qk:  # (non-finite Q or K are NaN here, and stay so)
+                x = x.clamp_(-FP32_MAX, FP32_MAX)
+            x = masking.hide(x, (b, h), seeing, tile)
+
+            p = softmax.choose_max(seeing, x, fresh)
+            step = geometry.b_k if interval is None else min(interval, geometry.b_k)
+            for first in range(0, tile.stop - start, step):
+                softmax.add(seeing, p[..., first : first + step], v[:, start + first : min(start + first + step, keys)])
+                fresh = _interval_ends(recipe, interval, geometry.b_k, number)
+                if fresh:
+                    softmax.promote(seeing, tile_scale[:, key_tile, None] if scaled_by_tile else None)
+        if not scaled_by_tile:  # (a scale per tile promotes at every tile)
+            softmax.promote(slice(0, rows))
+        return softmax
+
+    tiles = -(-keys // geometry.b_k)
+    softmax = summed_up(range(tiles // key_splits))
+    for i in range(1, key_splits):
+        softmax.merge(summed_up(range(tiles * i // key_splits, tiles * (i + 1) // key_splits)))
     out, m, row_sum = softmax.finish()
     return out * v_scale, m / LOG2E + row_sum.log()
 

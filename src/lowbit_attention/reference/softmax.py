@@ -101,6 +101,14 @@ class OnlineSoftmax:
         self.partial[:, rows] = 0
         self.partial_l[:, rows] = 0
 
+    def merge(self, other: OnlineSoftmax) -> None:
+        """Add the output state of ``other``, over other keys, to this one's; all partial sums have been promoted."""
+        m = torch.maximum(self.out_m, other.out_m)
+        mine, others = _power(self.out_m, m), _power(other.out_m, m)
+        self.out = self.out * mine[..., None] + other.out * others[..., None]
+        self.out_l = self.out_l * mine + other.out_l * others
+        self.out_m = m
+
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Output ``[S, N, channels]`` over its row sum (0 for rows that saw no key), row maximum and row sum / P_r."""
         row_sum = self.out[..., self.channels :].sum(dim=-1) if self.sum_in_mma else self.out_l

@@ -9,11 +9,15 @@ from lowbit_attention.cuda.schedule import cut
 ROWS = 64  # of a warpgroup
 
 
-def rows_of(item, pieces, warpgroups):
-    """Block and rows within it that `work_of` in csrc/wgmma/block.cuh gives an item."""
-    rows, first = warpgroups * ROWS, 0
+def piece_of(item, pieces, warpgroups, tiles):
+    """Block, rows within it and key tiles that `work_of` in csrc/wgmma/block.cuh gives an item."""
+    rows, first, keys = warpgroups * ROWS, 0, range(tiles)
     if item >= pieces.whole:
         number_of_cut, count = item - pieces.whole, pieces.count - pieces.whole
+        if pieces.key_splits > 1:
+            split, n = number_of_cut // pieces.rest, pieces.key_splits
+            keys = range(tiles * split // n, tiles * (split + 1) // n)
+            return item - split * pieces.rest, range(rows), keys
         number = (number_of_cut >= pieces.rest) + (warpgroups == 3 and number_of_cut >= 2 * pieces.rest)
         if warpgroups == 3 and count == 2 * pieces.rest:
             rows = 2 * ROWS
@@ -21,30 +25,46 @@ def rows_of(item, pieces, warpgroups):
             rows = ROWS
         first = number * rows
         item -= number * pieces.rest
-    return item, range(first, min(first + rows, warpgroups * ROWS))
+    return item, range(first, min(first + rows, warpgroups * ROWS)), keys
+
+
+SIZES = {
+    "blocks": st.integers(1, 1000),
+    "places": st.integers(1, 140),
+    "warpgroups": st.sampled_from([2, 3]),
+    "tiles": st.one_of(st.just(0), st.integers(1, 60)),
+}
+"""Tiles: 0 where keys cannot be split."""
 
 
 @settings(deadline=None, derandomize=True)
-@given(blocks=st.integers(1, 3000), places=st.integers(1, 140), warpgroups=st.sampled_from([2, 3]))
-@example(blocks=576, places=132, warpgroups=3)
-@example(blocks=40, places=132, warpgroups=3)
-@example(blocks=132, places=132, warpgroups=2)
-def test_every_row_is_worked_on_once(blocks, places, warpgroups):
-    pieces = cut(blocks, places, warpgroups)
-    seen = {}
+@given(**SIZES)
+@example(blocks=576, places=132, warpgroups=3, tiles=36)
+@example(blocks=40, places=132, warpgroups=3, tiles=0)
+@example(blocks=132, places=132, warpgroups=2, tiles=5)
+@example(blocks=1, places=132, warpgroups=3, tiles=1000)
+def test_every_row_meets_every_key_once(blocks, places, warpgroups, tiles):
+    pieces = cut(blocks, places, warpgroups, tiles)
+    of_block = {}
     for item in range(pieces.count):
-        block, rows = rows_of(item, pieces, warpgroups)
+        block, rows, keys = piece_of(item, pieces, warpgroups, max(tiles, 1))
         assert len(rows) > 0
-        for row in rows:
-            assert (block, row) not in seen
-            seen[block, row] = item
-    assert len(seen) == blocks * warpgroups * ROWS
+        assert len(keys) > 0
+        of_block.setdefault(block, []).append((rows, keys))
+    assert sorted(of_block) == list(range(blocks))
+    for parts in of_block.values():
+        if len({keys for _, keys in parts}) > 1:  # all rows, some keys
+            assert {rows for rows, _ in parts} == {range(warpgroups * ROWS)}
+            assert sorted(t for _, keys in parts for t in keys) == list(range(tiles))
+        else:
+            assert parts[0][1] == range(max(tiles, 1))
+            assert sorted(r for rows, _ in parts for r in rows) == list(range(warpgroups * ROWS))
 
 
 @settings(deadline=None, derandomize=True)
-@given(blocks=st.integers(1, 3000), places=st.integers(1, 140), warpgroups=st.sampled_from([2, 3]))
-def test_cutting_adds_no_turn(blocks, places, warpgroups):
-    pieces = cut(blocks, places, warpgroups)
+@given(**SIZES)
+def test_cutting_adds_no_turn(blocks, places, warpgroups, tiles):
+    pieces = cut(blocks, places, warpgroups, tiles)
     assert pieces.whole % places == 0
     assert -(-pieces.count // places) == -(-blocks // places)
 
@@ -52,3 +72,10 @@ def test_cutting_adds_no_turn(blocks, places, warpgroups):
 @pytest.mark.parametrize(("blocks", "count"), [(576, 528 + 2 * 48), (44, 3 * 44), (67, 67), (66, 132), (132, 132)])
 def test_as_many_pieces_as_find_a_place(blocks, count):
     assert cut(blocks, 132, 3).count == count
+
+
+def test_keys_are_split_where_there_are_many():
+    assert [cut(576, 132, 3, tiles).key_splits for tiles in (4, 8, 36, 300)] == [1, 1, 2, 2]
+    assert cut(40, 132, 3, 36).key_splits == 3
+    assert cut(1, 132, 3, 1000).key_splits == 32  # 1000 / 32 + 32: a split costs more than it saves from there on
+    assert cut(132, 132, 3, 1000).key_splits == 1  # nothing is left for a last turn

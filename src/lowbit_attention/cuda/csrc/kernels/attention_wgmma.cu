@@ -252,14 +252,14 @@ struct Consumer {
   }
 
   __device__ __forceinline__ Visible visible(i32 first_row, i32 tile) const {
-    const i32 key = tile * kTileKeys + 2 * thread.q;
+    const i32 key = (first_tile(shared.piece[q_ring.stage]) + tile) * kTileKeys + 2 * thread.q;
     return {{last_key(first_row + thread.row(0), args.causal_offset, args.kv_len) - key,
              last_key(first_row + thread.row(1), args.causal_offset, args.kv_len) - key}};
   }
 
   // O / l · δ_V + v̄, and lse. Rows that saw no key give 0 and −∞. Where O lies in shared memory, `last` says what it is
-  // to be multiplied with before the last interval's sums are added; `first`: there is no O yet.
-  __device__ __forceinline__ void finish(const Piece& work, const float (&last)[2], bool first) {
+  // to be multiplied with before the last interval's sums are added.
+  __device__ __forceinline__ void finish(const Piece& work, const float (&last)[2]) {
     const i32 token = work.first_row + thread.group * kRows + thread.row(0);
     float inverse[2], seen[2];
 #pragma unroll
@@ -306,8 +306,7 @@ struct Consumer {
       }
     };
 #if OUTPUT_IN_SHARED
-    if (first) promoted<true, 0>(sums, last, keep);
-    else promoted<false, 0>(sums, last, keep);
+    promoted<false, 0>(sums, last, keep);
 #else
 #pragma unroll
     for (int i = 0; i < kDim / 8; ++i) {
@@ -319,6 +318,73 @@ struct Consumer {
     send_rows(args, work, shared.o[thread.group][thread.warp], token - thread.quad, y);
 #endif
   }
+
+#if OUTPUT_IN_SHARED
+  // Where nothing was promoted, so that the last sums can be.
+  __device__ __forceinline__ void clear_output() {
+    await_rows_sent();
+#pragma unroll 1
+    for (int four = 0; four < kDim / 8; ++four) shared.o[thread.group][thread.warp][four][threadIdx.x % 32] = {};
+  }
+#endif
+
+#if SPLITS_KEYS
+  // Writes what this warp has summed up over its keys. If the other splits' is there as well, adds all up in the splits'
+  // order, leaves the result where `finish` expects O and the row sum, and says so.
+  __device__ __forceinline__ bool last_of_splits(const Piece& work, float (&last)[2]) {
+    constexpr i64 kPart = (kDim / 8 + 1) * 32;  // Vec16 of a warp
+    const i64 warps = kConsumers * 4, warp = i64(work.rest_block) * warps + thread.group * 4 + thread.warp;
+    const i64 next = args.rest * warps * kPart;  // from one split to the next
+    const u32 lane = threadIdx.x % 32;
+    Vec16(&own)[kDim / 8][32] = shared.o[thread.group][thread.warp];
+    promote<false, 0>(sums, last);
+    Vec16* to = args.partials + work.split * next + warp * kPart + lane;
+#pragma unroll 4
+    for (int four = 0; four < kDim / 8; ++four) to[four * 32] = own[four][lane];
+    to[kDim / 8 * 32] = {{__float_as_uint(rows.m[0]), __float_as_uint(rows.m[1]), __float_as_uint(rows.sum[0]),
+                          __float_as_uint(rows.sum[1])}};
+    __syncwarp();
+    u32 before = 0;
+    if (lane == 0) before = atom_inc_acq_rel_gpu(args.arrivals + warp);
+    if (__shfl_sync(0xFFFFFFFF, before, 0) + 1 < u32(args.key_splits)) return false;
+    __syncwarp();  // (what the first lane has acquired, all have)
+
+    const Vec16* from = args.partials + warp * kPart + lane;
+    float m[2] = {-kInfinity, -kInfinity};
+    for (i32 split = 0; split < args.key_splits; ++split) {
+      const Vec16 its = ld_global_cg_v4(from + split * next + kDim / 8 * 32);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) m[half] = max_nan_f32(m[half], __uint_as_float(its.word[half]));
+    }
+    float sum[2] = {};
+    for (i32 split = 0; split < args.key_splits; ++split) {
+      const Vec16 its = ld_global_cg_v4(from + split * next + kDim / 8 * 32);
+      float factor[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        factor[half] = power<true>(__uint_as_float(its.word[half]), m[half]);
+        sum[half] = __fmaf_rn(__uint_as_float(its.word[2 + half]), factor[half], sum[half]);
+      }
+#pragma unroll 4
+      for (int four = 0; four < kDim / 8; ++four) {
+        const Vec16 part = ld_global_cg_v4(from + split * next + four * 32);
+        Vec16 all = {};
+        if (split > 0) all = own[four][lane];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          all.word[i] = __float_as_uint(__fmaf_rn(__uint_as_float(part.word[i]), factor[i / 2], __uint_as_float(all.word[i])));
+        }
+        own[four][lane] = all;
+      }
+    }
+    if (lane == 0) args.arrivals[warp] = 0;  // (for the next launch on the same K and V)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) rows.m[half] = m[half], rows.sum[half] = sum[half], last[half] = 1.0f;
+#pragma unroll
+    for (int i = 0; i < int(sizeof(Sums) / 4); ++i) sums[i] = 0;
+    return true;
+  }
+#endif
 
   __device__ __forceinline__ void work_on() {
     mbarrier_wait(&shared.q_full[q_ring.stage], q_ring.parity);
@@ -370,10 +436,14 @@ struct Consumer {
     }
     float last_scale[2] = {0.0f, 0.0f};
     if constexpr (kInterval > 1) rows.last_promotion(last_scale);
-    const bool first = tile <= (PROMOTE_FIRST ? 1 : kInterval);
     const Piece done = shared.piece[q_ring.stage];  // (read again, instead of keeping it all the while)
     if (done.first_row + thread.group * kRows < done.end_row) {
-      finish(done, last_scale, first);
+#if OUTPUT_IN_SHARED
+      if (tile <= (PROMOTE_FIRST ? 1 : kInterval)) clear_output();
+      if (done.split < 0 || last_of_splits(done, last_scale)) finish(done, last_scale);
+#else
+      finish(done, last_scale);
+#endif
     }
     __syncwarp();
     if (arrives) mbarrier_arrive(&shared.q_empty[q_ring.stage]);

@@ -28,6 +28,7 @@ struct PackArgs {
   float* v_scale;     // [B · Hkv][kDim]
   float* v_mean;      // [B · Hkv][kDim]; zeros without smooth V
   float* v_inverse;   // [B · Hkv][kDim], what V is multiplied with; with clusters only
+  u32* zeros;         // words that attention wants to be 0
   i64 k_stride, v_stride, k_scale_stride;
   float v_max;        // V_r
   i32 heads;          // B · Hkv
@@ -40,6 +41,7 @@ struct PackArgs {
   i32 one_k_scale;        // the tile's keys share a scale
   i32 zero_scale_is_zero; // what a group of zeros gets for a scale: 0 or 1
   i32 v_power_of_two;     // V's scales are powers of two
+  i32 zero_count;         // of `zeros`
 };
 
 struct Statistics {
@@ -234,6 +236,9 @@ __device__ void gather_statistics(const PackArgs& args, StatisticsShared& shared
   const bool is_v = int(blockIdx.x) >= of_k, is_sample = !is_v && args.k_tokens < args.kv_len;
   const int unit = is_v ? blockIdx.x - of_k : blockIdx.x;
   const int head = is_sample ? unit : unit / args.splits, split = is_sample ? 0 : unit % args.splits;
+  if (blockIdx.x == 0) {
+    for (int i = threadIdx.x; i < args.zero_count; i += kStatisticsThreads) args.zeros[i] = 0;
+  }
   if (head >= args.heads) return;  // (beside samples, to make a cluster whole)
   const Strided& tensor = is_v ? args.v : args.k;
   const int channels = is_v ? args.v_channels : args.k_channels;

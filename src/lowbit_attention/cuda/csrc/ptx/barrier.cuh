@@ -12,6 +12,12 @@ __device__ inline void mbarrier_arrive_expect_tx(u64* barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
+// Adds 1 to what thread blocks share, and gives what it was: this one's writes before are seen by whoever adds later.
+__device__ inline u32 atom_inc_acq_rel_gpu(u32* counter) {
+  u32 before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
 constexpr u32 kSleepNanoseconds = 10000000;  // at most; a waiting warp that sleeps issues nothing
 
 __device__ inline bool mbarrier_try_wait_parity(u64* barrier, u32 parity) {

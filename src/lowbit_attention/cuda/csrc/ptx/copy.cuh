@@ -36,6 +36,16 @@ __device__ inline Vec16 ld_global_nc_v4(const void* from) {
   return out;
 }
 
+// Past L1: what another multiprocessor has written.
+__device__ inline Vec16 ld_global_cg_v4(const void* from) {
+  Vec16 out;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out.word[0]), "=r"(out.word[1]), "=r"(out.word[2]), "=r"(out.word[3])
+               : "l"(from)
+               : "memory");
+  return out;
+}
+
 // 16 bytes from global to shared memory, without registers; in groups that a thread commits and awaits.
 __device__ inline void cp_async_cg_16(u32 to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");

@@ -26,6 +26,9 @@ struct AttentionArgs {
   i32 tiles, items;       // items: pieces of work
   i32 whole_items, rest;  // the first are whole blocks of rows; then `rest` blocks, in as many pieces as fill the card
   Schedule schedule;
+  i32 key_splits;         // a block's pieces of the rest: if 1, some of its rows and all keys, else all rows and some keys
+  Vec16* partials;        // [key_splits][rest][kConsumers][4 warps][kDim / 8 + 1][32], where keys are split
+  u32* arrivals;          // [rest][kConsumers][4 warps], zeros: the splits that have written theirs
 };
 
 // ---- tile numbers
@@ -45,6 +48,8 @@ constexpr int kInterval = kPromotesHalves ? 1 : PROMOTION_KEYS / kTileKeys;  // 
 // Then rows leave through there, too, but for FP32's, which do not fit. (From registers through shared memory they would
 // take registers for addresses, and there are none left: the assembler serialises the MMAs of some instances.)
 #define ROWS_THROUGH_SHARED (OUTPUT_IN_SHARED && INPUT_DTYPE != 0)
+// There, too, several thread blocks may share a block of rows out between them, each with some of the keys.
+#define SPLITS_KEYS OUTPUT_IN_SHARED
 constexpr int kConsumers = OUTPUT_IN_SHARED ? 3 : 2;
 constexpr int kStages = kDim == 64 ? 4 : OUTPUT_IN_SHARED ? 2 : 3;  // pairs of tiles of K and V in flight
 constexpr int kThreads = 128 * (kConsumers + 1);
@@ -61,6 +66,11 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 struct Piece : Work {
   i32 end_row;  // rows from here on are no part of it
+#if SPLITS_KEYS
+  i32 first_tile, end_tile;  // of keys
+  i32 split;                 // which of the keys' splits this is, −1 if they are not split
+  i32 rest_block;            // which of the blocks that are left for the last turn
+#endif
 };
 
 struct Shared {
@@ -89,25 +99,52 @@ struct Ring {  // a place in a ring of stages, and the parity of the barriers' p
   }
 };
 
-// The blocks of the last turn are too few for the card, so each is cut between its warpgroups into up to kConsumers
-// pieces: all first pieces, then all second ones.
+__device__ inline i32 first_tile(const Piece& piece) {
+#if SPLITS_KEYS
+  return piece.first_tile;
+#else
+  return 0;
+#endif
+}
+
+// The blocks of the last turn are too few for the card, so each is cut: between its warpgroups, into up to kConsumers
+// pieces, or along the keys, if there are many (SPLITS_KEYS). All first pieces, then all second ones.
 __device__ inline Piece work_of(const AttentionArgs& args, i32 item) {
   constexpr int kBlock = kConsumers * kRows;
   int rows = kBlock, first = 0;
+  i32 split = -1;
   if (item >= args.whole_items) {
     const i32 cut = item - args.whole_items, count = args.items - args.whole_items;  // `rest` times the pieces a block
-    const int number = (cut >= args.rest) + (kConsumers == 3 && cut >= 2 * args.rest);
-    rows = kConsumers == 3 && count == 2 * args.rest ? 2 * kRows : count > args.rest ? kRows : kBlock;
-    first = number * rows;
-    item -= number * args.rest;
+    if (SPLITS_KEYS && args.key_splits > 1) {
+      split = cut / args.rest;
+      item -= split * args.rest;
+    } else {
+      const int number = (cut >= args.rest) + (kConsumers == 3 && cut >= 2 * args.rest);
+      rows = kConsumers == 3 && count == 2 * args.rest ? 2 * kRows : count > args.rest ? kRows : kBlock;
+      first = number * rows;
+      item -= number * args.rest;
+    }
   }
   const Work work = work_item(item, args.schedule, kBlock);
   const i32 block_end = min(work.first_row + kBlock, args.q_len);
-  return {work.batch, work.head, work.kv_head, work.first_row + first, min(work.first_row + first + rows, block_end)};
+  Piece piece = {work.batch, work.head, work.kv_head, work.first_row + first, min(work.first_row + first + rows, block_end)};
+#if SPLITS_KEYS
+  piece.first_tile = split < 0 ? 0 : args.tiles * split / args.key_splits;
+  piece.end_tile = split < 0 ? args.tiles : args.tiles * (split + 1) / args.key_splits;
+  piece.split = split;
+  piece.rest_block = item - args.whole_items;
+#endif
+  return piece;
 }
 
+// Tiles that some of these rows see, of the piece of work's; counted from its first.
 __device__ inline KeyTiles tiles_of(const AttentionArgs& args, i32 first_row, i32 rows, const Piece& work) {
-  return key_tiles(first_row, rows, work.end_row, args.causal_offset, args.kv_len);
+  KeyTiles tiles = key_tiles(first_row, rows, work.end_row, args.causal_offset, args.kv_len);
+#if SPLITS_KEYS
+  tiles.count = max(min(tiles.count, work.end_tile) - work.first_tile, 0);
+  tiles.full = max(min(tiles.full, work.end_tile) - work.first_tile, 0);
+#endif
+  return tiles;
 }
 
 struct Thread {  // where a thread stands in its warpgroup

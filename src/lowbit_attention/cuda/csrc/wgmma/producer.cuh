@@ -12,7 +12,7 @@ __device__ void copy_tiles(const AttentionArgs& args, Shared& shared) {
   for (i32 item = blockIdx.x; item < args.items; item += gridDim.x, q_ring.next()) {
     const Piece work = work_of(args, item);
     const i32 count = tiles_of(args, work.first_row, kConsumers * kRows, work).count;
-    const i64 head = i64(work.batch) * args.kv_heads + work.kv_head, first = head * args.tiles;
+    const i64 head = i64(work.batch) * args.kv_heads + work.kv_head, first = head * args.tiles + first_tile(work);
     constexpr u32 kChannelBytes = sizeof(shared.v_scale[0]);
     mbarrier_wait(&shared.q_empty[q_ring.stage], q_ring.parity ^ 1);
     shared.piece[q_ring.stage] = work;
