@@ -15,8 +15,8 @@ from lowbit_attention.api import make_request
 from lowbit_attention.cuda.hopper import pieces_of
 from lowbit_attention.cuda.instances import HEAD_DIMS, MANIFEST, padded_head_dim, wgmma_config
 from lowbit_attention.cuda.launch import cache
-from lowbit_attention.cuda.packing import pack_kv
-from lowbit_attention.cuda.schedule import multiprocessors
+from lowbit_attention.cuda.packing import PackPlan, pack_kv
+from lowbit_attention.cuda.schedule import heads_side_by_side, multiprocessors
 from lowbit_attention.machine import MACHINES
 from lowbit_attention.reference.attention import emulate
 from lowbit_attention.reference.exact import exact
@@ -99,10 +99,16 @@ def split_rows(q, k, v, r, causal_offset):
     request = make_request(
         q, k, v, None, r, None, is_causal=causal_offset is not None, bottom_right=True, return_lse=False, layout="HND"
     )
-    pieces, q_blocks = pieces_of(request, config, multiprocessors(q.device.index))
-    item = torch.arange(batch * heads * q_blocks).reshape(batch, heads, q_blocks)  # one head after the other, …
-    in_rest = (item >= pieces.whole).flip(-1)  # … from its last block to its first
-    rows = in_rest.repeat_interleave(config.q_rows, dim=2)[..., :length]
+    index = q.device.index
+    pieces, q_blocks = pieces_of(request, config, multiprocessors(index))
+    pack = PackPlan.of(batch, k.shape[1], k.shape[2], k.shape[3], v.shape[3], r)
+    section = heads_side_by_side(request, pack, index, equal=length % config.q_rows == 0)
+    rows = torch.zeros(batch * heads, q_blocks, dtype=torch.bool)
+    for item in range(pieces.whole, pieces.whole + pieces.rest):  # as `work_item` of csrc/attend/schedule.cuh
+        place = item % (section * q_blocks)
+        head = item // (section * q_blocks) * section + place % section
+        rows[head, q_blocks - 1 - place // section] = True
+    rows = rows.repeat_interleave(config.q_rows, dim=1)[:, :length].reshape(batch, heads, length)
     return pieces.key_splits, rows.to(q.device)
 
 

@@ -142,11 +142,12 @@ def _make_plan(request: Request, recipe: Recipe, index: int) -> _Plan:
     partials = -(-pack.workspace_bytes // 16) * 16
     instances = (pack_instance(pack.dim, request.dtype, "sm_90a"), config.instance())
     cache().get_all((i.source(), i.options()) for i in instances)  # (side by side, the first time)
+    section = heads_side_by_side(request, pack, index, equal=request.q_len % config.q_rows == 0)
     offset = request.kv_len if request.causal_offset is None else request.causal_offset
     integers = (
         request.q_heads, request.kv_heads, request.q_len, request.kv_len, head_dim, v_head_dim,
         offset, pack.tiles, pieces.count, pieces.whole, pieces.rest,
-        *schedule(request, q_blocks, heads_side_by_side(request, pack, index)),
+        *schedule(request, q_blocks, section),
         pieces.key_splits,
     )  # fmt: skip
     kind = recipe.softmax_max

@@ -234,7 +234,7 @@ def _make_plan(request: Request, recipe: Recipe, index: int, int4_mma: bool | No
     delta = q_mean + (total * query_tiles * dim * 4 if recipe.smooth_q else 0)
     delta = -(-delta // 256) * 256
     offset = request.kv_len if request.causal_offset is None else request.causal_offset
-    section = 1 if recipe.smooth_q else heads_side_by_side(request, pack, index)
+    section = 1 if recipe.smooth_q else heads_side_by_side(request, pack, index, equal=True)
     return _Plan(
         request=request,
         recipe=recipe,

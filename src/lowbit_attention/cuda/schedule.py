@@ -56,18 +56,19 @@ def schedule(request: Request, q_blocks: int, section: int) -> tuple[int, ...]:
     )  # fmt: skip
 
 
-def heads_side_by_side(request: Request, pack: PackPlan, index: int) -> int:
-    """Query heads that are worked on at the same time.
+def heads_side_by_side(request: Request, pack: PackPlan, index: int, equal: bool) -> int:
+    """Query heads that are worked on at the same time, so that equally long blocks of different heads run together.
 
-    Without causality all blocks are of equal length, and one head after the other makes the best use of L2. With it,
-    as many as keep their K and V in half of L2, so that equally long blocks of different heads run together.
+    Where all blocks of rows are equally long (``equal``), one head after the other makes the best use of L2. Where the
+    last of every head is shorter, too, unless K and V of all heads are in L2: else the short ones may all meet the same
+    multiprocessors. With causality, as many as keep their K and V in half of L2.
     """
-    if not request.is_causal:
-        return 1
-    group = request.q_heads // request.kv_heads
+    group, total = request.q_heads // request.kv_heads, request.batch * request.q_heads
     kv_bytes = pack.tiles * (pack.form.k_bytes(pack.dim) + pack.form.v_bytes(pack.dim))
-    heads = max(1, int(torch.cuda.get_device_properties(index).L2_cache_size) // 2 // kv_bytes) * group
-    total = request.batch * request.q_heads
+    l2_bytes = int(torch.cuda.get_device_properties(index).L2_cache_size)
+    if not request.is_causal:
+        return 1 if equal or total // group * kv_bytes > l2_bytes * 3 // 4 else total
+    heads = max(1, l2_bytes // 2 // kv_bytes) * group
     return next(d for d in range(min(heads, total), 0, -1) if total % d == 0)
 
 
@@ -83,30 +84,35 @@ class Pieces:
     """If more than 1, a piece is all rows and one part of the keys, else some of the rows and all keys."""
 
 
-_SPLIT_COST = 6.0
+_SPLIT_COST = 7.0
 """What a split of a block takes beside its key tiles, in the time of a key tile: its own Q, the sums' way to memory."""
 _MERGE_COST = 1.0
-"""What adding up one split's sums takes, likewise."""
-_FEWER_ROWS = 0.8
-"""The time of a block's rows cut between multiprocessors, in that of the block: a warpgroup alone is little faster."""
+"""What adding up one split's sums takes, likewise. (Both from timings of 2 to 3 splits of 8 to 36 tiles on an H200.)"""
+_CUT_ROWS = {1: 1.0, 2: 0.97, 3: 0.8}
+"""The time of a block's rows cut into so many pieces, in that of the block: a warpgroup alone is little faster."""
+_MOST_TURNS = 3
+"""Pieces along the keys, in turns of the card: each keeps its sums in memory (100 KB at head dimension 128)."""
 
 
 def cut(blocks: int, places: int, most: int, key_tiles: int = 0) -> Pieces:
-    """Cut the blocks that are left for the last turn into as many pieces as find a place.
+    """Cut the blocks that are left for the last turn, if that shortens it.
 
-    Either their rows are cut, into up to ``most`` pieces, or the keys of each, ``key_tiles`` (0: they cannot be), which
-    takes sums from one multiprocessor to another, but fills them all.
+    Either their rows are cut, into up to ``most`` pieces, as many as find a place; or the keys of each, ``key_tiles``
+    (0: they cannot be), which takes sums from one multiprocessor to another, but fills them all, if need be in several
+    shorter turns.
 
     576 blocks on 132 places: four turns and 48 blocks, each in two pieces, which take half a turn.
     """
     rest = blocks % places
-    most_places = places // rest if rest else 1
-    time = {1: _FEWER_ROWS * key_tiles if most_places > 1 else float(key_tiles)}
-    for splits in range(2, min(most_places, key_tiles) + 1):
-        time[splits] = key_tiles / splits + _SPLIT_COST + _MERGE_COST * splits
+    if rest == 0:
+        return Pieces(blocks, 0, blocks)
+    by_rows = min(most, places // rest)
+    time = {1: _CUT_ROWS[by_rows] * key_tiles}
+    for splits in range(2, min(_MOST_TURNS * places // rest, key_tiles) + 1):
+        turns = -(-rest * splits // places)
+        time[splits] = turns * (key_tiles / splits + _SPLIT_COST) + _MERGE_COST * splits
     splits = min(time, key=lambda s: time[s])
-    pieces = splits if splits > 1 else min(most, most_places)
-    return Pieces(blocks - rest, rest, blocks - rest + rest * pieces, splits)
+    return Pieces(blocks - rest, rest, blocks - rest + rest * (splits if splits > 1 else by_rows), splits)
 
 
 def divisor(d: int) -> tuple[int, int]:
