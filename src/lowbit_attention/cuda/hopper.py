@@ -35,7 +35,7 @@ from .schedule import (
 )
 from .speeds import speedup
 
-ARGUMENTS = Arguments("P3q P3q P 7P 6f 11i 4i 8I i 2P".replace(" ", ""))
+ARGUMENTS = Arguments("P3q P3q P 7P 6f 11i 4i 8I P i 2P".replace(" ", ""))
 """``AttentionArgs``."""
 
 
@@ -53,6 +53,7 @@ class _Plan:
     max_options: tuple[float, float]
     integers: tuple[int, ...]
     v_head_dim: int
+    key_splits: int
     partials: int
     workspace_bytes: int
 
@@ -115,7 +116,7 @@ class HopperAttention(Implementation):
                 workspace + pack.v_scale, workspace + pack.v_mean,
                 sm_scale, abs(sm_scale) * LOG2E, plan.log2_p_max, plan.recipe.p_max, *plan.max_options,
                 *plan.integers,
-                workspace + plan.partials, workspace + pack.zeros,
+                workspace + pack.zeros, plan.key_splits, workspace + plan.partials, workspace + pack.zeros + 4,
             )
         )  # fmt: skip
         plan.kernel(plan.grid, index, arguments, overlaps=overlaps)
@@ -138,7 +139,9 @@ def _make_plan(request: Request, recipe: Recipe, index: int) -> _Plan:
     config = wgmma_config(recipe, dim, request.dtype)
     pieces, q_blocks = pieces_of(request, config, multiprocessors(index))
     warps = pieces.rest * config.consumers * 4 * (pieces.key_splits > 1)
-    pack = PackPlan.of(request.batch, request.kv_heads, request.kv_len, head_dim, v_head_dim, recipe, zero_count=warps)
+    pack = PackPlan.of(
+        request.batch, request.kv_heads, request.kv_len, head_dim, v_head_dim, recipe, zero_count=1 + warps
+    )
     partials = -(-pack.workspace_bytes // 16) * 16
     instances = (pack_instance(pack.dim, request.dtype, "sm_90a"), config.instance())
     cache().get_all((i.source(), i.options()) for i in instances)  # (side by side, the first time)
@@ -148,7 +151,6 @@ def _make_plan(request: Request, recipe: Recipe, index: int) -> _Plan:
         request.q_heads, request.kv_heads, request.q_len, request.kv_len, head_dim, v_head_dim,
         offset, pack.tiles, pieces.count, pieces.whole, pieces.rest,
         *schedule(request, q_blocks, section),
-        pieces.key_splits,
     )  # fmt: skip
     kind = recipe.softmax_max
     return _Plan(
@@ -162,6 +164,7 @@ def _make_plan(request: Request, recipe: Recipe, index: int) -> _Plan:
         max_options=(kind.slack, kind.headroom) if isinstance(kind, RestartedMax) else (0.0, 0.0),
         integers=integers,
         v_head_dim=request.v_head_dim,
+        key_splits=pieces.key_splits,
         partials=partials,
         workspace_bytes=partials + pieces.key_splits * warps * (dim // 8 + 1) * 32 * 16,
     )

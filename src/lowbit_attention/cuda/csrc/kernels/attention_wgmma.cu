@@ -386,8 +386,13 @@ struct Consumer {
   }
 #endif
 
-  __device__ __forceinline__ void work_on() {
+  // Whether there is another piece of work.
+  __device__ __forceinline__ bool has_work() {
     mbarrier_wait(&shared.q_full[q_ring.stage], q_ring.parity);
+    return shared.piece[q_ring.stage].end_row >= 0;
+  }
+
+  __device__ __forceinline__ void work_on() {
     const Piece work = shared.piece[q_ring.stage];
     const i32 first_row = work.first_row + thread.group * kRows;
     const KeyTiles mine = tiles_of(args, first_row, kRows, work);
@@ -460,7 +465,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attention_wgmma(const 
     }
     for (int s = 0; s < 2; ++s) {
       mbarrier_init(&shared.q_full[s], 32 * kQueryWarps + 1), mbarrier_init(&shared.q_empty[s], 4 * kConsumers);
+      mbarrier_init(&shared.piece_full[s], 1);
     }
+    mbarrier_init(&shared.next_wanted, 1);
     fence_mbarrier_init();
   }
 #if SUM_IN_MMA
@@ -482,9 +489,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attention_wgmma(const 
     setmaxnreg_inc<kConsumerRegisters>();
     Consumer consumer{args, shared, Thread()};
     if (consumer.thread.group == kConsumers - 1) consumer.pass_turn();  // the first one's first
-    for (i32 item = blockIdx.x; item < args.items; item += gridDim.x) {
-      consumer.work_on();
-    }
+    while (consumer.has_work()) consumer.work_on();
     await_rows_sent();
   }
 }

@@ -26,6 +26,7 @@ struct AttentionArgs {
   i32 tiles, items;       // items: pieces of work
   i32 whole_items, rest;  // the first are whole blocks of rows; then `rest` blocks, in as many pieces as fill the card
   Schedule schedule;
+  u32* taken;             // pieces of work that thread blocks have taken beside their first ones; 0
   i32 key_splits;         // a block's pieces of the rest: if 1, some of its rows and all keys, else all rows and some keys
   Vec16* partials;        // [key_splits][rest][kConsumers][4 warps][kDim / 8 + 1][32], where keys are split
   u32* arrivals;          // [rest][kConsumers][4 warps], zeros: the splits that have written theirs
@@ -86,8 +87,8 @@ struct Shared {
   float q_scale[2][kConsumers][4][8];       // of a warp's rows r and r + 8, in base-2 logits
   float mean_logit[2][kConsumers][kRows];   // sm_scale · q · k̄
   float k_largest_scale[2];                 // of the head's tiles
-  Piece piece[2];
-  u64 full[kStages], empty[kStages], q_full[2], q_empty[2];
+  Piece piece[2];                           // piece of work; end_row < 0: there is none left
+  u64 full[kStages], empty[kStages], q_full[2], q_empty[2], piece_full[2], next_wanted;
 };
 
 template <int kLength>
