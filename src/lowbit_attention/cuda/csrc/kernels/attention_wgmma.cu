@@ -365,16 +365,23 @@ struct Consumer {
         factor[half] = power<true>(__uint_as_float(its.word[half]), m[half]);
         sum[half] = __fmaf_rn(__uint_as_float(its.word[2 + half]), factor[half], sum[half]);
       }
-#pragma unroll 4
-      for (int four = 0; four < kDim / 8; ++four) {
-        const Vec16 part = ld_global_cg_v4(from + split * next + four * 32);
-        Vec16 all = {};
-        if (split > 0) all = own[four][lane];
+      constexpr int kAtOnce = 8;  // under way together: they are far away
+#pragma unroll 1
+      for (int first = 0; first < kDim / 8; first += kAtOnce) {
+        Vec16 part[kAtOnce];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          all.word[i] = __float_as_uint(__fmaf_rn(__uint_as_float(part.word[i]), factor[i / 2], __uint_as_float(all.word[i])));
+        for (int i = 0; i < kAtOnce; ++i) part[i] = ld_global_cg_v4(from + split * next + (first + i) * 32);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          Vec16 all = {};
+          if (split > 0) all = own[first + i][lane];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const float sum = __fmaf_rn(__uint_as_float(part[i].word[j]), factor[j / 2], __uint_as_float(all.word[j]));
+            all.word[j] = __float_as_uint(sum);
+          }
+          own[first + i][lane] = all;
         }
-        own[four][lane] = all;
       }
     }
     if (lane == 0) args.arrivals[warp] = 0;  // (for the next launch on the same K and V)
@@ -389,7 +396,7 @@ struct Consumer {
   // Whether there is another piece of work.
   __device__ __forceinline__ bool has_work() {
     mbarrier_wait(&shared.q_full[q_ring.stage], q_ring.parity);
-    return shared.piece[q_ring.stage].end_row >= 0;
+    return __shfl_sync(0xFFFFFFFF, shared.piece[q_ring.stage].end_row, 0) >= 0;  // (so the branch is the warp's)
   }
 
   __device__ __forceinline__ void work_on() {
