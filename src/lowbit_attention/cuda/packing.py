@@ -42,6 +42,7 @@ class PackPlan:
     Byte offsets are those of the parts of one workspace, each a multiple of 256.
     """
 
+    heads: int
     kv_heads: int
     kv_len: int
     head_dim: int
@@ -121,6 +122,7 @@ class PackPlan:
         if form.is_record:
             offsets |= {"v_tiles": k_bytes, "k_scales": k_bytes + v_bytes}
         return cls(
+            heads=heads,
             kv_heads=kv_heads,
             kv_len=kv_len,
             head_dim=head_dim,
@@ -208,7 +210,7 @@ class Packer:
                 workspace + plan.zeros,
                 plan.k_stride, plan.v_stride, plan.k_scale_stride,
                 plan.recipe.v_max,
-                plan.pack_grid[1], plan.kv_heads, plan.kv_len, plan.head_dim, plan.v_head_dim,
+                plan.heads, plan.kv_heads, plan.kv_len, plan.head_dim, plan.v_head_dim,
                 plan.splits, plan.tokens_a_split, plan.k_tokens,
                 plan.tiles, plan.tiles_a_block,
                 plan.recipe.smooth_k, plan.recipe.smooth_v,

@@ -71,7 +71,7 @@ def test_shared_memory_is_what_the_kernels_struct_takes(name, head_dim):
 # ---- the plan of packing
 
 RECIPE = RECIPES["sage2_8b"]
-PARTS = ("k_tiles", "v_tiles", "k_scales", "k_mean", "k_largest_scale", "v_scale", "v_mean", "v_inverse")
+PARTS = ("k_tiles", "v_tiles", "k_scales", "k_mean", "k_largest_scale", "v_scale", "v_mean", "v_inverse", "zeros")
 
 
 CONSTANTS = {"HEAD_DIM": 128, "TILE_KEYS": TILE_KEYS, "ROTATE": 0, "K_LANES": 8, "V_HALF": 0}
@@ -89,7 +89,7 @@ def part_sizes(plan, heads):
     """Bytes that the kernels' comments give each part."""
     tiles, channels = heads * plan.tiles * TILE_KEYS * plan.dim, heads * plan.dim * 4
     scales = heads * plan.tiles * (TILE_KEYS // WgmmaConfig.geometry.b_k) * 4 * 4  # four a key tile of the geometry
-    sizes = (tiles, tiles, scales, channels, heads * 4, channels, channels, channels)
+    sizes = (tiles, tiles, scales, channels, heads * 4, channels, channels, channels, plan.zero_count * 4)
     return dict(zip(PARTS, sizes, strict=True))
 
 
@@ -100,9 +100,12 @@ def part_sizes(plan, heads):
     kv_len=st.one_of(st.integers(1, 1500), st.integers(1, 300_000)),
     head_dim=st.integers(1, 128),
     v_head_dim=st.integers(1, 128),
+    zero_count=st.integers(0, 2000),
 )
-def test_a_plan_holds_everything_and_nothing_twice(batch, kv_heads, kv_len, head_dim, v_head_dim):
-    plan, heads = PackPlan.of(batch, kv_heads, kv_len, head_dim, v_head_dim, RECIPE), batch * kv_heads
+def test_a_plan_holds_everything_and_nothing_twice(batch, kv_heads, kv_len, head_dim, v_head_dim, zero_count):
+    plan = PackPlan.of(batch, kv_heads, kv_len, head_dim, v_head_dim, RECIPE, zero_count=zero_count)
+    heads = batch * kv_heads
+    assert plan.zero_count == zero_count
     assert plan.dim in HEAD_DIMS
     assert plan.dim >= max(head_dim, v_head_dim)
 

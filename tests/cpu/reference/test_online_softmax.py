@@ -20,6 +20,7 @@ counts as one more element of its row, with A = 1: an error of the row sum's is 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -166,6 +167,23 @@ def attend(x: np.ndarray, v: np.ndarray, v_scale: np.ndarray, r: Recipe, machine
     return row
 
 
+def attend_in_parts(x: np.ndarray, v: np.ndarray, v_scale: np.ndarray, r: Recipe, machine: Machine, parts: int) -> Row:
+    """`attend` over parts of the key tiles, each by itself, weighted with their shares of the mass."""
+    b_k = machine.geometry.b_k
+    tiles = -(-len(x) // b_k)
+    cuts = [tiles * i // parts * b_k for i in range(parts)] + [len(x)]
+    rows = [attend(x[a:b], v[a:b], v_scale, r, machine) for a, b in itertools.pairwise(cuts)]
+    largest = max(row.lse for row in rows)
+    mass = [math.exp(row.lse - largest) for row in rows]
+    share = [m / sum(mass) for m in mass]
+    return Row(
+        out=sum(s * row.out.astype(f64) for s, row in zip(share, rows, strict=True)),
+        lse=largest + math.log(sum(mass)),
+        size=sum(s * row.size for s, row in zip(share, rows, strict=True)),
+        promotions=sum(row.promotions for row in rows),
+    )
+
+
 def logits(packed: Any, b: int, h: int, i: int, machine: Machine, offset: int | None) -> tuple[np.ndarray, float]:
     """Base-2 logits of one row against the keys its query tile visits, and a bound on the error ΔS brings to them."""
     b_q, b_k = machine.geometry.b_q, machine.geometry.b_k
@@ -187,7 +205,9 @@ def logits(packed: Any, b: int, h: int, i: int, machine: Machine, offset: int | 
     return x, error
 
 
-def compare(q: torch.Tensor, result: Result, r: Recipe, machine: Machine, offset: int | None, every: int) -> list[Row]:
+def compare(
+    q: torch.Tensor, result: Result, r: Recipe, machine: Machine, offset: int | None, every: int, parts: int = 1
+) -> list[Row]:
     """Every ``every``-th row and the last one; returns the oracle's rows."""
     packed, rows, near, unit = result.packed, [], [], {"fp8_f32": 2.0**-13, "fp8_f16": 2.0**-10, "fp16": 2.0**-10}
     flip = 0.0 if machine.accumulators.lossless else 4 * unit.get(r.accumulator, 0.0)
@@ -196,7 +216,11 @@ def compare(q: torch.Tensor, result: Result, r: Recipe, machine: Machine, offset
         v, v_scale = packed.v[b, h // heads].numpy(), packed.v_scale[b, h // heads].numpy()
         for i in sorted({*range(h, q.shape[2], every), q.shape[2] - 1}):
             x, error = logits(packed, b, h, i, machine, offset)
-            row = attend(x, v[: len(x)], v_scale, r, machine)
+            v_seen = v[: len(x)]
+            if parts == 1:
+                row = attend(x, v_seen, v_scale, r, machine)
+            else:
+                row = attend_in_parts(x, v_seen, v_scale, r, machine, parts)
             out, lse = result.out[b, h, i].numpy().astype(f64), float(result.lse[b, h, i])
             rows.append(row)
             if row.lse == -math.inf:
@@ -240,8 +264,9 @@ def check(r: Recipe, machine: Machine, family: str, n_q: int = 90, n_k: int = 0,
     n_k = n_k or (370 if machine.geometry.b_k == 64 else 490)
     q, k, v = inputs(family, n_q, n_k, options.get("heads", (2, 1)), options.get("batch", 1))
     offset = n_k - n_q if options.get("causal") else None
-    result = emulate(q, k, v, r, sm_scale=SM_SCALE, masking=Masking(offset), machine=machine)
-    return compare(q, result, r, machine, offset, options.get("every", 9))
+    parts = options.get("parts", 1)
+    result = emulate(q, k, v, r, sm_scale=SM_SCALE, masking=Masking(offset), machine=machine, key_splits=parts)
+    return compare(q, result, r, machine, offset, options.get("every", 9), parts)
 
 
 F16_28 = {"p_max": 28.0, "v_max": 4.5, "accumulator": "fp8_f16"}  # FP16 sums over up to 512 keys
@@ -273,6 +298,21 @@ def test_promotions(tiles: int, first: bool, family: str, maximum: Any, options:
         assert np.mean([row.rescales for row in rows]) >= 0.9 * (visited - intervals)
     if family == "sink" and isinstance(maximum, RestartedMax):  # every interval but the sink's starts below the sink
         assert np.mean([row.below for row in rows]) >= 0.9 * (intervals - 1)
+
+
+@machines
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("options", [F16_28, FP22, TRUE_FP32], ids=["fp8_f16", "fp8_f32", "fp32"])
+@pytest.mark.parametrize("maximum", MAXIMA, ids=str)
+@pytest.mark.parametrize("family", ["normal", "sink", "rising"])
+def test_keys_in_parts(family: str, maximum: Any, options: dict, parts: int, machine: Machine) -> None:
+    """Parts of the keys have their own maxima and intervals, which begin with each part."""
+    keys = 2 * machine.geometry.b_k
+    r = Recipe(**options, keys_per_promotion=keys, promote_first_tile=True, softmax_max=maximum, row_sum="rounded")
+    rows = check(r, machine, family, parts=parts)
+    tiles = 6 if machine is ADA else 4
+    of_parts = [tiles * (i + 1) // parts - tiles * i // parts for i in range(parts)]
+    assert rows[0].promotions == sum(1 + -(-(t - 1) // 2) for t in of_parts)
 
 
 @machines

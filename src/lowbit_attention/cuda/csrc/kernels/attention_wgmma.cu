@@ -1,7 +1,7 @@
 // Attention for Hopper: INT8 Q·Kᵀ and FP8 P·V by wgmma, on K and V that kernels/pack.cu has packed.
 //
 // A thread block is a producer warpgroup and two or three consumer warpgroups of 64 query rows each. The producer's
-// first warp copies tiles of K and V to shared memory; its others quantise the rows of Q of the next piece of work. A
+// first warp copies tiles of K and V to shared memory; its others take the next piece of work and quantise its rows of Q. A
 // consumer's tensor cores multiply P·V of one tile while it looks for the maximum of the next:
 //
 //   scores of tile j + 1 and P·V of tile j begin | scores there: maximum | P·V there: exponentials

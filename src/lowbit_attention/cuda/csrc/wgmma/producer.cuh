@@ -78,12 +78,12 @@ __device__ void quantize_first_queries(const AttentionArgs& args, Shared& shared
 
 __device__ void quantize_other_queries(const AttentionArgs& args, Shared& shared) {
   Ring<2> ring;
-  u32 wanted = 0;  // parity
   for (bool is_first = true;; is_first = false, ring.next()) {
-    if (!is_first) mbarrier_wait(&shared.next_wanted, wanted), wanted ^= 1;
-    mbarrier_wait(&shared.q_empty[ring.stage], ring.parity ^ 1);
-    if (threadIdx.x == 32) {
-      shared.piece[ring.stage] = is_first ? work_of(args, blockIdx.x) : next_piece(args);
+    if (threadIdx.x == 32) {  // (one thread alone: another might miss a whole phase of next_wanted, if pieces are short)
+      mbarrier_wait(&shared.next_wanted, ring.stage ^ 1);  // (the first is wanted at once)
+      mbarrier_wait(&shared.q_empty[ring.stage], ring.parity ^ 1);
+      if (is_first) shared.piece[0] = work_of(args, blockIdx.x);
+      else shared.piece[ring.stage] = next_piece(args);
       mbarrier_arrive(&shared.piece_full[ring.stage]);
     }
     mbarrier_wait(&shared.piece_full[ring.stage], ring.parity);
