@@ -168,8 +168,8 @@ class WgmmaConfig:
         used = stages * (2 * tile + ones) + 2 * rows * self.head_dim
         used += rows * self.head_dim * 4 if self.output_in_shared else 0
         used += 2 * 2 * self.head_dim * 4  # V's scales and means
-        used += stages * 16 + 2 * self.consumers * 4 * 32 + 2 * rows * 4 + 8 + (2 * stages + 7) * 8
-        used += 2 * (36 if self.output_in_shared else 20)  # pieces of work
+        used += stages * 16 + 2 * self.consumers * 4 * 32 + 2 * rows * 4 + 8 + (2 * stages + 4) * 8
+        used += 2 * 36 + 3 * 8 if self.output_in_shared else 2 * 20  # pieces of work; and who takes them
         return -(-used // 1024) * 1024
 
     def instance(self) -> Instance:

@@ -393,9 +393,9 @@ struct Consumer {
   }
 #endif
 
-  // Whether there is another piece of work.
+  __device__ __forceinline__ void await_piece() { mbarrier_wait(&shared.q_full[q_ring.stage], q_ring.parity); }
   __device__ __forceinline__ bool has_work() {
-    mbarrier_wait(&shared.q_full[q_ring.stage], q_ring.parity);
+    await_piece();
     return __shfl_sync(0xFFFFFFFF, shared.piece[q_ring.stage].end_row, 0) >= 0;  // (so the branch is the warp's)
   }
 
@@ -472,9 +472,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attention_wgmma(const 
     }
     for (int s = 0; s < 2; ++s) {
       mbarrier_init(&shared.q_full[s], 32 * kQueryWarps + 1), mbarrier_init(&shared.q_empty[s], 4 * kConsumers);
+#if TAKES_WORK
       mbarrier_init(&shared.piece_full[s], 1);
+#endif
     }
+#if TAKES_WORK
     mbarrier_init(&shared.next_wanted, 1);
+#endif
     fence_mbarrier_init();
   }
 #if SUM_IN_MMA
@@ -496,7 +500,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attention_wgmma(const 
     setmaxnreg_inc<kConsumerRegisters>();
     Consumer consumer{args, shared, Thread()};
     if (consumer.thread.group == kConsumers - 1) consumer.pass_turn();  // the first one's first
+#if TAKES_WORK
     while (consumer.has_work()) consumer.work_on();
+#else
+    for (i32 item = blockIdx.x; item < args.items; item += gridDim.x) {
+      consumer.await_piece();
+      consumer.work_on();
+    }
+#endif
     await_rows_sent();
   }
 }

@@ -49,8 +49,11 @@ constexpr int kInterval = kPromotesHalves ? 1 : PROMOTION_KEYS / kTileKeys;  // 
 // Then rows leave through there, too, but for FP32's, which do not fit. (From registers through shared memory they would
 // take registers for addresses, and there are none left: the assembler serialises the MMAs of some instances.)
 #define ROWS_THROUGH_SHARED (OUTPUT_IN_SHARED && INPUT_DTYPE != 0)
-// There, too, several thread blocks may share a block of rows out between them, each with some of the keys.
+// There, too, several thread blocks may share a block of rows out between them, each with some of the keys, and they take
+// pieces of work as they come to need them. (Two warpgroups have no register left for it: their code became a fifth
+// slower, or the assembler serialised its MMAs. Each of their blocks has every gridDim-th piece.)
 #define SPLITS_KEYS OUTPUT_IN_SHARED
+#define TAKES_WORK OUTPUT_IN_SHARED
 constexpr int kConsumers = OUTPUT_IN_SHARED ? 3 : 2;
 constexpr int kStages = kDim == 64 ? 4 : OUTPUT_IN_SHARED ? 2 : 3;  // pairs of tiles of K and V in flight
 constexpr int kThreads = 128 * (kConsumers + 1);
@@ -87,8 +90,11 @@ struct Shared {
   float q_scale[2][kConsumers][4][8];       // of a warp's rows r and r + 8, in base-2 logits
   float mean_logit[2][kConsumers][kRows];   // sm_scale · q · k̄
   float k_largest_scale[2];                 // of the head's tiles
-  Piece piece[2];                           // piece of work; end_row < 0: there is none left
-  u64 full[kStages], empty[kStages], q_full[2], q_empty[2], piece_full[2], next_wanted;
+  Piece piece[2];                           // end_row < 0: no work is left
+  u64 full[kStages], empty[kStages], q_full[2], q_empty[2];
+#if TAKES_WORK
+  u64 piece_full[2], next_wanted;
+#endif
 };
 
 template <int kLength>

@@ -5,6 +5,7 @@
 #include "ptx/copy.cuh"
 #include "wgmma/block.cuh"
 
+#if TAKES_WORK
 // Thread blocks take pieces of work as they come to need them: which is longest is the order's business (Schedule), and
 // who is late takes fewer. The next is taken when so many tiles of the present one are left to be copied, which is
 // time enough for its rows of Q; taken earlier, it might have been another's sooner.
@@ -19,27 +20,42 @@ __device__ inline Piece next_piece(const AttentionArgs& args) {
   none.end_row = -1;
   return none;
 }
+#endif
 
 // Stage i of a piece of work holds K's tile i and V's tile i − 1: what a consumer needs at the same time.
 __device__ void copy_tiles(const AttentionArgs& args, Shared& shared) {
   Ring<kStages> ring;
+#if TAKES_WORK
   for (Ring<2> q_ring;; q_ring.next()) {
     mbarrier_wait(&shared.piece_full[q_ring.stage], q_ring.parity);
     const Piece work = shared.piece[q_ring.stage];
     if (work.end_row < 0) return mbarrier_arrive(&shared.q_full[q_ring.stage]);
+#else
+  Ring<2> q_ring;
+  for (i32 item = blockIdx.x; item < args.items; item += gridDim.x, q_ring.next()) {
+    const Piece work = work_of(args, item);
+#endif
     const i32 count = tiles_of(args, work.first_row, kConsumers * kRows, work).count;
     const i64 head = i64(work.batch) * args.kv_heads + work.kv_head, first = head * args.tiles + first_tile(work);
     constexpr u32 kChannelBytes = sizeof(shared.v_scale[0]);
+#if !TAKES_WORK
+    mbarrier_wait(&shared.q_empty[q_ring.stage], q_ring.parity ^ 1);
+    shared.piece[q_ring.stage] = work;
+#endif
     mbarrier_arrive_expect_tx(&shared.q_full[q_ring.stage], 2 * kChannelBytes);
     cp_async_bulk_shared_global(shared.v_scale[q_ring.stage], args.v_scale + head * kDim, kChannelBytes,
                                 &shared.q_full[q_ring.stage]);
     cp_async_bulk_shared_global(shared.v_mean[q_ring.stage], args.v_mean + head * kDim, kChannelBytes,
                                 &shared.q_full[q_ring.stage]);
+#if TAKES_WORK
     const i32 late = max(count - kTilesAhead, 0);
     if (count == 0) mbarrier_arrive(&shared.next_wanted);
+#endif
     for (i32 tile = 0; count > 0 && tile <= count; ++tile, ring.next()) {
       const int s = ring.stage;
+#if TAKES_WORK
       if (tile == late) mbarrier_arrive(&shared.next_wanted);
+#endif
       const u32 k_bytes = tile < count ? kTileBytes + sizeof(shared.k_scale[s]) : 0;
       mbarrier_wait(&shared.empty[s], ring.parity ^ 1);
       mbarrier_arrive_expect_tx(&shared.full[s], k_bytes + (tile > 0 ? kTileBytes : 0));
@@ -76,6 +92,8 @@ __device__ void quantize_first_queries(const AttentionArgs& args, Shared& shared
   quantize_queries<kThreads / 32>(args, shared, work_of(args, blockIdx.x), 0, threadIdx.x / 32);
 }
 
+#if TAKES_WORK
+// By three warps; one of their threads takes the pieces.
 __device__ void quantize_other_queries(const AttentionArgs& args, Shared& shared) {
   Ring<2> ring;
   for (bool is_first = true;; is_first = false, ring.next()) {
@@ -94,3 +112,15 @@ __device__ void quantize_other_queries(const AttentionArgs& args, Shared& shared
     mbarrier_arrive(&shared.q_full[ring.stage]);
   }
 }
+#else
+__device__ void quantize_other_queries(const AttentionArgs& args, Shared& shared) {
+  Ring<2> ring;
+  for (i32 item = blockIdx.x; item < args.items; item += gridDim.x, ring.next()) {
+    const Piece work = work_of(args, item);
+    mbarrier_wait(&shared.q_empty[ring.stage], ring.parity ^ 1);
+    if (item != blockIdx.x) quantize_queries<kQueryWarps>(args, shared, work, ring.stage, threadIdx.x / 32 - 1);
+    shared.k_largest_scale[ring.stage] = args.k_largest_scale[i64(work.batch) * args.kv_heads + work.kv_head];
+    mbarrier_arrive(&shared.q_full[ring.stage]);
+  }
+}
+#endif
