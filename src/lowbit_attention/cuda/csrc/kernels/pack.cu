@@ -263,6 +263,7 @@ constexpr int kBlocks = TILE_KEYS == 64 ? 2 : 0;
 // it would spill.)
 constexpr int kPackBlocks = TILE_KEYS == 128 && HEAD_DIM == 128 && INPUT_DTYPE != kFloat32 ? 4 : kBlocks;
 
+// Four blocks a multiprocessor: as many as the host launches run at once.
 extern "C" __global__ void __launch_bounds__(kStatisticsThreads, 4) statistics(const __grid_constant__ PackArgs args) {
   griddepcontrol_launch_dependents();
 #if CLUSTERS

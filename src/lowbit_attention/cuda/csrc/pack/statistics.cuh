@@ -133,7 +133,7 @@ __device__ Finished finish_values(const PackArgs& args, i64 head, const Statisti
   return {mean, scale.inverse};
 }
 
-// ---- statistics: a block is a split of a head of V, then of K, of which a sample is not split. A thread reads one chunk of
+// ---- statistics: a block is a split of a head of K (a sample is not split) or, after those, of V. A thread reads one chunk of
 // channels of every kLanes-th token. Copies to shared memory, where each thread has its own places, keep more loads under
 // way than registers would hold; and as soon as a batch of them is there, the next but one begins.
 
