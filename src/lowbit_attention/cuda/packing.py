@@ -24,7 +24,7 @@ _MOST_CLUSTER_SPLITS = 8
 """Where the splits of a head are a thread block cluster (kMostClusterSplits). A block has 32 KB of loads under way, and
 some 100 of them keep an H100's memory busy: with 13 heads or more, that many splits of V do."""
 _CLUSTERED_BLOCKS = 528
-"""Blocks of the statistics that run at once: 4 on each of 132 multiprocessors. (A few more take twice as long.)"""
+"""Blocks of the statistics that run at once: 4 on each of 132 multiprocessors. More splits gained nothing."""
 _MOST_SAMPLED = 1024
 """Tokens of a sample of K (the kernel finds them in 32 bits)."""
 _BLOCKS = 1056

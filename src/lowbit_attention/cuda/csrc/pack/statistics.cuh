@@ -188,7 +188,7 @@ __device__ void gather_lane(StatisticsShared& shared, const Strided& tensor, i64
     for (int i = 0; i < kBatch; ++i) {
       const bool inside = token + i * kLanes < end;
       raw[i] = exists && inside ? shared.raw[batch][i][threadIdx.x] : zero_raw<kStatisticsInput>();
-      if (inside) low = min_nan_raw(low, raw[i]), high = max_nan_raw(high, raw[i]);
+      if (inside) low = chosen_raw<false>(low, raw[i]), high = chosen_raw<true>(high, raw[i]);
     }
 #pragma unroll
     for (int c = 0; c < kChunk; ++c) {

@@ -72,28 +72,20 @@ __device__ float to_float(const Raw<kDtype>& raw, int i) {
   }
 }
 
-// The smaller and the larger of each two channels; NaN if either is.
-template <Dtype kDtype>
-__device__ Raw<kDtype> min_nan_raw(const Raw<kDtype>& a, const Raw<kDtype>& b) {
-  Raw<kDtype> out;
-#pragma unroll
-  for (int i = 0; i < int(sizeof(out.half) / sizeof(u32)); ++i) {
-    const u32 x = a.half[i / 4].word[i % 4], y = b.half[i / 4].word[i % 4];
-    out.half[i / 4].word[i % 4] = kDtype == kFloat32 ? __float_as_uint(min_nan_f32(__uint_as_float(x), __uint_as_float(y)))
-                                  : kDtype == kFloat16 ? min_nan_f16x2(x, y)
-                                                       : min_nan_bf16x2(x, y);
-  }
-  return out;
+// The larger of each two channels, or the smaller; NaN if either is.
+template <bool kLarger, Dtype kDtype>
+__device__ u32 chosen_word(u32 x, u32 y) {
+  const float a = __uint_as_float(x), b = __uint_as_float(y);
+  if constexpr (kDtype == kFloat32) return __float_as_uint(kLarger ? max_nan_f32(a, b) : min_nan_f32(a, b));
+  if constexpr (kDtype == kFloat16) return kLarger ? max_nan_f16x2(x, y) : min_nan_f16x2(x, y);
+  return kLarger ? max_nan_bf16x2(x, y) : min_nan_bf16x2(x, y);
 }
-template <Dtype kDtype>
-__device__ Raw<kDtype> max_nan_raw(const Raw<kDtype>& a, const Raw<kDtype>& b) {
+template <bool kLarger, Dtype kDtype>
+__device__ Raw<kDtype> chosen_raw(const Raw<kDtype>& a, const Raw<kDtype>& b) {
   Raw<kDtype> out;
 #pragma unroll
   for (int i = 0; i < int(sizeof(out.half) / sizeof(u32)); ++i) {
-    const u32 x = a.half[i / 4].word[i % 4], y = b.half[i / 4].word[i % 4];
-    out.half[i / 4].word[i % 4] = kDtype == kFloat32 ? __float_as_uint(max_nan_f32(__uint_as_float(x), __uint_as_float(y)))
-                                  : kDtype == kFloat16 ? max_nan_f16x2(x, y)
-                                                       : max_nan_bf16x2(x, y);
+    out.half[i / 4].word[i % 4] = chosen_word<kLarger, kDtype>(a.half[i / 4].word[i % 4], b.half[i / 4].word[i % 4]);
   }
   return out;
 }
