@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lowbit_attention.cli.common import progress
-from lowbit_attention.cuda.inspect import disassemble, main_loop
+from lowbit_attention.cuda.inspect import main_loop
 from lowbit_attention.cuda.instances import MANIFEST, MMA_ARCHS, Instance, MmaConfig, mma_config, mma_recipes
-from lowbit_attention.cuda.machine_code import problems
+from lowbit_attention.cuda.machine_code import disassemble, problems
 from lowbit_attention.jit.compiler import compile_source
 from lowbit_attention.recipes import RECIPES
 

@@ -94,7 +94,8 @@ class Machine:
     """Whose numbers an emulation gives: a geometry, an accumulator model and how faithfully it is followed.
 
     ``row_sum_columns``: how many columns of ones beside V share the keys among them where the MMA adds up P (see
-    `row_sum_column`).
+    `row_sum_column`). ``parabolas``: with head dimensions up to 64 and FP16 sums over several key tiles, P of some keys
+    (`parabola_keys`) is a polynomial's instead of 2^x rounded once (`power_by_parabola`).
     """
 
     name: str
@@ -102,6 +103,7 @@ class Machine:
     accumulators: AccumulatorModel = ADA_FP22
     fidelity: Fidelity = "step"
     row_sum_columns: Literal[1, 8] = 1
+    parabolas: bool = False
 
     def __post_init__(self) -> None:
         if self.row_sum_columns not in (1, 8):
@@ -123,6 +125,14 @@ def row_sum_column(keys: Tensor, columns: int) -> Tensor:
     return keys % 32 // 16 * 4 + keys % 8 // 2 if columns == 8 else torch.zeros_like(keys)
 
 
+def parabola_keys(keys: Tensor) -> Tensor:
+    """Which keys' exponentials a machine with ``parabolas`` approximates, bool like ``keys`` (numbers in a tile).
+
+    The unit for exponentials is what Hopper waits for at head dimension 64; the FMA units take a quarter off it.
+    """
+    return keys % 64 // 16 == 3
+
+
 _ADA_TILES = Geometry(b_q=128, b_k=64, warp_rows=32)  # the papers' tiles, four warps of 32 rows
 _HOPPER_TILES = Geometry(b_q=64, b_k=128, warp_rows=16)  # one warpgroup: 4 warps × 16 rows of a wgmma.m64
 
@@ -132,7 +142,7 @@ MACHINES: dict[str, Machine] = {
         Machine("sm_80", _ADA_TILES, SM90_MMA),  # no FP8 here: where a recipe wants it, FP16 MMAs do it as on sm_90
         Machine("sm_86", _ADA_TILES, SM90_MMA),
         Machine("sm_89", _ADA_TILES, ADA_FP22),
-        Machine("sm_90a", _HOPPER_TILES, SM90_WGMMA, row_sum_columns=8),
+        Machine("sm_90a", _HOPPER_TILES, SM90_WGMMA, row_sum_columns=8, parabolas=True),
         Machine("sm_120a", _ADA_TILES, SM90_MMA),  # not probed; its FP32 sums are true FP32, as these are
     )
 }

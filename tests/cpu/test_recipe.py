@@ -304,6 +304,13 @@ def test_the_papers_pairs_just_fit(pair: tuple[float, float]) -> None:
         Recipe(accumulator="fp8_f16", keys_per_promotion=96, p_max=p_max, v_max=v_max)
 
 
+def test_range_has_room_for_approximated_exponentials():
+    """P_r itself would round to 14, and 1.006 P_r rounds to 15."""
+    recipe("fast_8b").replace(p_max=14.4)
+    with pytest.raises(InvalidRecipeError, match=r"1024 · 15 · 4.5 = 69120 .* overflows FP16"):
+        recipe("fast_8b").replace(p_max=14.45)
+
+
 def test_all_reasons_are_reported() -> None:
     with pytest.raises(InvalidRecipeError) as error:
         Recipe(qk_bits=None, smooth_q=True, p_max=500.0, v_max=449.0, accumulator="int32", softmax_max=TileMax(),

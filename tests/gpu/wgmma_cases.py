@@ -35,6 +35,7 @@ TESTED = {
         "sage2_8b:smooth_k=false",
         "sage2_8b:k_sample=sampled(64)",
         "sage2pp_8b:keys_per_promotion=128,v_max=2.25",
+        "sage2pp_8b:keys_per_promotion=256,p_max=112,v_max=2.25,row_sum=unrounded",
     )
 }
 

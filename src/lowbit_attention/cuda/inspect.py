@@ -6,21 +6,12 @@ the modelled TOPS are an upper bound, not a measurement.
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
-from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..jit.compiler import compile_source
 from ..recipe import Recipe
 from .instances import MMA_GEOMETRY, MmaConfig, mma_config
-from .machine_code import nvdisasm
-
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)(.*);", re.MULTILINE)
-_LABEL = re.compile(r"^(\.L_\w+):")
-_MMAS = ("IMMA", "QMMA", "HMMA")
+from .machine_code import Loop, disassemble, loops
 
 
 @dataclass(frozen=True)
@@ -55,23 +46,6 @@ RATES = {
 
 
 @dataclass(frozen=True)
-class Loop:
-    """A loop of a kernel: how often each instruction stands in it."""
-
-    counts: Counter[str]
-
-    @property
-    def mma(self) -> int:
-        """Tensor-core instructions."""
-        return sum(count for name, count in self.counts.items() if name in _MMAS)
-
-    @property
-    def other(self) -> int:
-        """All others."""
-        return sum(self.counts.values()) - self.mma
-
-
-@dataclass(frozen=True)
 class Row:
     """`attention_mma` for one recipe: what its unmasked iteration takes, a thread and 64 keys.
 
@@ -103,23 +77,6 @@ class Row:
         return self.other / self.elements
 
 
-def loops(sass: str) -> list[Loop]:
-    """The loops of a disassembly (`nvdisasm -c`): from a label to a branch back to it."""
-    labels: dict[str, int] = {}
-    found: list[tuple[str, str]] = []
-    for line in sass.splitlines():
-        if label := _LABEL.match(line):
-            labels[label[1]] = len(found)
-        elif instruction := _INSTRUCTION.match(line):
-            found.append((instruction[1], instruction[2]))
-    out = []
-    for at, (name, operands) in enumerate(found):
-        target = re.search(r"\.L_\w+", operands)
-        if name.startswith("BRA") and target and labels.get(target[0], at + 1) <= at:
-            out.append(Loop(Counter(n.split(".")[0] for n, _ in found[labels[target[0]] : at + 1])))
-    return out
-
-
 def main_loop(sass: str, mma: int) -> Loop:
     """The unmasked loop: of those with at least ``mma`` tensor-core instructions, the shortest.
 
@@ -130,14 +87,6 @@ def main_loop(sass: str, mma: int) -> Loop:
     if not candidates:
         raise ValueError(f"no loop holds {mma} MMAs")
     return min(candidates, key=lambda loop: loop.other)
-
-
-def disassemble(cubin: bytes) -> str:
-    """``nvdisasm -c`` of machine code."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        return subprocess.run([nvdisasm(), "-c", str(path)], capture_output=True, text=True, check=True).stdout
 
 
 def inspect(recipe: Recipe, head_dim: int, arch: str) -> Row:

@@ -32,7 +32,8 @@ class Instance:
     """One compilation.
 
     ``kernel`` is the source's name below csrc/kernels; ``mma``: instructions that its machine code must hold;
-    ``spill_limit``: bytes of spills it may have, 0 unless a reason stands beside it.
+    ``spill_limit``: bytes of spills it may have, 0 unless a reason stands beside it, and none in a loop with MMAs
+    unless ``spills_anywhere``.
     """
 
     kernel: str
@@ -40,6 +41,7 @@ class Instance:
     defines: tuple[tuple[str, int], ...]
     mma: tuple[str, ...] = ()
     spill_limit: int = 0
+    spills_anywhere: bool = False
 
     @property
     def entry(self) -> str:
@@ -145,8 +147,10 @@ class WgmmaConfig:
 
     @property
     def consumers(self) -> int:
-        """Warpgroups of 64 query rows in a thread block (kConsumers)."""
-        return 3 if self.output_in_shared else 2
+        """Warpgroups of 64 query rows in a thread block (CONSUMERS)."""
+        if not self.output_in_shared:
+            return 2
+        return 3 if self.head_dim == 128 else 4
 
     @property
     def q_rows(self) -> int:
@@ -169,6 +173,7 @@ class WgmmaConfig:
         used += rows * self.head_dim * 4 if self.output_in_shared else 0
         used += 2 * 2 * self.head_dim * 4  # V's scales and means
         used += stages * 16 + 2 * self.consumers * 4 * 32 + 2 * rows * 4 + 8 + (2 * stages + 4) * 8
+        used += self.consumers * 128 * 24 if self.consumers == 4 else 0  # what only promotions ask for
         used += 2 * 36 + 3 * 8 if self.output_in_shared else 2 * 20  # pieces of work; and who takes them
         return -(-used // 1024) * 1024
 
@@ -177,6 +182,7 @@ class WgmmaConfig:
         sums = "F16" if self.sums_f16 else "F32"
         in_halves = not self.sums_f16 and self.head_dim == 128 and self.promotion_keys == 128  # (SPLITS_CHANNELS)
         columns = self.head_dim // (2 if in_halves else 1) + 8 * self.sum_in_mma
+        scores = 64 if self.consumers == 4 else 128  # keys at a time
         return Instance(
             "attention_wgmma",
             "sm_90a",
@@ -190,7 +196,9 @@ class WgmmaConfig:
                 ("SUM_IN_MMA", int(self.sum_in_mma)),
                 ("TILE_KEYS", TILE_KEYS),
             ),
-            mma=("IGMMA.64x128x32.S8.S8", f"QGMMA.64x{columns}x32.{sums}.E4M3.E4M3"),
+            mma=(f"IGMMA.64x{scores}x32.S8.S8", f"QGMMA.64x{columns}x32.{sums}.E4M3.E4M3"),
+            # the producer of four consumers has 32 registers, and time
+            spill_limit=320 if self.consumers == 4 else 0,
         )
 
 
@@ -299,6 +307,7 @@ class MmaConfig:
             # sm_90 and sm_100 have no FP8 and INT4 MMAs: unpacking operands for others takes registers, and the kernel
             # runs there to be tested, or where nothing else does
             spill_limit=1024 if self.arch in ("sm_90", "sm_100") else 0,
+            spills_anywhere=self.arch in ("sm_90", "sm_100"),
         )
 
 

@@ -88,8 +88,9 @@ _SPLIT_COST = 7.0
 """What a split of a block takes beside its key tiles, in the time of a key tile: its own Q, the sums' way to memory."""
 _MERGE_COST = 1.0
 """What adding up one split's sums takes, likewise. (Both from timings of 2 to 3 splits of 8 to 36 tiles on an H200.)"""
-_CUT_ROWS = {1: 1.0, 2: 0.97, 3: 0.8}
-"""The time of a block's rows cut into so many pieces, in that of the block: a warpgroup alone is little faster."""
+_CUT_ROWS = {2: {1: 1.0, 2: 0.97}, 3: {1: 1.0, 2: 0.97, 3: 0.8}, 4: {1: 1.0, 2: 0.82, 4: 0.72}}
+"""By the warpgroups of a block, the time of its rows cut into so many pieces, in that of the block: a warpgroup alone
+is little faster. (Of four: from the queue in docs/kernels/hopper.md, not timed.)"""
 _MOST_TURNS = 3
 """Pieces along the keys, in turns of the card: each keeps its sums in memory (100 KB at head dimension 128)."""
 
@@ -97,17 +98,17 @@ _MOST_TURNS = 3
 def cut(blocks: int, places: int, most: int, key_tiles: int = 0) -> Pieces:
     """Cut the blocks that are left for the last turn, if that shortens it.
 
-    Either their rows are cut, into up to ``most`` pieces, as many as find a place; or the keys of each, ``key_tiles``
-    (0: they cannot be), which takes sums from one multiprocessor to another, but fills them all, if need be in several
-    shorter turns.
+    Either their rows are cut, into up to ``most`` pieces (the warpgroups of a block), as many as find a place; or the
+    keys of each, ``key_tiles`` (0: they cannot be), which takes sums from one multiprocessor to another, but fills them
+    all, if need be in several shorter turns.
 
     576 blocks on 132 places: four turns and 48 blocks, each in two pieces, which take half a turn.
     """
     rest = blocks % places
     if rest == 0:
         return Pieces(blocks, 0, blocks)
-    by_rows = min(most, places // rest)
-    time = {1: _CUT_ROWS[by_rows] * key_tiles}
+    by_rows = max(pieces for pieces in _CUT_ROWS[most] if pieces <= places // rest)
+    time = {1: _CUT_ROWS[most][by_rows] * key_tiles}
     for splits in range(2, min(_MOST_TURNS * places // rest, key_tiles) + 1):
         turns = -(-rest * splits // places)
         time[splits] = turns * (key_tiles / splits + _SPLIT_COST) + _MERGE_COST * splits

@@ -15,7 +15,7 @@ from .arithmetic import plain_arithmetic
 from .formats import FP32_MAX
 from .masks import LOG2E, Masking, valid_keys
 from .quantize import Means, Packed, pack
-from .softmax import OnlineSoftmax
+from .softmax import OnlineSoftmax, by_parabola
 
 _TILE_ELEMENTS = 1 << 20
 _TILE_ELEMENTS_CUDA = 1 << 24
@@ -124,6 +124,8 @@ def _slices(
     scaled_by_tile = isinstance(recipe.v_granularity, PerChannelAndKeyTile)
     interval = recipe.promotion_keys(geometry)
 
+    approximates = by_parabola(recipe, machine, max(packed.q.shape[3], packed.v.shape[3]))
+
     def summed_up(part: range) -> OnlineSoftmax:
         softmax = OnlineSoftmax((len(index), rows, packed.v.shape[3]), recipe, machine, q.device)
         fresh = True
@@ -134,7 +136,9 @@ def _slices(
                 break  # causality: no row sees this tile or a later one
             tile = slice(start, min(start + geometry.b_k, keys))
             factor = (q_scale[:, seeing, None] * k_scale[:, None, tile]).clamp_(-FP32_MAX, FP32_MAX)
-            x = torch.bmm(q[:, seeing], k[:, tile].transpose(1, 2)).mul_(factor)
+            products = torch.bmm(q[:, seeing], k[:, tile].transpose(1, 2))
+            scores = (products, factor) if approximates else None
+            x = products * factor if approximates else products.mul_(factor)
             if packed.q_mean is not None and packed.k_smooth is not None:
                 mean = packed.q_mean[b, h] * (sm_scale * LOG2E)
                 x += _delta_s(mean, packed.k_smooth[b, h_kv, tile], seeing, geometry.b_q)
@@ -142,7 +146,7 @@ def _slices(
                 x = x.clamp_(-FP32_MAX, FP32_MAX)
             x = masking.hide(x, (b, h), seeing, tile)
 
-            p = softmax.choose_max(seeing, x, fresh)
+            p = softmax.choose_max(seeing, x, fresh, scores)
             step = geometry.b_k if interval is None else min(interval, geometry.b_k)
             for first in range(0, tile.stop - start, step):
                 softmax.add(seeing, p[..., first : first + step], v[:, start + first : min(start + first + step, keys)])

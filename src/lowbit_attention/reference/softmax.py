@@ -11,11 +11,18 @@ import math
 import torch
 from torch import Tensor
 
-from ..machine import Machine
+from ..machine import Machine, parabola_keys
 from ..recipe import Recipe
 from ..recipe_options import RestartedMax, TileMax
 from .accumulate import E4M3_MIN_EXPONENT, FP16_MIN_EXPONENT, accumulate, round_to_accumulator
 from .quantize import round_probabilities
+
+
+def by_parabola(recipe: Recipe, machine: Machine, head_dim: int) -> bool:
+    """Whether a machine approximates some exponentials of this recipe (``Machine.parabolas``)."""
+    keys = recipe.promotion_keys(machine.geometry) or 0
+    sums = recipe.accumulator == "fp8_f16" and keys > machine.geometry.b_k and recipe.row_sum == "accumulator"
+    return machine.parabolas and sums and head_dim <= 64 and recipe.qk_bits == 8 and not recipe.smooth_q
 
 
 class OnlineSoftmax:
@@ -42,8 +49,12 @@ class OnlineSoftmax:
         self.out = torch.zeros(slices, rows, columns, dtype=torch.float32, device=device)
         self.out_m, self.out_l = rows_of(-math.inf), rows_of(0.0)
 
-    def choose_max(self, rows: slice, x: Tensor, fresh: bool) -> Tensor:
+    def choose_max(self, rows: slice, x: Tensor, fresh: bool, scores: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Fix what is subtracted from the tile ``x`` ``[S, rows, keys]``; ``fresh``: the partial sum is empty.
+
+        Args:
+            scores: where some keys' exponentials are approximated (`by_parabola`), the integer scores s and factors
+                f of ``x = s · f``, shaped like ``x``.
 
         Returns:
             P before rounding, ``P_r · 2^(x − m)``.
@@ -66,8 +77,14 @@ class OnlineSoftmax:
             m = seen
         self.partial_m[:, rows] = m
         # (x − m) + log2 P_r, never x − (m − log2 P_r): that loses P_r's digits beside a large m, and P exceeds P_r
-        below = x - torch.where(m == -math.inf, 0.0, m)[..., None]
-        return _exp2(below + math.log2(self.recipe.p_max))
+        m = torch.where(m == -math.inf, 0.0, m)[..., None]
+        log2_p_max = math.log2(self.recipe.p_max)
+        p = _exp2(x - m + log2_p_max)
+        if scores is not None:
+            keys = parabola_keys(torch.arange(x.shape[-1], device=x.device))
+            s, factor = (of[..., keys] for of in scores)
+            p[..., keys] = power_by_parabola(_exponent(x[..., keys], s, factor, log2_p_max - m))
+        return p
 
     def add(self, rows: slice, p: Tensor, v: Tensor) -> None:
         """Add ``p`` (unrounded, ``[S, rows, keys]``) times ``v`` (``[S, keys, columns]``) to the partial sums."""
@@ -125,3 +142,49 @@ def _power(old: Tensor, new: Tensor) -> Tensor:
 def _exp2(x: Tensor) -> Tensor:
     """``2^x``, rounded once. (torch's float32 exp2 on a CPU differs by an ulp with a number's place in memory.)"""
     return torch.exp2(x.double()).float()
+
+
+_MAGIC = 1.5 * 2**23
+"""Added to integer scores, so that their sums' bits are floats; the FMA that scales them takes it away."""
+_POWER_MAGIC = 1.5 * 2**13
+"""From here on float32 counts 2⁻¹⁰."""
+_POWER_BIAS = 15
+"""FP16's exponent's."""
+_LARGEST_FAST_FACTOR = 1 / 16
+PARABOLA = (7968.0, -0.233154296875, 0.94140625)
+"""``2^f / (1 + f) ≈ (a · f · 2⁻¹⁴ + b)² + c``, FP16 numbers: the least error on average that has no bias."""
+
+
+def _exponent(x: Tensor, s: Tensor, factor: Tensor, base: Tensor) -> Tensor:
+    """``x + base`` as `power_by_parabola` wants it, rounded as the kernel does: by one FMA of the scores ``s`` where
+    their ``factor`` is small enough for what that loses."""
+    s, factor = s * factor.sign(), factor.abs()  # (a negative sm_scale is in the kernel's Q)
+    base = base.float()
+    careful = (x + base) + (_POWER_BIAS + _POWER_MAGIC)
+    small = factor.clamp(max=_LARGEST_FAST_FACTOR).double()
+    fast = (base.double() + (_POWER_BIAS + _POWER_MAGIC)).float().double()
+    fast = (fast - _MAGIC * small).float().double()
+    fast = ((s.double() + _MAGIC) * small + fast).float()
+    return torch.where(x == -math.inf, -math.inf, torch.where(factor <= _LARGEST_FAST_FACTOR, fast, careful))
+
+
+def power_by_parabola(y: Tensor) -> Tensor:
+    """``2^x`` as the FMA units approximate it in FP16, to 0.6 %, unbiased on average; 0 below ``x = −15``.
+
+    Read as FP16, the bits of ``1024 · (x + 15)`` are ``2^n · (1 + f)`` for ``x = n + f``, and ``2^f / (1 + f)`` is
+    nearly a parabola of ``f``.
+
+    Args:
+        y: float32 ``x + 15 + 1.5 · 2¹³``, for x < 16.
+
+    >>> x = torch.tensor([-20.0, -1.0, 0.5, 3.0])
+    >>> power_by_parabola(x + 15 + 1.5 * 2**13)
+    tensor([0.0000, 0.4978, 1.4121, 7.9648])
+    """
+    number = y.clamp(min=_POWER_MAGIC).sub(_POWER_MAGIC).mul(1024)
+    bits = torch.where(number.isnan(), 0.0, number).to(torch.int16)
+    value, fraction = bits.view(torch.float16), (bits & 0x3FF).view(torch.float16)
+    scale, shift, rest = PARABOLA
+    f = (fraction.double() * scale + shift).half().double()
+    power = (value.double() * (f * f + rest).half().double()).half().float()
+    return torch.where(number.isnan(), number, power)

@@ -19,6 +19,7 @@ NESTED = {
     "Stage": "kernels/attention_mma.cu",
     "Work": "attend/schedule.cuh",
     "Piece": "wgmma/block.cuh",
+    "Promoted": "attend/softmax.cuh",
 }
 
 
@@ -76,6 +77,7 @@ def read(file, constants):
 def layout(file, name, constants=None):
     """``(name, offset, `struct` code)`` of every member, ``Strided`` ones opened; the struct's size and alignment."""
     ((base, body),) = re.findall(rf"struct {name}(?: : (\w+))? \{{(.*?)\n\}};", read(file, constants), flags=re.DOTALL)
+    body = re.split(r"\n\n?\s*(?:template|__device__)", body)[0]  # (functions come last)
     flat, end, widest = layout(NESTED[base], base, constants) if base else ([], 0, 1)
     for member, kind, pointer, asked, dims in members(body):
         if kind in NESTED:

@@ -18,8 +18,8 @@ def piece_of(item, pieces, warpgroups, tiles):
             split, n = number_of_cut // pieces.rest, pieces.key_splits
             keys = range(tiles * split // n, tiles * (split + 1) // n)
             return item - split * pieces.rest, range(rows), keys
-        number = (number_of_cut >= pieces.rest) + (warpgroups == 3 and number_of_cut >= 2 * pieces.rest)
-        if warpgroups == 3 and count == 2 * pieces.rest:
+        number = sum(number_of_cut >= n * pieces.rest for n in range(1, warpgroups))
+        if warpgroups > 2 and count == 2 * pieces.rest:
             rows = 2 * ROWS
         elif count > pieces.rest:
             rows = ROWS
@@ -31,7 +31,7 @@ def piece_of(item, pieces, warpgroups, tiles):
 SIZES = {
     "blocks": st.integers(1, 1000),
     "places": st.integers(1, 140),
-    "warpgroups": st.sampled_from([2, 3]),
+    "warpgroups": st.sampled_from([2, 3, 4]),
     "tiles": st.one_of(st.just(0), st.integers(1, 60)),
 }
 """Tiles: 0 where keys cannot be split."""
@@ -43,6 +43,8 @@ SIZES = {
 @example(blocks=40, places=132, warpgroups=3, tiles=0)
 @example(blocks=132, places=132, warpgroups=2, tiles=5)
 @example(blocks=1, places=132, warpgroups=3, tiles=1000)
+@example(blocks=40, places=132, warpgroups=4, tiles=0)  # places for three pieces each, but two are made
+@example(blocks=30, places=132, warpgroups=4, tiles=0)
 def test_every_row_meets_every_key_once(blocks, places, warpgroups, tiles):
     pieces = cut(blocks, places, warpgroups, tiles)
     of_block = {}
@@ -73,6 +75,11 @@ def test_cutting_adds_no_turn_of_whole_blocks(blocks, places, warpgroups, tiles)
 @pytest.mark.parametrize(("blocks", "count"), [(576, 528 + 2 * 48), (44, 3 * 44), (67, 67), (66, 132), (132, 132)])
 def test_as_many_pieces_as_find_a_place(blocks, count):
     assert cut(blocks, 132, 3).count == count
+
+
+@pytest.mark.parametrize(("blocks", "count"), [(33, 4 * 33), (34, 2 * 34), (44, 2 * 44), (66, 2 * 66), (67, 67)])
+def test_four_warpgroups_are_cut_in_two_or_four(blocks, count):
+    assert cut(blocks, 132, 4).count == count
 
 
 def test_keys_are_split_where_there_are_many():

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-CONSUMERS, Q_WARPS = 3, 3
+CONSUMERS = {2: 3, 4: 4}
+"""Warpgroups by stages: head dimensions 128 and 64."""
+Q_WARPS = 3
 TILES_AHEAD = 8  # kTilesAhead
 
 Wait = tuple["Barrier", int]
@@ -35,14 +37,14 @@ class Block:
 
     def __init__(self, tiles: list[int], stages: int, everyone_waits: bool) -> None:
         self.tiles, self.stages, self.everyone_waits = tiles, stages, everyone_waits
-        self.taken = 0
+        self.taken, consumers = 0, CONSUMERS[stages]
         self.piece: list[int | None] = [None, None]  # number of a piece, −1: none is left
         self.q: list[int | None] = [None, None]  # whose rows of Q are there
-        self.full, self.empty = [Barrier(1) for _ in range(stages)], [Barrier(CONSUMERS) for _ in range(stages)]
+        self.full, self.empty = [Barrier(1) for _ in range(stages)], [Barrier(consumers) for _ in range(stages)]
         self.stage: list[tuple[int, int] | None] = [None] * stages
-        self.q_full, self.q_empty = [Barrier(Q_WARPS + 1) for _ in "ab"], [Barrier(CONSUMERS) for _ in "ab"]
+        self.q_full, self.q_empty = [Barrier(Q_WARPS + 1) for _ in "ab"], [Barrier(consumers) for _ in "ab"]
         self.piece_full, self.next_wanted = [Barrier(1) for _ in "ab"], Barrier(1)
-        self.worked_on: list[list[int]] = [[] for _ in range(CONSUMERS)]
+        self.worked_on: list[list[int]] = [[] for _ in range(consumers)]
 
     def copy_thread(self) -> Iterator[Wait]:
         loaded = 0
@@ -110,7 +112,7 @@ def run(tiles: list[int], stages: int, seed: int, everyone_waits: bool = False) 
     block, rng = Block(tiles, stages, everyone_waits), random.Random(seed)
     makers: list[Callable[[], Iterator[Wait]]] = [block.copy_thread]
     makers += [lambda w=w: block.q_warp(w) for w in range(Q_WARPS)]
-    makers += [lambda g=g: block.consumer(g) for g in range(CONSUMERS)]
+    makers += [lambda g=g: block.consumer(g) for g in range(CONSUMERS[stages])]
     actors = [make() for make in makers]
     waits: dict[int, Wait] = {}
     for i, actor in enumerate(actors):
@@ -125,7 +127,7 @@ def run(tiles: list[int], stages: int, seed: int, everyone_waits: bool = False) 
             waits[i] = next(actors[i])
         except StopIteration:
             del waits[i]
-    assert block.worked_on == [list(range(len(tiles)))] * CONSUMERS
+    assert block.worked_on == [list(range(len(tiles)))] * CONSUMERS[stages]
     return True
 
 

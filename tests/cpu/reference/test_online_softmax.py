@@ -36,6 +36,7 @@ from lowbit_attention.recipe import Recipe
 from lowbit_attention.recipe_options import RestartedMax, RunningMax, TileMax
 from lowbit_attention.reference.attention import Result, emulate
 from lowbit_attention.reference.masks import Masking
+from lowbit_attention.reference.softmax import by_parabola, power_by_parabola
 
 f16, f32, f64 = np.float16, np.float32, np.float64
 U = 2.0**-24
@@ -54,6 +55,19 @@ def round_p(p: np.ndarray, pv_format: str) -> np.ndarray:
 def power(old: f32, new: f32) -> f32:
     """2^(old − new); an empty sum (−inf) has the factor 0."""
     return f32(0) if old == -INF else f32(np.exp2(f64(f32(old - new))))
+
+
+def parabola(s: f32, factor: f32, base: f32) -> f32:
+    """2^(s · factor + base) as the kernel approximates it: FP16 arithmetic on the bits of a fixed-point exponent."""
+    if factor <= 1 / 16:
+        offset = f64(f32(f32(base) + f32(15 + 12288))) - 12582912 * f64(factor)
+        y = f32((f64(s) + 12582912) * f64(factor) + f64(f32(offset)))
+    else:
+        y = f32(f32(f32(s * factor) + base) + f32(15 + 12288))
+    bits = max(int(y.view(np.int32)), 0x46400000) & 0xFFFF
+    whole, f = (np.uint16(b).view(f16) for b in (bits, bits & 0x3FF))
+    scaled = f16(f64(f) * 7968 + f64(f16(-0.2332)))
+    return f32(f16(f64(whole) * f64(f16(f64(scaled) ** 2 + f64(f16(0.9414))))))
 
 
 def add(total: np.ndarray, p: np.ndarray, v: np.ndarray, kind: str, model: AccumulatorModel) -> np.ndarray:
@@ -92,8 +106,13 @@ class Row:
     below: int = 0  # intervals that started below the maximum of the keys seen
 
 
-def attend(x: np.ndarray, v: np.ndarray, v_scale: np.ndarray, r: Recipe, machine: Machine) -> Row:
-    """One query row: base-2 logits ``x`` (−inf: hidden), ``v`` ``[keys, channels]``, scales ``[tiles or 1, ·]``."""
+def attend(
+    x: np.ndarray, v: np.ndarray, v_scale: np.ndarray, r: Recipe, machine: Machine, units: np.ndarray | None = None
+) -> Row:
+    """One query row: base-2 logits ``x`` (−inf: hidden), ``v`` ``[keys, channels]``, scales ``[tiles or 1, ·]``.
+
+    ``units``: what the integer scores were multiplied with, where every fourth 16 keys' exponentials are approximated.
+    """
     b_k, model, kind = machine.geometry.b_k, machine.accumulators, r.accumulator
     per_tile = isinstance(r.v_granularity, PerChannelAndKeyTile)
     in_mma, f16_sums = r.row_sum == "accumulator", kind in ("fp16", "fp8_f16") and not model.lossless
@@ -148,6 +167,10 @@ def attend(x: np.ndarray, v: np.ndarray, v_scale: np.ndarray, r: Recipe, machine
             keys = slice(at, min(at + part, stop))
             exponent = (x[keys] - m) + f32(math.log2(r.p_max)) if m > -INF else np.full_like(x[keys], -INF)
             p = np.exp2(exponent.astype(f64)).astype(f32)
+            for k in range(keys.start, keys.stop) if units is not None else ():
+                if k // 16 % 4 == 3 and x[k] > -INF:
+                    base = f32(f32(math.log2(r.p_max)) - m)
+                    p[k - keys.start] = parabola(np.rint(x[k] / units[k]), units[k], base)
             p_hat = round_p(p, r.pv_format)
             sums[0] = add(sums[0], p_hat, v[keys], kind, model)
             if in_mma:
@@ -184,8 +207,11 @@ def attend_in_parts(x: np.ndarray, v: np.ndarray, v_scale: np.ndarray, r: Recipe
     )
 
 
-def logits(packed: Any, b: int, h: int, i: int, machine: Machine, offset: int | None) -> tuple[np.ndarray, float]:
-    """Base-2 logits of one row against the keys its query tile visits, and a bound on the error ΔS brings to them."""
+def logits(
+    packed: Any, b: int, h: int, i: int, machine: Machine, offset: int | None
+) -> tuple[np.ndarray, float, np.ndarray]:
+    """Base-2 logits of one row against the keys its query tile visits, a bound on the error ΔS brings to them, and what
+    the integer scores were multiplied with."""
     b_q, b_k = machine.geometry.b_q, machine.geometry.b_k
     h_kv = h // (packed.q.shape[1] // packed.k.shape[1])
     keys, unit = packed.k.shape[2], f32(SM_SCALE * math.log2(math.e))
@@ -202,7 +228,7 @@ def logits(packed: Any, b: int, h: int, i: int, machine: Machine, offset: int | 
         error = math.sqrt(HEAD_DIM) * U * float((np.abs(k_smooth) @ np.abs(mean)).max(initial=0))
     if offset is not None:
         x = np.where(np.arange(keys) <= i + offset, x, -INF)
-    return x, error
+    return x, error, q_scale * k_scale
 
 
 def compare(
@@ -215,10 +241,10 @@ def compare(
     for b, h in np.ndindex(*q.shape[:2]):
         v, v_scale = packed.v[b, h // heads].numpy(), packed.v_scale[b, h // heads].numpy()
         for i in sorted({*range(h, q.shape[2], every), q.shape[2] - 1}):
-            x, error = logits(packed, b, h, i, machine, offset)
+            x, error, units = logits(packed, b, h, i, machine, offset)
             v_seen = v[: len(x)]
             if parts == 1:
-                row = attend(x, v_seen, v_scale, r, machine)
+                row = attend(x, v_seen, v_scale, r, machine, units if by_parabola(r, machine, HEAD_DIM) else None)
             else:
                 row = attend_in_parts(x, v_seen, v_scale, r, machine, parts)
             out, lse = result.out[b, h, i].numpy().astype(f64), float(result.lse[b, h, i])
@@ -298,6 +324,34 @@ def test_promotions(tiles: int, first: bool, family: str, maximum: Any, options:
         assert np.mean([row.rescales for row in rows]) >= 0.9 * (visited - intervals)
     if family == "sink" and isinstance(maximum, RestartedMax):  # every interval but the sink's starts below the sink
         assert np.mean([row.below for row in rows]) >= 0.9 * (intervals - 1)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("maximum", MAXIMA, ids=str)
+@pytest.mark.parametrize("family", ["normal", "sink", "rising", "far"])
+def test_exponentials_by_parabola(family: str, maximum: Any, causal: bool) -> None:
+    """``far``: logits of thousands, whose factors are too large for the FMA that takes the magic number away."""
+    options = F16_28 | {"smooth_q": False, "keys_per_promotion": 256, "row_sum": "accumulator"}
+    r = Recipe(**options, softmax_max=maximum)
+    assert by_parabola(r, HOPPER, HEAD_DIM)
+    check(r, HOPPER, family, causal=causal)
+
+    q, k, v = inputs("normal", 90, 490, (2, 1))
+    exact = dataclasses.replace(HOPPER, parabolas=False)
+    result = emulate(q, k, v, r, sm_scale=SM_SCALE, masking=Masking(None), machine=exact)
+    with pytest.raises(AssertionError):  # the oracle sees it if they are not
+        compare(q, result, r, HOPPER, None, 9)
+
+
+def test_parabola_approximates_powers() -> None:
+    x = torch.arange(-14 * 1024, 4 * 1024) / 1024
+    power = power_by_parabola(x + 15 + 12288)
+    error = (power / x.exp2() - 1).numpy()
+    assert np.abs(error).max() <= 0.006
+    assert abs(error.mean()) <= 1e-4  # so that P of these keys is not larger or smaller than the others'
+    np.testing.assert_array_equal(power, [parabola(f32(s), f32(2.0**-10), f32(0)) for s in (x * 1024).numpy()])
+    ends = torch.tensor([-15.0, -100.0, -3e38, -math.inf, math.nan])
+    np.testing.assert_array_equal(power_by_parabola(ends + 15 + 12288), [0, 0, 0, 0, math.nan])
 
 
 @machines

@@ -66,34 +66,29 @@ __device__ __forceinline__ float power(float old, float m) {
   return ex2_approx_ftz_f32(old - (kMasked && m == -kInfinity ? 0.0f : m));
 }
 
-struct Rows {      // state of a thread's two rows
-  float m[2];      // what is subtracted in the present interval, −∞ before the first key
-  float seen[2];   // the maximum of all keys so far
-  float out_m[2];  // what was subtracted in the interval that was promoted last
-  float sum[2];    // Σ P: this thread's share, or that of the promoted intervals
+struct Rows {  // what every tile asks of a thread's two rows
+  float m[2];  // what is subtracted in the present interval, −∞ before the first key
 
-  __device__ __forceinline__ void reset() {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) m[half] = seen[half] = out_m[half] = -kInfinity, sum[half] = 0.0f;
-  }
-
-  // Fixes m for a tile whose maximum is that of `a` and `b`. `fresh`: an interval begins.
-  template <bool kMasked, bool kRestart>
-  __device__ __forceinline__ void update(Change& change, const float (&a)[2], const float (&b)[2], bool fresh,
-                                         float slack, float headroom) {
+  // Fixes m for a tile whose maximum is that of `a` and `b`. `fresh`: an interval begins. `seen`: see Promoted.
+  template <bool kRestart>
+  __device__ __forceinline__ void update(Change& change, float (&seen)[2], const float (&a)[2], const float (&b)[2],
+                                         bool fresh, float slack, float headroom) {
     bool moved = false;
+    float top[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float top = max_nan_f32(a[half], b[half]);  // (NaN goes on, to be seen)
+      top[half] = max_nan_f32(a[half], b[half]);  // (NaN goes on, to be seen)
       change.old_m[half] = m[half];
-      const float larger = max_nan_f32(m[half], top);
-      if constexpr (kRestart) {
-        seen[half] = max_nan_f32(seen[half], top);
-        m[half] = fresh ? max_nan_f32(seen[half] - slack, min_nan_f32(seen[half], top + headroom)) : larger;
-      } else {
-        m[half] = larger;
+      m[half] = max_nan_f32(m[half], top[half]);
+      moved |= m[half] > change.old_m[half];
+    }
+    if (kRestart && fresh) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        seen[half] = max_nan_f32(seen[half], change.old_m[half]);  // (m is never above the maximum so far, nor below its interval's)
+        const float all = max_nan_f32(seen[half], top[half]);
+        m[half] = max_nan_f32(all - slack, min_nan_f32(all, top[half] + headroom));
       }
-      moved |= larger > change.old_m[half];
     }
     change.moved = __any_sync(0xFFFFFFFF, moved) && !(kRestart && fresh);
   }
@@ -104,38 +99,66 @@ struct Rows {      // state of a thread's two rows
 #pragma unroll
     for (int half = 0; half < 2; ++half) scale[half] = power<kMasked>(change.old_m[half], m[half]);
   }
+};
 
-  // What O is to be multiplied with when the sums of the interval that ended are added.
+struct Promoted {  // what is known of those rows' intervals that were promoted
+  float seen[2];   // the maximum of their keys
+  float m[2];      // what was subtracted in the last of them
+  float sum[2];    // Σ P (in the running one, too, where it is no sum of the MMA: this thread's share)
+
+  __device__ __forceinline__ void reset() {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) seen[half] = m[half] = -kInfinity, sum[half] = 0.0f;
+  }
+
+  // What O is to be multiplied with when the sums of an interval are added, from which `its_m` was subtracted.
   template <bool kMasked>
-  __device__ __forceinline__ void promotion(const Change& change, float (&scale)[2]) {
+  __device__ __forceinline__ void promote(const float (&its_m)[2], float (&scale)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      scale[half] = power<kMasked>(out_m[half], change.old_m[half]);
-      out_m[half] = change.old_m[half];
+      scale[half] = power<kMasked>(m[half], its_m[half]);
+      m[half] = its_m[half];
     }
-  }
-  __device__ __forceinline__ void last_promotion(float (&scale)[2]) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) scale[half] = power<true>(out_m[half], m[half]);
   }
 };
 
-// Turns a tile's scores into P in E4M3 (`p`, the FP8 MMA's A fragments); with kSums, adds Σ P before rounding.
+// The exponentials of some keys, where the unit for exponentials is what a tile waits for: 2^x of two numbers on the FMA
+// units, to 0.6 %, with as many errors above as below. `y` is x + 15 as kPowerMagic + y, which rounds it to 2⁻¹⁰.
+//
+// Read as FP16, y's last 16 bits are 2^n · (1 + f) for x = n + f, which is right where f = 0 and 6 % too large at most.
+// 2^f / (1 + f) is nearly a parabola of f. The bits below the exponent alone are f · 2⁻¹⁴. x below −15 gives 0.
+constexpr float kPowerMagic = 12288.0f;          // 1.5 · 2^13: FP32 numbers from there on count 2⁻¹⁰
+constexpr i32 kPowerMagicBits = 0x46400000;
+constexpr float kPowerBias = kPowerMagic + 15.0f;  // 15: FP16's exponent's
+__device__ __forceinline__ u32 power_by_parabola(float y0, float y1) {
+  constexpr u32 kFraction = 0x03FF03FF;
+  constexpr u32 kScale = 0x6FC86FC8, kShift = 0xB376B376, kRest = 0x3B883B88;  // 7968, −0.23315, 0.94141
+  const u32 low = max(__float_as_int(y0), kPowerMagicBits), high = max(__float_as_int(y1), kPowerMagicBits);
+  const u32 bits = prmt_b32(low, high, 0x5410), f = fma_f16x2(bits & kFraction, kScale, kShift);
+  return mul_f16x2(bits, fma_f16x2(f, f, kRest));
+}
+
+// Turns a tile's scores into P in E4M3 (`p`, the FP8 MMA's A fragments); with kSums, adds Σ P before rounding to `sum`;
+// with kParabolas, every fourth 16 keys' are power_by_parabola's.
 //
 // A warp's exponentials begin 8 clocks apart at best and come back some 30 later. So the conversions of four follow four
-// exponentials later; the assembler finds the rest of the order by itself.
-template <bool kMasked, bool kSums>
-__device__ __forceinline__ void exponentials(const i32 (&scores)[64], u32 (&p)[16], Rows& rows, float factor,
-                                             float log2_p_max) {
-  float base[2];  // added to s · factor: log2 P_r − m
+// exponentials later; the assembler finds the rest of the order by itself. (But for kHidesLast: whether hidden scores are
+// looked for before or behind the arithmetic of masked tiles decides how it allocates registers for all others.)
+template <bool kMasked, bool kSums, bool kParabolas, bool kHidesLast>
+__device__ __forceinline__ void exponentials(const i32 (&scores)[64], u32 (&p)[16], const Rows& rows, float (&sum)[2],
+                                             float factor, float log2_p_max) {
+  static_assert(!kSums || !kParabolas, "the sum is that of FP32 numbers");
+  float base[2], parabola_base[2];  // added to s · factor: log2 P_r − m
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float subtracted = kMasked && rows.m[half] == -kInfinity ? 0.0f : rows.m[half];
     base[half] = sub_rm_f32(log2_p_max, subtracted);
+    parabola_base[half] = __fmaf_rn(-kMagic, factor, base[half] + kPowerBias);
     if (!kMasked) base[half] = fma_rm_f32(-kMagic, factor, base[half]);
   }
   constexpr int kGroups = 16, kSize = 4;  // a group's four become one register of P
   float x[kGroups][kSize];
+  const auto by_parabola = [](int group) { return kParabolas && group / 2 % 4 == 3; };
 #pragma unroll
   for (int step = 0; step < kGroups + 2; ++step) {
     if (step < kGroups) {
@@ -143,21 +166,33 @@ __device__ __forceinline__ void exponentials(const i32 (&scores)[64], u32 (&p)[1
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         const i32 s = scores[8 * (step / 2) + 2 * half + i % 2 + i / 2 * 4];
+        float& to = x[step][i];
         if constexpr (kMasked) {  // 0 + log2 P_r, rounded down, at the maximum, however large that is
-          x[step][i] = s == kHidden ? -kInfinity : __fmul_rn(float(s), factor) + base[half];
+          const bool hidden = s == kHidden;
+          to = hidden && !kHidesLast ? -kInfinity : __fmul_rn(float(s), factor) + base[half];
+          if (by_parabola(step) && !hidden) {
+            const float fast = __fmaf_rn(__int_as_float(s + kMagicBits), factor, parabola_base[half]);
+            to = factor <= kLargestFastFactor ? fast : to + kPowerBias;
+          }
+          if (hidden && kHidesLast) to = -kInfinity;
         } else {
-          x[step][i] = __fmaf_rn(__int_as_float(s + kMagicBits), factor, base[half]);
+          to = __fmaf_rn(__int_as_float(s + kMagicBits), factor, by_parabola(step) ? parabola_base[half] : base[half]);
         }
       }
     }
-    if (step >= 1 && step <= kGroups) {
+    if (step >= 1 && step <= kGroups && !by_parabola(step - 1)) {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) x[step - 1][i] = ex2_approx_ftz_f32(x[step - 1][i]);
     }
     if (step >= 2) {
       const float(&e)[kSize] = x[step - 2];
-      if (kSums) rows.sum[step % 2] += (e[0] + e[1]) + (e[2] + e[3]);
-      p[step - 2] = u32(cvt_e4m3x2_f32(e[1], e[0])) | u32(cvt_e4m3x2_f32(e[3], e[2])) << 16;
+      if (kSums) sum[step % 2] += (e[0] + e[1]) + (e[2] + e[3]);
+      if (by_parabola(step - 2)) {
+        const u32 low = power_by_parabola(e[0], e[1]), high = power_by_parabola(e[2], e[3]);
+        p[step - 2] = u32(cvt_e4m3x2_f16x2(low)) | u32(cvt_e4m3x2_f16x2(high)) << 16;
+      } else {
+        p[step - 2] = u32(cvt_e4m3x2_f32(e[1], e[0])) | u32(cvt_e4m3x2_f32(e[3], e[2])) << 16;
+      }
     }
   }
 }

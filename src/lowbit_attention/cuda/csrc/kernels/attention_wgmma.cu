@@ -21,6 +21,7 @@
 #include "wgmma/block.cuh"
 #include "wgmma/producer.cuh"
 #include "wgmma/rows.cuh"
+#include "wgmma/splits.cuh"
 #include "wgmma/sums.cuh"
 
 // ---- a consumer warpgroup
@@ -38,7 +39,10 @@ struct Consumer {
   const u32 k_at = shared_address(shared.k[0]) / 16, v_at = shared_address(shared.v[0]) / 16;
 
   // of the piece of work
+#if !TIGHT
   float q_scale, largest_factor;
+  Promoted promoted_before;
+#endif
   Rows rows;
 #if !OUTPUT_IN_SHARED
   float o[kDim / 2];
@@ -54,6 +58,13 @@ struct Consumer {
   Sums sums;
   bool ready;        // its V and the next tile's K are in shared memory
 
+  __device__ __forceinline__ Promoted& before() {
+#if TIGHT
+    return shared.promoted[thread.group][threadIdx.x % 128];
+#else
+    return promoted_before;
+#endif
+  }
   __device__ __forceinline__ void wait_for_stage() { mbarrier_wait(&shared.full[ring.stage], ring.parity); }
   __device__ __forceinline__ void release(int stage) {
     if (arrives) mbarrier_arrive(&shared.empty[stage]);
@@ -76,6 +87,10 @@ struct Consumer {
   // The factor of the tile whose scores are under way. A group of zeros in K has the scale 1, which may be far larger
   // than any other; its scores are 0 whatever the factor. (NaN stays.)
   __device__ __forceinline__ void set_factor() {
+#if TIGHT
+    const float q_scale = shared.q_scale[q_ring.stage][thread.group][thread.warp][thread.quad];
+    const float largest_factor = fminf(q_scale * shared.k_largest_scale[q_ring.stage], kLargestFactor);
+#endif
     factor = q_scale * shared.k_scale[ring.stage][thread.q];
     factor = factor > largest_factor ? largest_factor : factor;
   }
@@ -95,6 +110,21 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < kDim / 32; ++i) {
       wgmma_m64n128k32_s32_s8_ss(scores, q + i * kDescriptorStep, k + i * kDescriptorStep, i > 0);
+    }
+    wgmma_commit_group();
+  }
+
+  // The scores of one half of the tile's keys.
+  template <int kHalf>
+  __device__ __forceinline__ void begin_half_scores() {
+    const u64 q = wgmma_descriptor<kDim>(q_at + q_ring.stage * u32(sizeof(shared.q[0]) / 16));
+    const u64 k = wgmma_descriptor<kDim>(k_at + ring.stage * u32(sizeof(shared.k[0]) / 16) + kHalf * (kTileBytes / 2 / 16));
+    i32(&half)[32] = reinterpret_cast<i32(&)[32]>(scores[32 * kHalf]);
+    pin_registers(half);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kDim / 32; ++i) {
+      wgmma_m64n64k32_s32_s8_ss(half, q + i * kDescriptorStep, k + i * kDescriptorStep, i > 0);
     }
     wgmma_commit_group();
   }
@@ -157,7 +187,7 @@ struct Consumer {
 #if SUM_IN_MMA
     if constexpr (!SPLITS_CHANNELS || kPart == 1) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) rows.sum[half] = __fmaf_rn(rows.sum[half], scale[half], row_sum(from, half));
+      for (int half = 0; half < 2; ++half) before().sum[half] = __fmaf_rn(before().sum[half], scale[half], row_sum(from, half));
     }
 #endif
   }
@@ -172,10 +202,12 @@ struct Consumer {
     exchange_again(m, other, 2);
     begins = fresh(tile);
     Change change;
-    rows.update<kMasked, RESTART>(change, m, other, begins, args.slack, args.headroom);
-    pmevent_if(never);  // (else the assembler waits before the exchange)
-    wgmma_wait_group<0>();
-    pin_registers(sums);
+    rows.update<RESTART>(change, before().seen, m, other, begins, args.slack, args.headroom);
+    if constexpr (!TIGHT) {
+      pmevent_if(never);  // (else the assembler waits before the exchange)
+      wgmma_wait_group<0>();
+      pin_registers(sums);
+    }
     if (tile > 0) {
       release(ring.stage == 0 ? kStages - 1 : ring.stage - 1);
       pmevent_if(never);  // (else the assembler does it after the exponentials)
@@ -185,13 +217,15 @@ struct Consumer {
     if constexpr (kInterval == 1 || !SUM_IN_MMA) {
       if (change.moved) rows.rescale<kMasked>(change, rescale);
     }
-    if constexpr (!SUM_IN_MMA) rows.sum[0] *= rescale[0], rows.sum[1] *= rescale[1];
+    if constexpr (!SUM_IN_MMA) before().sum[0] *= rescale[0], before().sum[1] *= rescale[1];
     ready = mbarrier_test_wait_parity(&shared.full[ring.stage], ring.parity);  // (the answer takes 90 clocks)
-    exponentials<kMasked, !SUM_IN_MMA>(scores, p, rows, factor, args.log2_p_max);
+    // Sampled with two warpgroups: hiding last is 3 to 8 % faster, but with channels in two parts 15 % slower.
+    constexpr bool kHidesLast = kConsumers == 2 && !SPLITS_CHANNELS;
+    exponentials<kMasked, !SUM_IN_MMA, TIGHT && SUM_IN_MMA, kHidesLast>(scores, p, rows, before().sum, factor, args.log2_p_max);
     if constexpr (kInterval > 1) {
       if (tile > 0 && begins) {
         float scale[2];
-        rows.promotion<kMasked>(change, scale);
+        before().promote<kMasked>(change.old_m, scale);
         if (tile == (PROMOTE_FIRST ? 1 : kInterval)) {
           await_rows_sent();
           promote<true, 0>(sums, scale);
@@ -229,11 +263,21 @@ struct Consumer {
       begin_pv<1>(false);
     } else {
       await_turn();
-      if constexpr (kMore) begin_scores();
+      if constexpr (kMore && !TIGHT) begin_scores();
       begin_pv<0>(!begins);
+      if constexpr (kMore && TIGHT) {
+        begin_half_scores<1>();
+        wgmma_wait_group<1>();
+        pin_registers(sums);
+        pin_registers(p);  // (its place is free)
+        begin_half_scores<0>();
+      }
       pass_turn();
     }
-    if constexpr (kMore && !kDrain) {
+    if constexpr (kMore && TIGHT) {
+      set_factor();
+      wgmma_wait_group<0>();
+    } else if constexpr (kMore && !kDrain) {
       wgmma_wait_group<1>();
     } else {
       wgmma_wait_group<0>();
@@ -241,7 +285,7 @@ struct Consumer {
     }
     if constexpr (kMore) {
       pin_registers(scores);
-      set_factor();
+      if constexpr (!TIGHT) set_factor();
       ring.next();
     } else {
       if constexpr (kInterval == 1) promote_last();
@@ -264,7 +308,7 @@ struct Consumer {
     float inverse[2], seen[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float sum = rows.sum[half];
+      float sum = before().sum[half];
 #if SUM_IN_MMA
       if (kInterval > 1) sum = __fmaf_rn(sum, last[half], row_sum(sums, half));
 #endif
@@ -329,64 +373,11 @@ struct Consumer {
 #endif
 
 #if SPLITS_KEYS
-  // Writes what this warp has summed up over its keys. If the other splits' is there as well, adds all up in the splits'
-  // order, leaves the result where `finish` expects O and the row sum, and says so.
-  __device__ __forceinline__ bool last_of_splits(const Piece& work, float (&last)[2]) {
-    constexpr i64 kPart = (kDim / 8 + 1) * 32;  // Vec16 of a warp
-    const i64 warps = kConsumers * 4, warp = i64(work.rest_block) * warps + thread.group * 4 + thread.warp;
-    const i64 next = args.rest * warps * kPart;  // from one split to the next
-    const u32 lane = threadIdx.x % 32;
-    Vec16(&own)[kDim / 8][32] = shared.o[thread.group][thread.warp];
+  // Whether all splits of the keys have been summed up; if so, O and the row sum are those of all.
+  __device__ __forceinline__ bool ends_splits(const Piece& work, float (&last)[2]) {
     promote<false, 0>(sums, last);
-    Vec16* to = args.partials + work.split * next + warp * kPart + lane;
-#pragma unroll 4
-    for (int four = 0; four < kDim / 8; ++four) to[four * 32] = own[four][lane];
-    to[kDim / 8 * 32] = {{__float_as_uint(rows.m[0]), __float_as_uint(rows.m[1]), __float_as_uint(rows.sum[0]),
-                          __float_as_uint(rows.sum[1])}};
-    __syncwarp();
-    u32 before = 0;
-    if (lane == 0) before = atom_inc_acq_rel_gpu(args.arrivals + warp);
-    if (__shfl_sync(0xFFFFFFFF, before, 0) + 1 < u32(args.key_splits)) return false;
-    __syncwarp();  // (what the first lane has acquired, all have)
-
-    const Vec16* from = args.partials + warp * kPart + lane;
-    float m[2] = {-kInfinity, -kInfinity};
-    for (i32 split = 0; split < args.key_splits; ++split) {
-      const Vec16 its = ld_global_cg_v4(from + split * next + kDim / 8 * 32);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) m[half] = max_nan_f32(m[half], __uint_as_float(its.word[half]));
-    }
-    float sum[2] = {};
-    for (i32 split = 0; split < args.key_splits; ++split) {
-      const Vec16 its = ld_global_cg_v4(from + split * next + kDim / 8 * 32);
-      float factor[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        factor[half] = power<true>(__uint_as_float(its.word[half]), m[half]);
-        sum[half] = __fmaf_rn(__uint_as_float(its.word[2 + half]), factor[half], sum[half]);
-      }
-      constexpr int kAtOnce = 8;  // under way together: they are far away
-#pragma unroll 1
-      for (int first = 0; first < kDim / 8; first += kAtOnce) {
-        Vec16 part[kAtOnce];
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) part[i] = ld_global_cg_v4(from + split * next + (first + i) * 32);
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          Vec16 all = {};
-          if (split > 0) all = own[first + i][lane];
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const float sum = __fmaf_rn(__uint_as_float(part[i].word[j]), factor[j / 2], __uint_as_float(all.word[j]));
-            all.word[j] = __float_as_uint(sum);
-          }
-          own[first + i][lane] = all;
-        }
-      }
-    }
-    if (lane == 0) args.arrivals[warp] = 0;  // (for the next launch on the same K and V)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) rows.m[half] = m[half], rows.sum[half] = sum[half], last[half] = 1.0f;
+    if (!last_of_splits(args, work, thread, shared.o[thread.group][thread.warp], rows, before())) return false;
+    last[0] = last[1] = 1.0f;
 #pragma unroll
     for (int i = 0; i < int(sizeof(Sums) / 4); ++i) sums[i] = 0;
     return true;
@@ -408,19 +399,36 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < kDim / 2; ++i) o[i] = 0.0f;
 #endif
-    rows.reset();
+    rows.m[0] = rows.m[1] = -kInfinity;
+    before().reset();
     tile = 0;
     if (mine.count > 0) {
       wait_for_stage();
+#if TIGHT
+      begin_half_scores<0>();
+      begin_half_scores<1>();
+#else
       begin_scores();
       q_scale = shared.q_scale[q_ring.stage][thread.group][thread.warp][thread.quad];
       largest_factor = fminf(q_scale * shared.k_largest_scale[q_ring.stage], kLargestFactor);
+#endif
       set_factor();
       wgmma_wait_group<0>();
       pin_registers(scores);
       release(ring.stage);
       ring.next();
       const u32 last = mine.count - 1, fast = wants_care() ? 0 : mine.full;  // (≤ count)
+#if TIGHT
+      while (tile < fast && tile < last) {
+        softmax<false>({});
+        multiply<true, true>();
+      }
+      while (tile < last) {
+        softmax<true>(visible(first_row, tile));
+        multiply<true, true>();
+      }
+      softmax<true>(visible(first_row, last));
+#else
       if (fast > 0) {
         softmax<false>({});
         while (tile + 1 < fast) {
@@ -436,6 +444,7 @@ struct Consumer {
         }
         softmax<true>(visible(first_row, last));
       }
+#endif
       multiply<false, true>();
     } else {
 #pragma unroll
@@ -447,12 +456,12 @@ struct Consumer {
       pass_stage();
     }
     float last_scale[2] = {0.0f, 0.0f};
-    if constexpr (kInterval > 1) rows.last_promotion(last_scale);
+    if constexpr (kInterval > 1) before().promote<true>(rows.m, last_scale);
     const Piece done = shared.piece[q_ring.stage];  // (read again, instead of keeping it all the while)
     if (done.first_row + thread.group * kRows < done.end_row) {
 #if OUTPUT_IN_SHARED
       if (tile <= (PROMOTE_FIRST ? 1 : kInterval)) clear_output();
-      if (done.split < 0 || last_of_splits(done, last_scale)) finish(done, last_scale);
+      if (done.split < 0 || ends_splits(done, last_scale)) finish(done, last_scale);
 #else
       finish(done, last_scale);
 #endif

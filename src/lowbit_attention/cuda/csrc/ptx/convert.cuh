@@ -7,6 +7,11 @@ __device__ inline u16 cvt_e4m3x2_f32(float high, float low) {  // rounds to near
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(out) : "f"(high), "f"(low));
   return out;
 }
+__device__ inline u16 cvt_e4m3x2_f16x2(u32 pair) {
+  u16 out;
+  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(out) : "r"(pair));
+  return out;
+}
 __device__ inline u32 cvt_f16x2_f32(float high, float low) {
   u32 out;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));

@@ -1,6 +1,7 @@
 // A thread block of attention_wgmma: its arguments, its numbers, its shared memory, and which rows it works on.
 #pragma once
 #include "attend/schedule.cuh"
+#include "attend/softmax.cuh"
 #include "tile/strided.cuh"
 #include "tile/swizzle.cuh"
 
@@ -44,7 +45,8 @@ constexpr bool kPromotesHalves = PROMOTION_KEYS == 64;
 constexpr bool kTwoParts = kPromotesHalves || SPLITS_CHANNELS;
 constexpr int kInterval = kPromotesHalves ? 1 : PROMOTION_KEYS / kTileKeys;  // tiles a promotion
 // O changes with every tile where each is promoted, so it lies in registers, which leaves room for two warpgroups. Where
-// it changes seldom it lies in shared memory, and a third warpgroup fills the time that a warp's latencies leave.
+// it changes seldom it lies in shared memory, and a third warpgroup fills the time that a warp's latencies leave; with 64
+// channels, whose O is half as large, a fourth.
 #define OUTPUT_IN_SHARED (SUMS_F16 && PROMOTION_KEYS > 128)
 // Then rows leave through there, too, but for FP32's, which do not fit. (From registers through shared memory they would
 // take registers for addresses, and there are none left: the assembler serialises the MMAs of some instances.)
@@ -54,14 +56,19 @@ constexpr int kInterval = kPromotesHalves ? 1 : PROMOTION_KEYS / kTileKeys;  // 
 // slower, or the assembler serialised its MMAs. Each of their blocks has every gridDim-th piece.)
 #define SPLITS_KEYS OUTPUT_IN_SHARED
 #define TAKES_WORK OUTPUT_IN_SHARED
-constexpr int kConsumers = OUTPUT_IN_SHARED ? 3 : 2;
+#define CONSUMERS (!OUTPUT_IN_SHARED ? 2 : HEAD_DIM == 128 ? 3 : 4)
+constexpr int kConsumers = CONSUMERS;
+// Four have 112 registers a thread: S, the sums and P are 98. So P takes the place of a half of S that it was made of, and
+// the next scores of that half begin when P·V has ended, not beside it; what only promotions ask for is in shared memory.
+#define TIGHT (CONSUMERS == 4)
 constexpr int kStages = kDim == 64 ? 4 : OUTPUT_IN_SHARED ? 2 : 3;  // pairs of tiles of K and V in flight
 constexpr int kThreads = 128 * (kConsumers + 1);
-// What setmaxnreg makes of the registers at launch, 128 · 512 or 168 · 384. O, S, P and FP32 sums of all take 212.
-constexpr bool kTight = !SUMS_F16 && kDim == 128 && !SPLITS_CHANNELS;
-constexpr int kProducerRegisters = OUTPUT_IN_SHARED ? 80 : kTight ? 56 : 72;
-constexpr int kConsumerRegisters = OUTPUT_IN_SHARED ? 144 : kTight ? 224 : 216;
-static_assert(kProducerRegisters + kConsumers * kConsumerRegisters == (kConsumers == 3 ? 128 * 4 : 168 * 3),
+// What setmaxnreg makes of the registers at launch: 168 · 384, 128 · 512 or 96 · 640.
+constexpr int kLaunchRegisters = kConsumers == 2 ? 168 : kConsumers == 3 ? 128 : 96;
+constexpr bool kLargeSums = !SUMS_F16 && kDim == 128 && !SPLITS_CHANNELS;  // O, S, P and FP32 sums of all take 212
+constexpr int kProducerRegisters = kConsumers == 4 ? 32 : kConsumers == 3 ? 80 : kLargeSums ? 56 : 72;
+constexpr int kConsumerRegisters = kConsumers == 4 ? 112 : kConsumers == 3 ? 144 : kLargeSums ? 224 : 216;
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters == kLaunchRegisters * (kConsumers + 1),
               "more than the launch has: setmaxnreg would wait for ever");
 constexpr int kTileBytes = kTileKeys * kDim;
 constexpr int kOnes = SUM_IN_MMA ? 8 : 0;     // more rows of V: ones
@@ -84,6 +91,9 @@ struct Shared {
 #if OUTPUT_IN_SHARED
   // A warp's own: O between promotions (each thread's numbers, four by four), and 16-bit rows on their way out.
   Vec16 o[kConsumers][4][kDim / 8][32];
+#endif
+#if TIGHT
+  Promoted promoted[kConsumers][128];       // a thread's own
 #endif
   float v_scale[2][kDim], v_mean[2][kDim];  // of the head of each piece of work
   float k_scale[kStages][4];
@@ -126,8 +136,13 @@ __device__ inline Piece work_of(const AttentionArgs& args, i32 item) {
       split = cut / args.rest;
       item -= split * args.rest;
     } else {
+#if CONSUMERS == 4  // in one, two or four
+      const int number = (cut >= args.rest) + (cut >= 2 * args.rest) + (cut >= 3 * args.rest);
+      rows = count == 2 * args.rest ? 2 * kRows : count > args.rest ? kRows : kBlock;
+#else
       const int number = (cut >= args.rest) + (kConsumers == 3 && cut >= 2 * args.rest);
       rows = kConsumers == 3 && count == 2 * args.rest ? 2 * kRows : count > args.rest ? kRows : kBlock;
+#endif
       first = number * rows;
       item -= number * args.rest;
     }
@@ -160,6 +175,7 @@ struct Thread {  // where a thread stands in its warpgroup
       : group(__shfl_sync(0xFFFFFFFF, threadIdx.x / 128 - 1, 0)),  // (so that the compiler knows it is the warp's)
         warp(__shfl_sync(0xFFFFFFFF, threadIdx.x / 32 % 4, 0)),
         quad(threadIdx.x % 32 / 4),
-        q(threadIdx.x % 4) {}
+        // (where S2R would read it again for every tile: what a shuffle gives is kept)
+        q(OUTPUT_IN_SHARED ? __shfl_sync(0xFFFFFFFF, threadIdx.x % 4, threadIdx.x % 32) : threadIdx.x % 4) {}
   __device__ int row(int half) const { return 16 * warp + quad + 8 * half; }
 };

@@ -1,0 +1,68 @@
+"""The exponentials that attention_wgmma approximates are those that the reference does: constants, keys, recipes."""
+
+import re
+
+import pytest
+import torch
+
+from lowbit_attention import RECIPES
+from lowbit_attention.cuda.instances import CSRC, HEAD_DIMS, WgmmaConfig, wgmma_config
+from lowbit_attention.machine import MACHINES, parabola_keys
+from lowbit_attention.recipe_options import RunningMax
+from lowbit_attention.reference import softmax
+
+MACHINE = MACHINES["sm_90a"]
+SOURCE = (CSRC / "attend/softmax.cuh").read_text()
+
+
+def constant(name):
+    """A constant of softmax.cuh, as C++ writes it."""
+    ((value,),) = [re.findall(rf"\b{name} = ([^;,]+)[;,]", SOURCE)]
+    return value
+
+
+def test_constants_are_the_references():
+    halves = [int(constant(name), 16) for name in ("kScale", "kShift", "kRest")]
+    assert all(word >> 16 == word & 0xFFFF for word in halves)  # the same for both numbers of a pair
+    low = torch.tensor([word & 0xFFFF for word in halves], dtype=torch.uint16).view(torch.float16)
+    assert tuple(low.tolist()) == softmax.PARABOLA
+    assert float(constant("kPowerMagic").rstrip("f")) == softmax._POWER_MAGIC
+    assert constant("kPowerBias") == f"kPowerMagic + {softmax._POWER_BIAS}.0f"
+    assert float(constant("kMagic").rstrip("f")) == softmax._MAGIC
+    assert float(constant("kLargestFastFactor").rstrip("f")) == softmax._LARGEST_FAST_FACTOR
+    assert int(constant("kMagicBits"), 16) == torch.tensor(softmax._MAGIC).view(torch.int32)
+    assert int(constant("kPowerMagicBits"), 16) == torch.tensor(softmax._POWER_MAGIC).view(torch.int32)
+
+
+def test_keys_are_the_references():
+    """A thread's register i of scores holds key 8 · (i / 4) + 2q + i % 2; group / 2 is that of 8 registers."""
+    assert "kParabolas && group / 2 % 4 == 3" in SOURCE
+    by_kernel = {8 * (i // 4) + 2 * q + i % 2 for i in range(64) for q in range(4) if i // 8 % 4 == 3}
+    keys = torch.arange(128)
+    assert by_kernel == set(keys[parabola_keys(keys)].tolist())
+
+
+FAST = RECIPES["fast_8b"]
+EXAMPLES = {
+    **{name: RECIPES[name] for name in ("sage2_8b", "sage2pp_8b", "fast_8b")},
+    "256 keys": FAST.replace(keys_per_promotion=256),
+    "one tile": FAST.replace(keys_per_promotion=128),
+}
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_recipes_are_the_references(name, head_dim):
+    """Four warpgroups approximate, unless they need the exponentials' FP32 sum."""
+    config = wgmma_config(EXAMPLES[name], head_dim, torch.bfloat16)
+    kernel = config.consumers == 4 and config.sum_in_mma
+    assert softmax.by_parabola(EXAMPLES[name], MACHINE, head_dim) == kernel
+    assert kernel == (name in ("fast_8b", "256 keys") and head_dim == 64)
+
+
+def test_four_warpgroups_without_row_sums_in_the_mma():
+    config = WgmmaConfig(64, torch.bfloat16, sums_f16=True, promotion_keys=256)
+    assert config.consumers == 4
+    r = FAST.replace(keys_per_promotion=256, row_sum="unrounded", softmax_max=RunningMax(), promote_first_tile=False)
+    assert wgmma_config(r, 64, torch.bfloat16) == config
+    assert not softmax.by_parabola(r, MACHINE, 64)
