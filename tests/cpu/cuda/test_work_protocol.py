@@ -44,6 +44,7 @@ class Block:
         self.stage: list[tuple[int, int] | None] = [None] * stages
         self.q_full, self.q_empty = [Barrier(Q_WARPS + 1) for _ in "ab"], [Barrier(consumers) for _ in "ab"]
         self.piece_full, self.next_wanted = [Barrier(1) for _ in "ab"], Barrier(1)
+        self.q_warps = Barrier(Q_WARPS)  # a named barrier
         self.worked_on: list[list[int]] = [[] for _ in range(consumers)]
 
     def copy_thread(self) -> Iterator[Wait]:
@@ -78,7 +79,11 @@ class Block:
                 self.piece[slot] = self.taken if self.taken < len(self.tiles) else -1
                 self.taken += 1
                 self.piece_full[slot].arrive()
-            yield self.piece_full[slot], number // 2 % 2
+            if self.everyone_waits:
+                yield self.piece_full[slot], number // 2 % 2
+            else:
+                self.q_warps.arrive()
+                yield self.q_warps, number % 2
             piece = self.piece[slot]
             yield Barrier(1), 1  # (time passes)
             if piece == -1:

@@ -85,7 +85,8 @@ struct Rows {  // what every tile asks of a thread's two rows
     if (kRestart && fresh) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        seen[half] = max_nan_f32(seen[half], change.old_m[half]);  // (m is never above the maximum so far, nor below its interval's)
+        // (m is never above the maximum of all keys so far, nor below that of its interval's)
+        seen[half] = max_nan_f32(seen[half], change.old_m[half]);
         const float all = max_nan_f32(seen[half], top[half]);
         m[half] = max_nan_f32(all - slack, min_nan_f32(all, top[half] + headroom));
       }
@@ -126,15 +127,17 @@ struct Promoted {  // what is known of those rows' intervals that were promoted
 // units, to 0.6 %, with as many errors above as below. `y` is x + 15 as kPowerMagic + y, which rounds it to 2⁻¹⁰.
 //
 // Read as FP16, y's last 16 bits are 2^n · (1 + f) for x = n + f, which is right where f = 0 and 6 % too large at most.
-// 2^f / (1 + f) is nearly a parabola of f. The bits below the exponent alone are f · 2⁻¹⁴. x below −15 gives 0.
+// 2^f / (1 + f) is nearly a parabola of f. The bits below the exponent alone are f · 2⁻¹⁴. x may not be below −15.
 constexpr float kPowerMagic = 12288.0f;          // 1.5 · 2^13: FP32 numbers from there on count 2⁻¹⁰
 constexpr i32 kPowerMagicBits = 0x46400000;
 constexpr float kPowerBias = kPowerMagic + 15.0f;  // 15: FP16's exponent's
+// Scores are raised to that of x = −14, so that what rounding does to it keeps away from −15: P of either is 0 in E4M3.
+constexpr float kLowestExponent = -14.0f;
+constexpr float kLargestInverse = 1e30f;  // of a score's factor; times an exponent it is finite
 __device__ __forceinline__ u32 power_by_parabola(float y0, float y1) {
   constexpr u32 kFraction = 0x03FF03FF;
   constexpr u32 kScale = 0x6FC86FC8, kShift = 0xB376B376, kRest = 0x3B883B88;  // 7968, −0.23315, 0.94141
-  const u32 low = max(__float_as_int(y0), kPowerMagicBits), high = max(__float_as_int(y1), kPowerMagicBits);
-  const u32 bits = prmt_b32(low, high, 0x5410), f = fma_f16x2(bits & kFraction, kScale, kShift);
+  const u32 bits = prmt_b32(__float_as_uint(y0), __float_as_uint(y1), 0x5410), f = fma_f16x2(bits & kFraction, kScale, kShift);
   return mul_f16x2(bits, fma_f16x2(f, f, kRest));
 }
 
@@ -147,12 +150,15 @@ __device__ __forceinline__ u32 power_by_parabola(float y0, float y1) {
 template <bool kMasked, bool kSums, bool kParabolas, bool kHidesLast>
 __device__ __forceinline__ void exponentials(const i32 (&scores)[64], u32 (&p)[16], const Rows& rows, float (&sum)[2],
                                              float factor, float log2_p_max) {
-  static_assert(!kSums || !kParabolas, "the sum is that of FP32 numbers");
+  static_assert(!kParabolas || (!kSums && !kHidesLast), "sums are those of FP32 numbers, and hidden scores give −∞ first");
+  const float inverse = fminf(rcp_approx_ftz_f32(factor), kLargestInverse);
+  i32 lowest[2];                    // s + kMagicBits of that exponent
   float base[2], parabola_base[2];  // added to s · factor: log2 P_r − m
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float subtracted = kMasked && rows.m[half] == -kInfinity ? 0.0f : rows.m[half];
     base[half] = sub_rm_f32(log2_p_max, subtracted);
+    lowest[half] = __float_as_int(__fmaf_rn(kLowestExponent - base[half], inverse, kMagic));
     parabola_base[half] = __fmaf_rn(-kMagic, factor, base[half] + kPowerBias);
     if (!kMasked) base[half] = fma_rm_f32(-kMagic, factor, base[half]);
   }
@@ -174,9 +180,11 @@ __device__ __forceinline__ void exponentials(const i32 (&scores)[64], u32 (&p)[1
             const float fast = __fmaf_rn(__int_as_float(s + kMagicBits), factor, parabola_base[half]);
             to = factor <= kLargestFastFactor ? fast : to + kPowerBias;
           }
+          if (by_parabola(step)) to = __int_as_float(max(__float_as_int(to), kPowerMagicBits));  // (−∞ too; NaN stays)
           if (hidden && kHidesLast) to = -kInfinity;
         } else {
-          to = __fmaf_rn(__int_as_float(s + kMagicBits), factor, by_parabola(step) ? parabola_base[half] : base[half]);
+          const i32 with_magic = by_parabola(step) ? max(s + kMagicBits, lowest[half]) : s + kMagicBits;
+          to = __fmaf_rn(__int_as_float(with_magic), factor, by_parabola(step) ? parabola_base[half] : base[half]);
         }
       }
     }

@@ -1,10 +1,14 @@
 // Attention for Hopper: INT8 Q·Kᵀ and FP8 P·V by wgmma, on K and V that kernels/pack.cu has packed.
 //
-// A thread block is a producer warpgroup and two or three consumer warpgroups of 64 query rows each. The producer's
+// A thread block is a producer warpgroup and two to four consumer warpgroups of 64 query rows each. The producer's
 // first warp copies tiles of K and V to shared memory; its others take the next piece of work and quantise its rows of Q. A
 // consumer's tensor cores multiply P·V of one tile while it looks for the maximum of the next:
 //
 //   scores of tile j + 1 and P·V of tile j begin | scores there: maximum | P·V there: exponentials
+//
+// With four there are registers for half of it (TIGHT); another warpgroup's exponentials fill the time:
+//
+//   P·V of tile j and half of the scores begin | P·V there: the other half begins | all there: maximum, exponentials
 //
 // docs/kernels/hopper.md counts the cycles. Compiled for:
 //   HEAD_DIM         64 or 128 (channels are padded to it)
@@ -58,6 +62,7 @@ struct Consumer {
   Sums sums;
   bool ready;        // its V and the next tile's K are in shared memory
 
+  // What was promoted before the present interval.
   __device__ __forceinline__ Promoted& before() {
 #if TIGHT
     return shared.promoted[thread.group][threadIdx.x % 128];
@@ -219,7 +224,7 @@ struct Consumer {
     }
     if constexpr (!SUM_IN_MMA) before().sum[0] *= rescale[0], before().sum[1] *= rescale[1];
     ready = mbarrier_test_wait_parity(&shared.full[ring.stage], ring.parity);  // (the answer takes 90 clocks)
-    // Sampled with two warpgroups: hiding last is 3 to 8 % faster, but with channels in two parts 15 % slower.
+    // (Timed with two warpgroups: last is up to 8 % faster, but with channels in two parts 15 % slower.)
     constexpr bool kHidesLast = kConsumers == 2 && !SPLITS_CHANNELS;
     exponentials<kMasked, !SUM_IN_MMA, TIGHT && SUM_IN_MMA, kHidesLast>(scores, p, rows, before().sum, factor, args.log2_p_max);
     if constexpr (kInterval > 1) {
@@ -245,8 +250,8 @@ struct Consumer {
     promote<false, kTwoParts ? 1 : 0>(sums, rescale);
   }
 
-  // Begins the next tile's scores and this one's P·V, and awaits the scores. kDrain: P·V, too. (In a loop, no MMA may be
-  // under way where the loop closes: the assembler would serialise them all.)
+  // Begins the next tile's scores and this one's P·V, and awaits the scores. kDrain: P·V, too (TIGHT always does). (In a
+  // loop, no MMA may be under way where the loop closes: the assembler would serialise them all.)
   template <bool kMore, bool kDrain>
   __device__ __forceinline__ void multiply() {
     if (!ready) wait_for_stage();
@@ -418,7 +423,7 @@ struct Consumer {
       release(ring.stage);
       ring.next();
       const u32 last = mine.count - 1, fast = wants_care() ? 0 : mine.full;  // (≤ count)
-#if TIGHT
+#if TIGHT  // (P does not go from one loop to another, which would take registers of its own; so the last tile is masked)
       while (tile < fast && tile < last) {
         softmax<false>({});
         multiply<true, true>();

@@ -46,6 +46,7 @@ __device__ inline void mbarrier_wait(u64* barrier, u32 parity) {
   while (!mbarrier_try_wait_parity(barrier, parity)) {
   }
 }
+__device__ inline void nanosleep(u32 nanoseconds) { asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds) : "memory"); }
 __device__ inline void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 // With programmatic dependent launch a kernel begins while the one before it ends: it must wait before it reads what

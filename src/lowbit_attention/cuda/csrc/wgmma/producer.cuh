@@ -93,18 +93,26 @@ __device__ void quantize_first_queries(const AttentionArgs& args, Shared& shared
 }
 
 #if TAKES_WORK
+// Waits by looking now and then: a warp in mbarrier_wait wakes at whatever happens to any barrier of the block, some 20
+// times a tile, and what it issues is missing elsewhere.
+__device__ void wait_at_leisure(u64* barrier, u32 parity) {
+  constexpr u32 kNanoseconds = 100;  // at most twice that: a twentieth of a tile's round
+  while (!mbarrier_test_wait_parity(barrier, parity)) nanosleep(kNanoseconds);
+}
+
 // By three warps; one of their threads takes the pieces.
 __device__ void quantize_other_queries(const AttentionArgs& args, Shared& shared) {
   Ring<2> ring;
   for (bool is_first = true;; is_first = false, ring.next()) {
     if (threadIdx.x == 32) {  // (one thread alone: another might miss a whole phase of next_wanted, if pieces are short)
-      mbarrier_wait(&shared.next_wanted, ring.stage ^ 1);  // (the first is wanted at once)
-      mbarrier_wait(&shared.q_empty[ring.stage], ring.parity ^ 1);
+      wait_at_leisure(&shared.next_wanted, ring.stage ^ 1);  // (the first is wanted at once)
+      wait_at_leisure(&shared.q_empty[ring.stage], ring.parity ^ 1);
       if (is_first) shared.piece[0] = work_of(args, blockIdx.x);
       else shared.piece[ring.stage] = next_piece(args);
       mbarrier_arrive(&shared.piece_full[ring.stage]);
     }
-    mbarrier_wait(&shared.piece_full[ring.stage], ring.parity);
+    __syncwarp();
+    bar_sync(kConsumers + 1, 32 * kQueryWarps);  // (the piece is there)
     const Piece work = shared.piece[ring.stage];
     if (work.end_row < 0) return mbarrier_arrive(&shared.q_full[ring.stage]);
     shared.k_largest_scale[ring.stage] = args.k_largest_scale[i64(work.batch) * args.kv_heads + work.kv_head];
