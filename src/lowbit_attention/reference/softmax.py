@@ -157,15 +157,22 @@ PARABOLA = (7968.0, -0.233154296875, 0.94140625)
 
 def _exponent(x: Tensor, s: Tensor, factor: Tensor, base: Tensor) -> Tensor:
     """``x + base`` as `power_by_parabola` wants it, rounded as the kernel does: by one FMA of the scores ``s`` where
-    their ``factor`` is small enough for what that loses."""
+    their ``factor`` is small enough for what that loses (up to two of their units, never more than x + base and 2⁻¹¹).
+    """
     s, factor = s * factor.sign(), factor.abs()  # (a negative sm_scale is in the kernel's Q)
     base = base.float()
     careful = (x + base) + (_POWER_BIAS + _POWER_MAGIC)
     small = factor.clamp(max=_LARGEST_FAST_FACTOR).double()
     fast = (base.double() + (_POWER_BIAS + _POWER_MAGIC)).float().double()
-    fast = (fast - _MAGIC * small).float().double()
+    fast = _rounded_down(fast - _MAGIC * small).double()
     fast = ((s.double() + _MAGIC) * small + fast).float()
     return torch.where(x == -math.inf, -math.inf, torch.where(factor <= _LARGEST_FAST_FACTOR, fast, careful))
+
+
+def _rounded_down(x: Tensor) -> Tensor:
+    """float64 to float32, toward −∞."""
+    nearest = x.float()
+    return torch.where(nearest.double() > x, torch.nextafter(nearest, nearest.new_tensor(-math.inf)), nearest)
 
 
 def power_by_parabola(y: Tensor) -> Tensor:

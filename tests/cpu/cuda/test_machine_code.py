@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lowbit_attention import recipe
+from lowbit_attention.cuda import machine_code
 from lowbit_attention.cuda.hopper import KERNEL
 from lowbit_attention.cuda.instances import DTYPE_CODES, HEAD_DIMS, MANIFEST, WgmmaConfig, pack_instance, wgmma_config
 from lowbit_attention.cuda.machine_code import instructions, problems
@@ -38,6 +39,32 @@ def test_spills_above_the_limit_are_told(smoke):
     spilling = dataclasses.replace(compiled, resources={"attention_wgmma": used})
     assert problems(instance, spilling) == ["attention_wgmma spills 12 bytes (limit 0)"]
     assert problems(dataclasses.replace(instance, spill_limit=12), spilling) == []
+
+
+LOOPS = """
+        /*0010*/                   IGMMA.64x64x32.S8.S8 R24, gdesc[UR8], RZ, !UPT ;
+.L_x_1:
+        /*0020*/                   QGMMA.64x72x32.F16.E4M3.E4M3 R88, R36, gdesc[UR8], R88 ;
+{inside}
+        /*0040*/              @!P0 BRA `(.L_x_1) ;
+        /*0050*/                   USETMAXREG.DEALLOC.CTAPOOL 0x20 ;
+        /*0060*/                   STL [R1], R0 ;
+        /*0070*/                   BRA `(.L_x_1) ;
+"""
+
+
+@pytest.mark.parametrize(
+    "inside", ["", "        /*0030*/                   LDL.LU R0, [R1+0x4] ;"], ids=["free", "spills"]
+)
+def test_spills_beside_mmas_are_told_whatever_the_limit(monkeypatch, smoke, inside):
+    """What lies behind the change of roles is another's, and the branch back from there no loop."""
+    monkeypatch.setattr(machine_code, "disassemble", lambda cubin: LOOPS.replace("{inside}", inside))
+    instance = wgmma_config(recipe("fast_8b"), 64, torch.bfloat16).instance()
+    told = ["1 accesses to local memory in loops with MMAs"] if inside else []
+    assert instance.spill_limit > 0
+    assert problems(instance, smoke[1]) == told
+    assert problems(dataclasses.replace(instance, spills_anywhere=True), smoke[1]) == []
+    assert problems(dataclasses.replace(instance, spill_limit=0), smoke[1]) == (told or ["local memory is used"])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """The exponentials that attention_wgmma approximates are those that the reference does: constants, keys, recipes."""
 
+import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,6 +42,39 @@ def test_keys_are_the_references():
     by_kernel = {8 * (i // 4) + 2 * q + i % 2 for i in range(64) for q in range(4) if i // 8 % 4 == 3}
     keys = torch.arange(128)
     assert by_kernel == set(keys[parabola_keys(keys)].tolist())
+
+
+def test_raised_scores_keep_away_from_what_the_bits_cannot_say():
+    """The unmasked path, number by number: whatever the factor and the maximum, y stays in FP16's range, and P is
+    2^x · P_r to .66 %, or 0 after rounding to E4M3."""
+    rng = np.random.default_rng(0)
+    n, f32, f64 = 400_000, np.float32, np.float64
+    factor = np.exp2(rng.uniform(-149, -4, n)).astype(f32)  # down to denormal ones; larger ones take the careful path
+    factor = np.maximum(factor, f32(2.0**-90))  # kSmallestFactor, by set_factor
+    assert constant("kSmallestFactor") == "0x1p-90f"
+    s = np.trunc(rng.uniform(-1, 1, n) * np.exp2(rng.uniform(0, 20, n)))
+    own = s + np.trunc(np.exp2(rng.uniform(0, 20, n)))  # a larger score of the same tile
+    others = np.exp2(rng.uniform(-90, 16, n))  # or a logit of another tile
+    m = np.maximum(own * factor, np.where(rng.random(n) < 0.5, others, -np.inf)).astype(f32)
+    base = f32(math.log2(14)) - m
+    inverse = (f32(1) / factor).astype(f32)
+    lowest = ((f32(-14) - base).astype(f64) * inverse + 12582912).astype(f32)
+    assert np.isfinite(lowest).all()
+    exact = f64(base + f32(12303)) - 12582912 * f64(factor)
+    offset = exact.astype(f32)
+    offset = np.where(offset > exact, np.nextafter(offset, f32(-np.inf)), offset)
+    with_magic = np.maximum((s.astype(np.int64) + 0x4B400000).astype(np.int32), lowest.view(np.int32)).view(f32)
+    y = (f64(with_magic) * factor + offset).astype(f32)
+    assert y.min() >= 12288
+    assert y.max() < 12288 + 31
+    p = softmax.power_by_parabola(torch.from_numpy(y)).numpy()
+    true = 14 * np.exp2(s * f64(factor) - m)
+    units = 2 * f64(factor) * math.log(2)  # what the FMA may lose (BASE_ERROR of tests/gpu)
+    seen = true > 2.0**-9
+    assert seen.mean() > 0.2
+    assert (p[seen] <= true[seen] * 1.0066).all()
+    assert (p[seen] >= true[seen] * (1 - 0.0066 - units[seen])).all()
+    assert (p[true < 2.0**-11] < 2.0**-10).all()  # E4M3's half of its smallest number
 
 
 FAST = RECIPES["fast_8b"]

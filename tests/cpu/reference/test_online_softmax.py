@@ -63,8 +63,9 @@ def power(old: f32, new: f32) -> f32:
 def parabola(s: f32, factor: f32, base: f32) -> f32:
     """2^(s · factor + base) as the kernel approximates it: FP16 arithmetic on the bits of a fixed-point exponent."""
     if factor <= 1 / 16:
-        offset = f64(f32(f32(base) + f32(15 + 12288))) - 12582912 * f64(factor)
-        y = f32((f64(s) + 12582912) * f64(factor) + f64(f32(offset)))
+        exact = f64(f32(f32(base) + f32(15 + 12288))) - 12582912 * f64(factor)
+        offset = f32(exact) if f32(exact) <= exact else np.nextafter(f32(exact), -INF)
+        y = f32((f64(s) + 12582912) * f64(factor) + f64(offset))
     else:
         y = f32(f32(f32(s * factor) + base) + f32(15 + 12288))
     bits = max(int(y.view(np.int32)), 0x46400000) & 0xFFFF

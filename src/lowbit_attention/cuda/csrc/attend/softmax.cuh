@@ -131,9 +131,11 @@ struct Promoted {  // what is known of those rows' intervals that were promoted
 constexpr float kPowerMagic = 12288.0f;          // 1.5 · 2^13: FP32 numbers from there on count 2⁻¹⁰
 constexpr i32 kPowerMagicBits = 0x46400000;
 constexpr float kPowerBias = kPowerMagic + 15.0f;  // 15: FP16's exponent's
-// Scores are raised to that of x = −14, so that what rounding does to it keeps away from −15: P of either is 0 in E4M3.
+// Scores are raised to that of x = −14, so that what rounding does to it keeps away from −15: P of either is 0 in E4M3. (With
+// factors from kSmallestFactor to kLargestFastFactor, |m| ≤ 2^20 / 16, so that score is finite, and its product with the
+// factor and m, 2^16 and rounded to 24 bits each, cancel but for less than .02. Logits of smaller factors are below 2^−70.)
 constexpr float kLowestExponent = -14.0f;
-constexpr float kLargestInverse = 1e30f;  // of a score's factor; times an exponent it is finite
+constexpr float kSmallestFactor = 0x1p-90f;
 __device__ __forceinline__ u32 power_by_parabola(float y0, float y1) {
   constexpr u32 kFraction = 0x03FF03FF;
   constexpr u32 kScale = 0x6FC86FC8, kShift = 0xB376B376, kRest = 0x3B883B88;  // 7968, −0.23315, 0.94141
@@ -151,7 +153,7 @@ template <bool kMasked, bool kSums, bool kParabolas, bool kHidesLast>
 __device__ __forceinline__ void exponentials(const i32 (&scores)[64], u32 (&p)[16], const Rows& rows, float (&sum)[2],
                                              float factor, float log2_p_max) {
   static_assert(!kParabolas || (!kSums && !kHidesLast), "sums are those of FP32 numbers, and hidden scores give −∞ first");
-  const float inverse = fminf(rcp_approx_ftz_f32(factor), kLargestInverse);
+  const float inverse = rcp_approx_ftz_f32(factor);
   i32 lowest[2];                    // s + kMagicBits of that exponent
   float base[2], parabola_base[2];  // added to s · factor: log2 P_r − m
 #pragma unroll
@@ -159,7 +161,7 @@ __device__ __forceinline__ void exponentials(const i32 (&scores)[64], u32 (&p)[1
     const float subtracted = kMasked && rows.m[half] == -kInfinity ? 0.0f : rows.m[half];
     base[half] = sub_rm_f32(log2_p_max, subtracted);
     lowest[half] = __float_as_int(__fmaf_rn(kLowestExponent - base[half], inverse, kMagic));
-    parabola_base[half] = __fmaf_rn(-kMagic, factor, base[half] + kPowerBias);
+    parabola_base[half] = fma_rm_f32(-kMagic, factor, base[half] + kPowerBias);
     if (!kMasked) base[half] = fma_rm_f32(-kMagic, factor, base[half]);
   }
   constexpr int kGroups = 16, kSize = 4;  // a group's four become one register of P

@@ -98,6 +98,9 @@ struct Consumer {
 #endif
     factor = q_scale * shared.k_scale[ring.stage][thread.q];
     factor = factor > largest_factor ? largest_factor : factor;
+#if TIGHT
+    factor = max_nan_f32(factor, kSmallestFactor);
+#endif
   }
   // Whether some factor of the piece of work wants care; the same for the whole warpgroup.
   __device__ __forceinline__ bool wants_care() const {

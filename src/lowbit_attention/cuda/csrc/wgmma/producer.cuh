@@ -96,7 +96,7 @@ __device__ void quantize_first_queries(const AttentionArgs& args, Shared& shared
 // Waits by looking now and then: a warp in mbarrier_wait wakes at whatever happens to any barrier of the block, some 20
 // times a tile, and what it issues is missing elsewhere.
 __device__ void wait_at_leisure(u64* barrier, u32 parity) {
-  constexpr u32 kNanoseconds = 100;  // at most twice that: a twentieth of a tile's round
+  constexpr u32 kNanoseconds = 100;  // at most twice that: an eighth of a tile's round
   while (!mbarrier_test_wait_parity(barrier, parity)) nanosleep(kNanoseconds);
 }
 
