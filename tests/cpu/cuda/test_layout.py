@@ -152,7 +152,7 @@ def test_registers_give_the_product_of_p_and_v(dim, sums, columns):
 
 
 def test_the_rows_of_ones_share_the_keys_as_the_reference_does():
-    """sums.cuh writes them word by word, wgmma reads them as it reads V, and a thread adds up its two columns."""
+    """multiply.cuh writes them word by word, wgmma reads them as it reads V, and a thread adds up its two columns."""
     columns, words = 8, TILE_KEYS // 4
     memory = np.zeros(columns * TILE_KEYS, dtype=np.int64)
     offsets = swizzled_offsets(columns, TILE_KEYS).numpy()

@@ -23,10 +23,10 @@
 #include "ptx/wgmma.cuh"
 #include "tile/output.cuh"
 #include "wgmma/block.cuh"
+#include "wgmma/multiply.cuh"
 #include "wgmma/producer.cuh"
 #include "wgmma/rows.cuh"
 #include "wgmma/splits.cuh"
-#include "wgmma/sums.cuh"
 
 // ---- a consumer warpgroup
 
@@ -110,48 +110,24 @@ struct Consumer {
     return __any_sync(0xFFFFFFFF, largest * shared.k_largest_scale[q_ring.stage] > kLargestFastFactor);  // (NaN shows either way)
   }
 
+  // The scores of the stage's K: of all its keys, or of one half of them.
+  template <int kHalf = -1>
   __device__ __forceinline__ void begin_scores() {
     const u64 q = wgmma_descriptor<kDim>(q_at + q_ring.stage * u32(sizeof(shared.q[0]) / 16));
-    const u64 k = wgmma_descriptor<kDim>(k_at + ring.stage * u32(sizeof(shared.k[0]) / 16));
-    pin_registers(scores);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < kDim / 32; ++i) {
-      wgmma_m64n128k32_s32_s8_ss(scores, q + i * kDescriptorStep, k + i * kDescriptorStep, i > 0);
+    const u32 k_first = k_at + ring.stage * u32(sizeof(shared.k[0]) / 16) + (kHalf == 1) * (kTileBytes / 2 / 16);
+    const u64 k = wgmma_descriptor<kDim>(k_first);
+    if constexpr (kHalf < 0) {
+      begin_qk(scores, q, k);
+    } else {
+      begin_qk(reinterpret_cast<i32(&)[32]>(scores[32 * kHalf]), q, k);
     }
-    wgmma_commit_group();
-  }
-
-  // The scores of one half of the tile's keys.
-  template <int kHalf>
-  __device__ __forceinline__ void begin_half_scores() {
-    const u64 q = wgmma_descriptor<kDim>(q_at + q_ring.stage * u32(sizeof(shared.q[0]) / 16));
-    const u64 k = wgmma_descriptor<kDim>(k_at + ring.stage * u32(sizeof(shared.k[0]) / 16) + kHalf * (kTileBytes / 2 / 16));
-    i32(&half)[32] = reinterpret_cast<i32(&)[32]>(scores[32 * kHalf]);
-    pin_registers(half);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < kDim / 32; ++i) {
-      wgmma_m64n64k32_s32_s8_ss(half, q + i * kDescriptorStep, k + i * kDescriptorStep, i > 0);
-    }
-    wgmma_commit_group();
   }
 
   template <int kPart>
   __device__ __forceinline__ void begin_pv(bool accumulate) {
-    constexpr int kSteps = kTileKeys / 32, kFirst = kPromotesHalves && kPart == 1 ? kSteps / 2 : 0;
-    constexpr int kEnd = kPromotesHalves && kPart == 0 ? kSteps / 2 : kSteps;
     constexpr u32 kHalf = SPLITS_CHANNELS && kPart == 1 ? kDim / 2 * kTileKeys / 16 : 0;
     const u64 v = wgmma_descriptor<kTileKeys>(v_at + ring.stage * u32(sizeof(shared.v[0]) / 16) + kHalf);
-    pin_registers(p);
-    pin_registers(sums);
-    wgmma_fence();
-#pragma unroll
-    for (int i = kFirst; i < kEnd; ++i) {
-      const u32(&four)[4] = reinterpret_cast<const u32(&)[4]>(p[4 * i]);
-      multiply_pv<kPart>(sums, four, v + i * kDescriptorStep, accumulate || i > kFirst);
-    }
-    wgmma_commit_group();
+    ::begin_pv<kPart>(sums, p, v, accumulate);
   }
 
   // Whether a tile begins an interval: what was summed before is promoted.
@@ -274,11 +250,11 @@ struct Consumer {
       if constexpr (kMore && !TIGHT) begin_scores();
       begin_pv<0>(!begins);
       if constexpr (kMore && TIGHT) {
-        begin_half_scores<1>();
+        begin_scores<1>();
         wgmma_wait_group<1>();
         pin_registers(sums);
         pin_registers(p);  // (its place is free)
-        begin_half_scores<0>();
+        begin_scores<0>();
       }
       pass_turn();
     }
@@ -413,8 +389,8 @@ struct Consumer {
     if (mine.count > 0) {
       wait_for_stage();
 #if TIGHT
-      begin_half_scores<0>();
-      begin_half_scores<1>();
+      begin_scores<0>();
+      begin_scores<1>();
 #else
       begin_scores();
       q_scale = shared.q_scale[q_ring.stage][thread.group][thread.warp][thread.quad];

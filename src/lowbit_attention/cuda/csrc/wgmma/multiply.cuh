@@ -1,4 +1,4 @@
-// P·V's sums of a warpgroup, in the two formats.
+// A warpgroup's MMAs: the scores, P·V and its sums, in the two formats.
 #pragma once
 #include "ptx/barrier.cuh"
 #include "ptx/convert.cuh"
@@ -51,6 +51,38 @@ __device__ __forceinline__ void rescale_sums(Sums& sums, const float (&factor)[2
   for (int i = 0; i < COLUMNS / 2; ++i) sums[i] *= factor[i / 2 % 2];
 }
 #endif
+
+// S = Q·Kᵀ of 128 keys (64 scores a thread) or of 64.
+template <int kCount>
+__device__ __forceinline__ void begin_qk(i32 (&scores)[kCount], u64 q, u64 k) {
+  pin_registers(scores);
+  wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < kDim / 32; ++i) {
+    if constexpr (kCount == 64) {
+      wgmma_m64n128k32_s32_s8_ss(scores, q + i * kDescriptorStep, k + i * kDescriptorStep, i > 0);
+    } else {
+      wgmma_m64n64k32_s32_s8_ss(scores, q + i * kDescriptorStep, k + i * kDescriptorStep, i > 0);
+    }
+  }
+  wgmma_commit_group();
+}
+
+// P·V of a tile, or a part of it: of half the keys, or into half the channels' sums.
+template <int kPart>
+__device__ __forceinline__ void begin_pv(Sums& sums, u32 (&p)[16], u64 v, bool accumulate) {
+  constexpr int kSteps = kTileKeys / 32, kFirst = kPromotesHalves && kPart == 1 ? kSteps / 2 : 0;
+  constexpr int kEnd = kPromotesHalves && kPart == 0 ? kSteps / 2 : kSteps;
+  pin_registers(p);
+  pin_registers(sums);
+  wgmma_fence();
+#pragma unroll
+  for (int i = kFirst; i < kEnd; ++i) {
+    const u32(&four)[4] = reinterpret_cast<const u32(&)[4]>(p[4 * i]);
+    multiply_pv<kPart>(sums, four, v + i * kDescriptorStep, accumulate || i > kFirst);
+  }
+  wgmma_commit_group();
+}
 
 #if SUM_IN_MMA
 // The rows of ones behind every stage's V, which copies never touch. Each counts every eighth word of keys, as
