@@ -30,8 +30,6 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit_attention import attention, recipe
-from lowbit_attention import compare as metrics
 from lowbit_attention.granularity import PerChannelAndKeyTile
 from lowbit_attention.machine import EXACT_SUMS, MACHINES, SM90_MMA, AccumulatorModel, Machine
 from lowbit_attention.recipe import Recipe
@@ -39,7 +37,6 @@ from lowbit_attention.recipe_options import RestartedMax, RunningMax, TileMax
 from lowbit_attention.reference.attention import Result, emulate
 from lowbit_attention.reference.masks import Masking
 from lowbit_attention.reference.softmax import by_parabola, power_by_parabola
-from lowbit_attention.synthetic import make
 
 f16, f32, f64 = np.float16, np.float32, np.float64
 U = 2.0**-24
@@ -356,20 +353,6 @@ def test_parabola_approximates_powers() -> None:
     np.testing.assert_array_equal(power, [parabola(f32(s), f32(2.0**-10), f32(0)) for s in (x * 1024).numpy()])
     ends = torch.tensor([-15.0, -100.0, -3e38, -math.inf, math.nan])
     np.testing.assert_array_equal(power_by_parabola(ends + 15 + 12288), [0, 0, 0, 0, math.nan])
-
-
-@pytest.mark.parametrize("family", ["normal", "peaked", "sink", "local"])
-def test_parabolas_cost_no_accuracy(family: str) -> None:
-    """Rounding P to E4M3 errs by 2.6 % on average, a parabola by .22 % in a quarter of the keys: .1 % of the error."""
-    q, k, v = make(family, heads=2, length=1024, head_dim=64)
-    exact = attention(q.double(), k.double(), v.double(), recipe="exact")
-    outs = [
-        emulate(q, k, v, recipe("fast_8b"), sm_scale=0.125, machine=dataclasses.replace(HOPPER, parabolas=some)).out
-        for some in (False, True)
-    ]
-    assert not torch.equal(*outs)
-    without, with_parabolas = (metrics(exact, out).l1 for out in outs)
-    assert with_parabolas == pytest.approx(without, rel=0.005)
 
 
 @machines

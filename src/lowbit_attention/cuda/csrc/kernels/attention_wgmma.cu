@@ -74,8 +74,8 @@ struct Consumer {
   __device__ __forceinline__ void release(int stage) {
     if (arrives) mbarrier_arrive(&shared.empty[stage]);
   }
-  // Three warpgroups begin their MMAs in turns: whose come first end first, so that the warpgroups stay apart. (The tensor
-  // cores would share them out, and all three would wait for all of them.)
+  // Three or four warpgroups begin their MMAs in turns: whose come first end first, so that the warpgroups stay apart. (The
+  // tensor cores would share them out, and all would wait for all of them.)
   static constexpr bool kTakesTurns = OUTPUT_IN_SHARED;
   static constexpr int kTurnThreads = 2 * 128;  // the warpgroup whose turn it is, and that before it
   __device__ __forceinline__ void await_turn() const {
