@@ -110,12 +110,15 @@ def test_other_scales_of_the_logits(r, factor):
 @pytest.mark.parametrize("largest", [0.5, 2.0, 4.0, 16.0])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_keys_so_small_that_their_factors_have_no_inverse(r, size, largest, head_dim):
-    """One key of ordinary size sets the maximum of a row far above all others', whose K is down to denormal."""
+    """One key of ordinary size sets the maximum of a row far above all others', whose K is down to denormal.
+
+    Those have the logit 0, or what ``BASE_ERROR`` makes of it, so all are rounded alike.
+    """
     q, k, v = inputs("normal", torch.bfloat16, heads=(2, 2), lengths=(200, 1100), head_dims=(head_dim, head_dim))
     k = (k.double() * size).bfloat16()
     k[:, :, 3] = largest * q[:, :, 5]
     out, lse = run(q, k, v, r)
-    assert_agrees(out, lse, q, k, v, r)
+    assert_agrees(out, lse, q, k, v, r, alike=True)
 
 
 @pytest.mark.parametrize("length", [1, 64, 65, 100, 128, 1000, 3000])

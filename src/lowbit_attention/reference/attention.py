@@ -125,6 +125,9 @@ def _slices(
     interval = recipe.promotion_keys(geometry)
 
     approximates = by_parabola(recipe, machine, max(packed.q.shape[3], packed.v.shape[3]))
+    # (groups of zeros have the scale 1, which may be far larger than any other: their scores are 0 by any factor)
+    of_numbers = torch.where(k.any(dim=-1), k_scale, 0.0).nan_to_num(nan=FP32_MAX).amax(dim=-1, keepdim=True)
+    largest_factor = (q_scale.abs() * of_numbers).clamp(max=FP32_MAX)
 
     def summed_up(part: range) -> OnlineSoftmax:
         softmax = OnlineSoftmax((len(index), rows, packed.v.shape[3]), recipe, machine, q.device)
@@ -137,7 +140,8 @@ def _slices(
             tile = slice(start, min(start + geometry.b_k, keys))
             factor = (q_scale[:, seeing, None] * k_scale[:, None, tile]).clamp_(-FP32_MAX, FP32_MAX)
             products = torch.bmm(q[:, seeing], k[:, tile].transpose(1, 2))
-            scores = (products, factor) if approximates else None
+            largest = largest_factor[:, seeing, None]
+            scores = (products, factor.clamp(-largest, largest)) if approximates else None
             x = products * factor if approximates else products.mul_(factor)
             if packed.q_mean is not None and packed.k_smooth is not None:
                 mean = packed.q_mean[b, h] * (sm_scale * LOG2E)

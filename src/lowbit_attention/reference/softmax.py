@@ -151,6 +151,8 @@ _POWER_MAGIC = 1.5 * 2**13
 _POWER_BIAS = 15
 """FP16's exponent's."""
 _LARGEST_FAST_FACTOR = 1 / 16
+_SMALLEST_FACTOR = 2.0**-90
+"""The kernel raises smaller ones to it, whose inverse it could not take."""
 PARABOLA = (7968.0, -0.233154296875, 0.94140625)
 """``2^f / (1 + f) ≈ (a · f · 2⁻¹⁴ + b)² + c``, FP16 numbers: the least error on average that has no bias."""
 
@@ -162,17 +164,21 @@ def _exponent(x: Tensor, s: Tensor, factor: Tensor, base: Tensor) -> Tensor:
     s, factor = s * factor.sign(), factor.abs()  # (a negative sm_scale is in the kernel's Q)
     base = base.float()
     careful = (x + base) + (_POWER_BIAS + _POWER_MAGIC)
-    small = factor.clamp(max=_LARGEST_FAST_FACTOR).double()
+    small = factor.clamp(_SMALLEST_FACTOR, _LARGEST_FAST_FACTOR).double()
     fast = (base.double() + (_POWER_BIAS + _POWER_MAGIC)).float().double()
-    fast = _rounded_down(fast - _MAGIC * small).double()
+    fast = _difference_rounded_down(fast, _MAGIC * small).double()
     fast = ((s.double() + _MAGIC) * small + fast).float()
     return torch.where(x == -math.inf, -math.inf, torch.where(factor <= _LARGEST_FAST_FACTOR, fast, careful))
 
 
-def _rounded_down(x: Tensor) -> Tensor:
-    """float64 to float32, toward −∞."""
-    nearest = x.float()
-    return torch.where(nearest.double() > x, torch.nextafter(nearest, nearest.new_tensor(-math.inf)), nearest)
+def _difference_rounded_down(a: Tensor, b: Tensor) -> Tensor:
+    """The float32 number at or below ``a − b`` for float64 numbers, also where float64 itself loses ``b``'s digits."""
+    difference = a - b
+    part = difference - a
+    lost = (a - (difference - part)) - (b + part)  # a − b = difference + lost, exactly
+    nearest = difference.float()
+    above = (nearest.double() > difference) | ((nearest.double() == difference) & (lost < 0))
+    return torch.where(above, torch.nextafter(nearest, nearest.new_tensor(-math.inf)), nearest)
 
 
 def power_by_parabola(y: Tensor) -> Tensor:

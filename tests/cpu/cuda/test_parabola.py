@@ -2,6 +2,7 @@
 
 import math
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ def test_constants_are_the_references():
     assert constant("kPowerBias") == f"kPowerMagic + {softmax._POWER_BIAS}.0f"
     assert float(constant("kMagic").rstrip("f")) == softmax._MAGIC
     assert float(constant("kLargestFastFactor").rstrip("f")) == softmax._LARGEST_FAST_FACTOR
+    assert float.fromhex(constant("kSmallestFactor").rstrip("f")) == softmax._SMALLEST_FACTOR
     assert int(constant("kMagicBits"), 16) == torch.tensor(softmax._MAGIC).view(torch.int32)
     assert int(constant("kPowerMagicBits"), 16) == torch.tensor(softmax._POWER_MAGIC).view(torch.int32)
 
@@ -50,8 +52,7 @@ def test_raised_scores_keep_away_from_what_the_bits_cannot_say():
     rng = np.random.default_rng(0)
     n, f32, f64 = 400_000, np.float32, np.float64
     factor = np.exp2(rng.uniform(-149, -4, n)).astype(f32)  # down to denormal ones; larger ones take the careful path
-    factor = np.maximum(factor, f32(2.0**-90))  # kSmallestFactor, by set_factor
-    assert constant("kSmallestFactor") == "0x1p-90f"
+    factor = np.maximum(factor, f32(softmax._SMALLEST_FACTOR))  # by set_factor
     s = np.trunc(rng.uniform(-1, 1, n) * np.exp2(rng.uniform(0, 20, n)))
     own = s + np.trunc(np.exp2(rng.uniform(0, 20, n)))  # a larger score of the same tile
     others = np.exp2(rng.uniform(-90, 16, n))  # or a logit of another tile
@@ -75,6 +76,22 @@ def test_raised_scores_keep_away_from_what_the_bits_cannot_say():
     assert (p[seen] <= true[seen] * 1.0066).all()
     assert (p[seen] >= true[seen] * (1 - 0.0066 - units[seen])).all()
     assert (p[true < 2.0**-11] < 2.0**-10).all()  # E4M3's half of its smallest number
+
+
+def test_exponents_are_rounded_down_whatever_the_factor():
+    """`fma.rm(−magic, factor, base + bias)` in exact arithmetic, also where float64 loses the product."""
+    rng = np.random.default_rng(0)
+    factor = np.exp2(rng.uniform(-149, -4, 2000)).astype(np.float32)
+    base = (rng.uniform(-1, 1, 2000) * np.exp2(rng.uniform(-10, 14, 2000))).astype(np.float32)
+    zero = torch.zeros(2000)
+    y = softmax._exponent(zero, zero, torch.from_numpy(factor), torch.from_numpy(base)).numpy()
+    for f, b, got in zip(factor.tolist(), base, y, strict=True):
+        f = Fraction(max(f, softmax._SMALLEST_FACTOR))
+        start = Fraction(float(np.float32(b + np.float32(12303)))) - Fraction(1.5 * 2**23) * f
+        below = np.float32(float(start))
+        while Fraction(float(below)) > start:
+            below = np.nextafter(below, np.float32(-np.inf))
+        assert got == np.float32(float(Fraction(1.5 * 2**23) * f + Fraction(float(below))))
 
 
 FAST = RECIPES["fast_8b"]
