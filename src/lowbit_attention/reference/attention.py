@@ -124,10 +124,11 @@ def _slices(
     scaled_by_tile = isinstance(recipe.v_granularity, PerChannelAndKeyTile)
     interval = recipe.promotion_keys(geometry)
 
-    approximates = by_parabola(recipe, machine, max(packed.q.shape[3], packed.v.shape[3]))
-    # (groups of zeros have the scale 1, which may be far larger than any other: their scores are 0 by any factor)
-    of_numbers = torch.where(k.any(dim=-1), k_scale, 0.0).nan_to_num(nan=FP32_MAX).amax(dim=-1, keepdim=True)
-    largest_factor = (q_scale.abs() * of_numbers).clamp(max=FP32_MAX)
+    approximates = keys > 0 and by_parabola(recipe, machine, max(packed.q.shape[3], packed.v.shape[3]))
+    if approximates:
+        # (groups of zeros have the scale 1, which may be far larger than any other: their scores are 0 by any factor)
+        of_numbers = torch.where(k.any(dim=-1), k_scale, 0.0).nan_to_num(nan=FP32_MAX)
+        largest_factor = (q_scale.abs() * of_numbers.amax(dim=-1, keepdim=True)).clamp(max=FP32_MAX)
 
     def summed_up(part: range) -> OnlineSoftmax:
         softmax = OnlineSoftmax((len(index), rows, packed.v.shape[3]), recipe, machine, q.device)
@@ -140,9 +141,11 @@ def _slices(
             tile = slice(start, min(start + geometry.b_k, keys))
             factor = (q_scale[:, seeing, None] * k_scale[:, None, tile]).clamp_(-FP32_MAX, FP32_MAX)
             products = torch.bmm(q[:, seeing], k[:, tile].transpose(1, 2))
-            largest = largest_factor[:, seeing, None]
-            scores = (products, factor.clamp(-largest, largest)) if approximates else None
-            x = products * factor if approximates else products.mul_(factor)
+            scores = None
+            if approximates:
+                largest = largest_factor[:, seeing, None]
+                scores = products.clone(), factor.clamp(-largest, largest)
+            x = products.mul_(factor)
             if packed.q_mean is not None and packed.k_smooth is not None:
                 mean = packed.q_mean[b, h] * (sm_scale * LOG2E)
                 x += _delta_s(mean, packed.k_smooth[b, h_kv, tile], seeing, geometry.b_q)
