@@ -16,7 +16,7 @@ NESTED = {
     "Strided": "tile/strided.cuh",
     "Schedule": "attend/schedule.cuh",
     "Divisor": "attend/schedule.cuh",
-    "Stage": "kernels/attention_mma.cu",
+    "Stage": "mma/block.cuh",
     "Work": "attend/schedule.cuh",
     "Piece": "wgmma/block.cuh",
     "Promoted": "attend/softmax.cuh",

@@ -30,7 +30,7 @@ from lowbit_attention.cuda.mma import delta_chunk
 from lowbit_attention.cuda.packing import PackPlan
 from lowbit_attention.cuda.schedule import divisor, log2_rounded_down
 
-FILE = "kernels/attention_mma.cu"
+FILE = "mma/block.cuh"
 
 SHARED_KIB = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100}
 """Of a multiprocessor (CUDA programming guide, table of compute capabilities). A thread block may have 1 KiB less than

@@ -30,7 +30,7 @@ def python_layout(text):
     [
         (packing.ARGUMENTS, "pack/statistics.cuh", "PackArgs"),
         (hopper.ARGUMENTS, "wgmma/block.cuh", "AttentionArgs"),
-        (mma.ARGUMENTS, "kernels/attention_mma.cu", "MmaArgs"),
+        (mma.ARGUMENTS, "mma/block.cuh", "MmaArgs"),
         (mma.SMOOTH_ARGUMENTS, "kernels/smooth_q.cu", "SmoothArgs"),
     ],
 )

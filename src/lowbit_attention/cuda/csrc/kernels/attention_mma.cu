@@ -15,121 +15,11 @@
 //   SMOOTH_Q     Q is smoothed, and its tile mean's logits come in `delta`
 //   ROTATE       Q is rotated (K was, when it was packed)
 #include "attend/quantize_block.cuh"
-#include "attend/schedule.cuh"
 #include "attend/softmax.cuh"
+#include "mma/loader.cuh"
+#include "mma/multiply.cuh"
 #include "ptx/barrier.cuh"
-#include "ptx/copy.cuh"
-#include "ptx/mma.cuh"
 #include "tile/output.cuh"
-#include "tile/strided.cuh"
-#include "tile/swizzle.cuh"
-
-struct MmaArgs {
-  Strided q;              // [B, Hq, Nq, D]
-  void* out;              // [B, Hq, Nq, Dv] in q's type, channels next to each other
-  i64 out_batch, out_head, out_token;  // strides in elements
-  float* lse;             // [B, Hq, Nq], or null
-  const u8* tiles;        // [B · Hkv][tile_count]: a PackedTile each
-  const float* k_mean;    // [B · Hkv][kDim], for lse
-  const float* k_largest_scale;  // [B · Hkv], of all tiles
-  const float* v_scale;   // [B · Hkv][kDim]
-  const float* v_mean;    // [B · Hkv][kDim]
-  const float* q_mean;    // [B · Hq][query tiles of 128][kDim]
-  const float* delta;     // [this launch's query tiles][64 · tile_count], in base-2 logits
-  float sm_scale;         // logits = sm_scale · q · k
-  float logits_scale;     // |sm_scale| · log2 e
-  float log2_p_max;       // log2 P_r, rounded down
-  float largest_fast_factor;  // of a score's unit in logits; above it tiles take the careful way
-  i32 q_heads, kv_heads, q_len, kv_len, channels, v_channels;
-  i32 causal_offset;      // query i sees key j if j ≤ i + causal_offset; kv_len without causality
-  i32 tile_count, first_item;
-  i32 dtype, q_max, q_granularity;
-  Schedule schedule;
-};
-
-// ---- tile numbers
-
-constexpr int kDim = HEAD_DIM;
-constexpr int kWarpRows = 32;  // two m16 blocks: each K and V fragment that ldmatrix brings serves two MMAs
-constexpr int kScaleRows = 128;  // rows of a query tile: the mean and the per-block scale are theirs
-// V in FP16 is twice as large: two stages of it leave room for one thread block on a card with 100 KB, so that one has
-// twice the rows.
-constexpr int kGroups = V_HALF && HEAD_DIM == 128 ? 2 : 1;
-constexpr int kWarps = kGroups * kScaleRows / kWarpRows;
-constexpr int kRows = kWarps * kWarpRows;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kBlocks = kGroups == 2 ? 1 : 2;  // a multiprocessor's, by registers: 8 warps of up to 255
-constexpr int kStages = 2;  // (the offset of the one is sizeof(Stage) less the offset of the other)
-constexpr int kQkRowBytes = kDim * QK_LANES / 8;
-constexpr int kVRowBytes = V_HALF ? 2 * kDim : kTileKeys;
-constexpr int kKTileBytes = kTileKeys * kQkRowBytes;
-constexpr int kVTileBytes = kTileKeys * kDim * (V_HALF ? 2 : 1);
-constexpr int kScores = kTileKeys / 2;  // of a thread and an m16 block: 2 rows × 16 keys
-// Left alone, the assembler lets P·V run ahead of the additions to O, or of the exponentials, and then lacks registers.
-// It must not look further than these fences (about a clock each): every so many channels, and between the phases.
-constexpr int kFencedChannels = V_HALF || !SUMS_F16 ? 32 : kDim;
-constexpr bool kFencedPhases = V_HALF && SUMS_F16;
-constexpr float kLn2 = 0.6931471805599453f;
-[[maybe_unused]] constexpr float kMostUnits = 2097152.0f;  // 2^21 of ΔS, beside |s| < 2^21: together they stay exact with kMagic
-
-struct PackedTile {  // as kernels/pack.cu writes them
-  u8 k[kKTileBytes];     // [64 keys][kDim] lanes
-  u8 v[kVTileBytes];     // E4M3 [kDim][64 keys], or FP16 [64 keys][kDim]
-  float k_scale[4];
-  u8 unused[112];        // rows begin at multiples of 128
-};
-
-struct Stage {
-  u8 k[kKTileBytes];
-  u8 v[kVTileBytes];
-#if SMOOTH_Q
-  float delta[kGroups][kTileKeys];
-#endif
-};
-
-struct Shared {
-  Stage stages[kStages];
-  u8 q[kWarps][kWarpRows * kQkRowBytes];
-  float warp_max[kGroups][4];
-};
-
-// ---- the MMAs of the policies
-
-__device__ __forceinline__ void multiply_qk(i32 (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const i32 (&c)[4]) {
-#if QK_LANES == 4
-  mma_m16n8k64_s32_s4(d, a, b0, b1, c);
-#else
-  mma_m16n8k32_s32_s8(d, a, b0, b1, c);
-#endif
-}
-
-#if SUMS_F16
-using Sums = u32[2];
-#else
-using Sums = float[4];
-#endif
-__device__ __forceinline__ void multiply_pv(Sums& d, const u32 (&a)[4], u32 b0, u32 b1, const Sums& c) {
-#if V_HALF && SUMS_F16
-  mma_m16n8k16_f16_f16(d, a, b0, b1, c);
-#elif V_HALF
-  mma_m16n8k16_f32_f16(d, a, b0, b1, c);
-#elif SUMS_F16
-  mma_m16n8k32_f16_e4m3(d, a, b0, b1, c);
-#else
-  mma_m16n8k32_f32_e4m3(d, a, b0, b1, c);
-#endif
-}
-__device__ __forceinline__ float sum_of(const Sums& sums, int i) {
-#if SUMS_F16
-  return cvt_f32_f16(u16(i % 2 ? sums[i / 2] >> 16 : sums[i / 2]));
-#else
-  return sums[i];
-#endif
-}
-
-constexpr int kPvDepth = V_HALF ? 16 : 32;             // keys of a P·V MMA
-constexpr int kPvSteps = kTileKeys / kPvDepth;
-constexpr int kPRegisters = 4 * kPvSteps;              // A fragments of P, of an m16 block
 
 // ---- a warp
 
@@ -469,49 +359,6 @@ struct Warp {
 };
 
 // ---- a thread block
-
-// Begins the copies of a key tile; the threads' addresses are apart by 16 bytes.
-struct Loader {
-  const u8* mine;          // in global memory, of the next tile
-  u32 to_scale;            // from there to the thread's scale of K: a second pointer would take two additions more
-  u32 to;                  // in shared memory, in the first stage
-#if SMOOTH_Q
-  const u8* delta;
-  u32 to_delta;
-#endif
-  // A warp copies neighbouring bytes; `mine` is the middle of them, which offsets of ±2 KB reach.
-  static constexpr int kWarpBytes = (kKTileBytes + kVTileBytes) / kWarps, kMiddle = kWarpBytes / 2;
-  static_assert(kWarpBytes <= 4096 && kWarpBytes % 512 == 0, "what an instruction's offset reaches");
-  static_assert(kWarpBytes - kMiddle > 31 * 16, "the scales lie behind every thread's place");
-
-  __device__ __forceinline__ Loader(const MmaArgs& args, Shared& shared, const Work& work) {
-    const i64 first = (i64(work.batch) * args.kv_heads + work.kv_head) * args.tile_count;
-    const u32 place = threadIdx.x / 32 * kWarpBytes + threadIdx.x % 32 * 16 + kMiddle;
-    mine = args.tiles + first * sizeof(PackedTile) + place;
-    to = shared_address(&shared.stages[0]) + place;
-    to_scale = u32(u64(kKTileBytes + kVTileBytes) + threadIdx.x % 4 * sizeof(float)) - place;  // they follow K and V
-    pin_register(to);
-#if SMOOTH_Q
-    const i64 query_tile = i64(blockIdx.x) * kGroups + threadIdx.x / 16 % kGroups;
-    delta = reinterpret_cast<const u8*>(args.delta + query_tile * args.tile_count * kTileKeys) + threadIdx.x % 16 * 16;
-    to_delta = shared_address(shared.stages[0].delta) + threadIdx.x % (16 * kGroups) * 16;
-    pin_register(to_delta);
-#endif
-  }
-  // `stage`: from the first stage to that of the tile. Returns the thread's scale of K.
-  __device__ __forceinline__ float next(u32 stage) {
-    pin_register(mine), pin_register(to_scale);  // (here, so that to_scale is not kept as 64 bits)
-#pragma unroll
-    for (int i = -kMiddle; i < kMiddle; i += 512) cp_async_cg_16(to + stage + i, mine + i);
-    const float k_scale = ld_global_f32(reinterpret_cast<const float*>(mine + to_scale));
-    mine += sizeof(PackedTile);
-#if SMOOTH_Q
-    cp_async_cg_16(to_delta + stage, delta);
-    delta += kTileKeys * sizeof(float);
-#endif
-    return k_scale;
-  }
-};
 
 // Returns whether some factor, or ΔS in a score's units, wants care; the same for the whole warp.
 template <Dtype kDtype>

@@ -1,0 +1,74 @@
+// A thread block of attention_mma: its arguments, its numbers, its shared memory.
+#pragma once
+#include "attend/schedule.cuh"
+#include "tile/strided.cuh"
+#include "tile/swizzle.cuh"
+
+struct MmaArgs {
+  Strided q;              // [B, Hq, Nq, D]
+  void* out;              // [B, Hq, Nq, Dv] in q's type, channels next to each other
+  i64 out_batch, out_head, out_token;  // strides in elements
+  float* lse;             // [B, Hq, Nq], or null
+  const u8* tiles;        // [B · Hkv][tile_count]: a PackedTile each
+  const float* k_mean;    // [B · Hkv][kDim], for lse
+  const float* k_largest_scale;  // [B · Hkv], of all tiles
+  const float* v_scale;   // [B · Hkv][kDim]
+  const float* v_mean;    // [B · Hkv][kDim]
+  const float* q_mean;    // [B · Hq][query tiles of 128][kDim]
+  const float* delta;     // [this launch's query tiles][64 · tile_count], in base-2 logits
+  float sm_scale;         // logits = sm_scale · q · k
+  float logits_scale;     // |sm_scale| · log2 e
+  float log2_p_max;       // log2 P_r, rounded down
+  float largest_fast_factor;  // of a score's unit in logits; above it tiles take the careful way
+  i32 q_heads, kv_heads, q_len, kv_len, channels, v_channels;
+  i32 causal_offset;      // query i sees key j if j ≤ i + causal_offset; kv_len without causality
+  i32 tile_count, first_item;
+  i32 dtype, q_max, q_granularity;
+  Schedule schedule;
+};
+
+// ---- tile numbers
+
+constexpr int kDim = HEAD_DIM;
+constexpr int kWarpRows = 32;  // two m16 blocks: each K and V fragment that ldmatrix brings serves two MMAs
+constexpr int kScaleRows = 128;  // rows of a query tile: the mean and the per-block scale are theirs
+// V in FP16 is twice as large: two stages of it leave room for one thread block on a card with 100 KB, so that one has
+// twice the rows.
+constexpr int kGroups = V_HALF && HEAD_DIM == 128 ? 2 : 1;
+constexpr int kWarps = kGroups * kScaleRows / kWarpRows;
+constexpr int kRows = kWarps * kWarpRows;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kBlocks = kGroups == 2 ? 1 : 2;  // a multiprocessor's, by registers: 8 warps of up to 255
+constexpr int kStages = 2;  // (the offset of the one is sizeof(Stage) less the offset of the other)
+constexpr int kQkRowBytes = kDim * QK_LANES / 8;
+constexpr int kVRowBytes = V_HALF ? 2 * kDim : kTileKeys;
+constexpr int kKTileBytes = kTileKeys * kQkRowBytes;
+constexpr int kVTileBytes = kTileKeys * kDim * (V_HALF ? 2 : 1);
+constexpr int kScores = kTileKeys / 2;  // of a thread and an m16 block: 2 rows × 16 keys
+// Left alone, the assembler lets P·V run ahead of the additions to O, or of the exponentials, and then lacks registers.
+// It must not look further than these fences (about a clock each): every so many channels, and between the phases.
+constexpr int kFencedChannels = V_HALF || !SUMS_F16 ? 32 : kDim;
+constexpr bool kFencedPhases = V_HALF && SUMS_F16;
+constexpr float kLn2 = 0.6931471805599453f;
+[[maybe_unused]] constexpr float kMostUnits = 2097152.0f;  // 2^21 of ΔS, beside |s| < 2^21: together they stay exact with kMagic
+
+struct PackedTile {  // as kernels/pack.cu writes them
+  u8 k[kKTileBytes];     // [64 keys][kDim] lanes
+  u8 v[kVTileBytes];     // E4M3 [kDim][64 keys], or FP16 [64 keys][kDim]
+  float k_scale[4];
+  u8 unused[112];        // rows begin at multiples of 128
+};
+
+struct Stage {
+  u8 k[kKTileBytes];
+  u8 v[kVTileBytes];
+#if SMOOTH_Q
+  float delta[kGroups][kTileKeys];
+#endif
+};
+
+struct Shared {
+  Stage stages[kStages];
+  u8 q[kWarps][kWarpRows * kQkRowBytes];
+  float warp_max[kGroups][4];
+};

@@ -1,0 +1,47 @@
+// How tiles come from memory: a thread of attention_mma copies its share of each.
+#pragma once
+#include "mma/block.cuh"
+#include "ptx/copy.cuh"
+
+// Begins the copies of a key tile; the threads' addresses are apart by 16 bytes.
+struct Loader {
+  const u8* mine;          // in global memory, of the next tile
+  u32 to_scale;            // from there to the thread's scale of K: a second pointer would take two additions more
+  u32 to;                  // in shared memory, in the first stage
+#if SMOOTH_Q
+  const u8* delta;
+  u32 to_delta;
+#endif
+  // A warp copies neighbouring bytes; `mine` is the middle of them, which offsets of ±2 KB reach.
+  static constexpr int kWarpBytes = (kKTileBytes + kVTileBytes) / kWarps, kMiddle = kWarpBytes / 2;
+  static_assert(kWarpBytes <= 4096 && kWarpBytes % 512 == 0, "what an instruction's offset reaches");
+  static_assert(kWarpBytes - kMiddle > 31 * 16, "the scales lie behind every thread's place");
+
+  __device__ __forceinline__ Loader(const MmaArgs& args, Shared& shared, const Work& work) {
+    const i64 first = (i64(work.batch) * args.kv_heads + work.kv_head) * args.tile_count;
+    const u32 place = threadIdx.x / 32 * kWarpBytes + threadIdx.x % 32 * 16 + kMiddle;
+    mine = args.tiles + first * sizeof(PackedTile) + place;
+    to = shared_address(&shared.stages[0]) + place;
+    to_scale = u32(u64(kKTileBytes + kVTileBytes) + threadIdx.x % 4 * sizeof(float)) - place;  // they follow K and V
+    pin_register(to);
+#if SMOOTH_Q
+    const i64 query_tile = i64(blockIdx.x) * kGroups + threadIdx.x / 16 % kGroups;
+    delta = reinterpret_cast<const u8*>(args.delta + query_tile * args.tile_count * kTileKeys) + threadIdx.x % 16 * 16;
+    to_delta = shared_address(shared.stages[0].delta) + threadIdx.x % (16 * kGroups) * 16;
+    pin_register(to_delta);
+#endif
+  }
+  // `stage`: from the first stage to that of the tile. Returns the thread's scale of K.
+  __device__ __forceinline__ float next(u32 stage) {
+    pin_register(mine), pin_register(to_scale);  // (here, so that to_scale is not kept as 64 bits)
+#pragma unroll
+    for (int i = -kMiddle; i < kMiddle; i += 512) cp_async_cg_16(to + stage + i, mine + i);
+    const float k_scale = ld_global_f32(reinterpret_cast<const float*>(mine + to_scale));
+    mine += sizeof(PackedTile);
+#if SMOOTH_Q
+    cp_async_cg_16(to_delta + stage, delta);
+    delta += kTileKeys * sizeof(float);
+#endif
+    return k_scale;
+  }
+};
