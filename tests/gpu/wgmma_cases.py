@@ -157,6 +157,12 @@ def assert_agrees(out, lse, q, k, v, r, *, sm_scale=None, causal_offset=None, al
     error, bound = (lse - ref.lse).abs()[seen], (direct + 1e-5 * size)[seen]
     if r.row_sum == "accumulator":
         assert float(error.mean()) <= float(bound.mean()) + 2.0**-9 + sums
-        # (a step of E4M3 is an eighth of P, or 2⁻⁹ where P ≤ 2⁻⁶; the sum is P_r at least. Equal P take it together.)
-        bound = bound + (max(2.0**-3, keys * 2.0**-9 / r.p_max) if alike else 2.0**-4)
+        if alike:
+            # Equal P flip together, by a step of E4M3: an eighth of P, or 2⁻⁹ where P ≤ 2⁻⁶; the sum is P_r at least.
+            # But only in rows whose P lies as near a boundary as BASE_ERROR reaches: emulated, 1 of 800 at most.
+            flipped = error > bound + 2.0**-4
+            assert int(flipped.sum()) <= error.numel() / 100, int(flipped.sum())
+            bound = torch.where(flipped, bound + max(2.0**-3, keys * 2.0**-9 / r.p_max), bound + 2.0**-4)
+        else:
+            bound = bound + 2.0**-4
     assert (error <= bound).all(), float((error / bound).max())
