@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -116,18 +118,75 @@ def driven(clock: Clock, timesteps: Any, model: torch.nn.Module | None) -> Itera
     if timesteps == FORWARDS and model is None:
         raise InvalidArgumentError(f"timesteps={FORWARDS!r} counts the forwards of a model, and none was given")
 
-    def hook(*_: Any) -> None:
+    def begin() -> None:
         if timesteps == FORWARDS:
             clock.advance()
         elif not clock.by_hand:
             clock.restart()
 
-    handle = None if model is None else model.register_forward_pre_hook(hook)
+    restore = _Restore(model.register_forward_pre_hook(_BeforeForward(begin)).remove if model is not None else _nothing)
     try:
         yield
     finally:
-        if handle is not None:
-            handle.remove()
+        restore()
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+class _Restore:
+    """Undoes a change once; also when an interrupt kept the block that owns this from doing so, and it is let go."""
+
+    def __init__(self, undo: Callable[[], None]) -> None:
+        self._undo = undo
+
+    def __call__(self) -> None:
+        self._undo()
+        self._undo = _nothing
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self()
+
+
+class _BeforeForward:
+    """A forward pre-hook that moves a clock. A copy of the model has its own forwards, and moves no clock."""
+
+    def __init__(self, begin: Callable[[], None]) -> None:
+        self.begin = begin
+
+    def __call__(self, module: torch.nn.Module, args: object) -> None:
+        self.begin()
+
+    def __deepcopy__(self, memo: object) -> _RemovesItself:
+        return _RemovesItself()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A file must open where this library is not: a function of Python's own that takes anything and does nothing.
+        return functools.partial, (sys.audit, "lowbit_attention.forward of a saved copy")
+
+
+class _RemovesItself:
+    """What stands for `_BeforeForward` in a copy of the model, until the copy's first forward."""
+
+    def __call__(self, module: torch.nn.Module, args: object) -> None:
+        for number, hook in list(module._forward_pre_hooks.items()):
+            if hook is self:
+                del module._forward_pre_hooks[number]
+
+
+class _Followed:
+    """Stands for a scheduler's own method. A copy of the scheduler has its own method back."""
+
+    def __init__(self, scheduler: Any, name: str, run: Callable[..., Any]) -> None:
+        self.scheduler, self.name, self.run = scheduler, name, run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.scheduler, self.name)
 
 
 @contextmanager
@@ -159,14 +218,19 @@ def _following(clock: Clock, scheduler: Any) -> Iterator[None]:
 
     replaced = {"step": step} | ({} if reset is None else {"set_timesteps": set_timesteps})
     before = {name: scheduler.__dict__[name] for name in replaced if name in getattr(scheduler, "__dict__", {})}
+
+    def undo() -> None:
+        for name in replaced:
+            if name in before:
+                setattr(scheduler, name, before[name])
+            elif name in scheduler.__dict__:
+                delattr(scheduler, name)
+
+    restore = _Restore(undo)
     for name, function in replaced.items():
-        setattr(scheduler, name, function)
+        setattr(scheduler, name, _Followed(scheduler, name, function))
     begin()
     try:
         yield
     finally:
-        for name in replaced:
-            if name in before:
-                setattr(scheduler, name, before[name])
-            else:
-                delattr(scheduler, name)
+        restore()

@@ -50,8 +50,10 @@ class Observer:
         """Begin a new run (prompt): the next step is the first again."""
         self.clock.restart()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def handle(self, original: Any, name: str | None, *args: Any, **kwargs: Any) -> Tensor:
+    watches_gradients = True
+    """Also in code that torch.compile made: such calls leave it (`integrations.scope.Handler`)."""
+
+    def __call__(self, original: Any, name: str | None, *args: Any, **kwargs: Any) -> Tensor:
         """One call: exact attention's output goes back to the model."""
         key = self.clock.key(name)
         begin = _now(args)
@@ -159,7 +161,7 @@ def observe(
             observer._progress = stack.enter_context(_bar()) if progress is True else progress
             observer._task = observer._progress.add_task("observing", total=None)
         stack.enter_context(driven(observer.clock, timesteps, model))
-        stack.enter_context(intercepted(observer.handle, model))
+        stack.enter_context(intercepted(observer, model))
         try:
             yield observer
         finally:

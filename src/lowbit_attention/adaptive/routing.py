@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +10,14 @@ from torch import Tensor
 
 from ..integrations.intercept import intercepted
 from ..machine import Machine
-from ..sdpa import SDPA, as_autocast, leading, make_sdpa
+from ..sdpa import SDPA, make_sdpa
 from .clock import ROOT, Clock, driven
 
 if TYPE_CHECKING:
     from .policy import Policy
 
-_numbers = itertools.count()
-_applied: weakref.WeakValueDictionary[int, Applied] = weakref.WeakValueDictionary()
-"""Policies at work by number: what the operator in compiled code finds them by."""
+_at_work: set[Applied] = set()
+"""Policies that were applied and not removed: they hold although nobody else refers to them."""
 
 
 class Applied:
@@ -35,7 +32,6 @@ class Applied:
     ) -> None:
         self.policy = policy
         self.clock = Clock()
-        self.number = next(_numbers)
         functions: dict[str, SDPA | None] = {
             name: None if recipe.is_exact else make_sdpa(recipe, like=like) for name, recipe in policy.recipes.items()
         }
@@ -61,7 +57,7 @@ class Applied:
         if self._counted or timesteps is not None:
             self._stack.enter_context(driven(self.clock, timesteps, model))
         self._stack.enter_context(intercepted(self._handle, model))
-        _applied[self.number] = self
+        _at_work.add(self)
 
     def step(self, timestep: float | None = None) -> None:
         """Begin a step (before its calls): the timestep's value, or none to number them."""
@@ -74,15 +70,10 @@ class Applied:
     def remove(self) -> None:
         """Route nothing any more. A second time does nothing."""
         self._stack.close()
-        _applied.pop(self.number, None)
+        _at_work.discard(self)
 
     def _handle(self, original: Any, name: str | None, *args: Any, **kwargs: Any) -> Tensor:
-        path = "" if name is None else name or ROOT
-        if torch.compiler.is_compiling():
-            if path not in self._counted and self._same.get(path, self._default) is None:
-                return original(*args, **kwargs)  # type: ignore[no-any-return]
-            return _operator(self.number, path, *args, **kwargs)
-        function = self.function(path)
+        function = self.function("" if name is None else name or ROOT)
         return original(*args, **kwargs) if function is None else function(*args, **kwargs)
 
     def function(self, path: str) -> SDPA | None:
@@ -99,53 +90,3 @@ class Applied:
             nearest = min(by_timestep, key=lambda t: (abs(t - key.timestep), t))
             by_timestep[key.timestep] = by_timestep[nearest]
         return by_timestep[key.timestep]
-
-
-_LIBRARY: Any = torch.library.Library("lowbit_attention", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(
-    "routed(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal, float? scale, "
-    "bool enable_gqa, int policy, str name) -> Tensor"
-)
-
-
-def _operator(
-    number: int,
-    path: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """One call in compiled code: an operator, so that the recipe is looked up when the code runs."""
-    query, key, value, attn_mask = as_autocast(query, key, value, attn_mask)
-    out: Tensor = torch.ops.lowbit_attention.routed(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, number, path
-    )
-    return out
-
-
-def _routed(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
-    attn_mask, dropout_p, is_causal, scale, enable_gqa, number, path = options
-    applied = _applied.get(number)
-    function = applied.function(path) if applied is not None else None
-    if function is None:
-        out: Tensor = torch._C._nn.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    else:
-        out = function(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    return out.contiguous()
-
-
-def _fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
-    lead, _ = leading(query, key, value, options[4])
-    return query.new_empty(*lead, query.shape[-2], value.shape[-1])
-
-
-_LIBRARY.impl("routed", _routed, "CompositeExplicitAutograd")
-torch.library.register_fake("lowbit_attention::routed", _fake, lib=_LIBRARY)

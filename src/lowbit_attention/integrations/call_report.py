@@ -6,10 +6,8 @@ import threading
 from collections import Counter
 from dataclasses import dataclass
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 _MOST_KINDS = 200
 """Reasons may hold sizes; beyond so many kinds the rest is counted together."""
@@ -27,6 +25,11 @@ class CallKind:
 TORCH = "torch"
 """The implementation of calls that torch's own function ran, for the reason given."""
 
+REPLACEMENT = "replacement"
+"""The implementation of calls that somebody else's replacement of torch's function ran by itself."""
+
+_NOT_OURS = (TORCH, REPLACEMENT)
+
 OTHER_REASONS = CallKind(TORCH, "-", "other reasons")
 
 
@@ -39,15 +42,14 @@ class CallReport:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: Counter[CallKind] = Counter()
-        self._traced: dict[CallKind, Tensor] = {}
+        self.of = ""
+        """Which part of a pipeline these are calls of; empty for a module and for the whole process."""
 
     @property
     def counts(self) -> dict[CallKind, int]:
         """Number of calls of each kind, most frequent first."""
         with self._lock:
-            counts = self._counts.copy()
-        counts.update({kind: n for kind, t in self._traced.items() if (n := int(t))})
-        return dict(counts.most_common())
+            return dict(self._counts.most_common())
 
     @property
     def calls(self) -> int:
@@ -57,12 +59,12 @@ class CallReport:
     @property
     def ran(self) -> int:
         """Calls that this library ran."""
-        return sum(n for kind, n in self.counts.items() if kind.implementation != TORCH)
+        return sum(n for kind, n in self.counts.items() if kind.implementation not in _NOT_OURS)
 
     @property
     def fallbacks(self) -> dict[str, int]:
-        """Calls that torch's own function ran, by reason."""
-        return {kind.reason: n for kind, n in self.counts.items() if kind.implementation == TORCH}
+        """Calls that this library did not run, by reason."""
+        return {kind.reason: n for kind, n in self.counts.items() if kind.implementation in _NOT_OURS}
 
     def by_implementation(self) -> dict[str, int]:
         """Calls by implementation: ``{"attention_wgmma": 60, "torch": 2}``."""
@@ -75,8 +77,6 @@ class CallReport:
         """Count from zero."""
         with self._lock:
             self._counts.clear()
-            for counter in self._traced.values():
-                counter.zero_()
 
     def add(self, kind: CallKind) -> None:
         """Count one call."""
@@ -84,15 +84,9 @@ class CallReport:
             known = kind in self._counts or len(self._counts) < _MOST_KINDS
             self._counts[kind if known else OTHER_REASONS] += 1
 
-    def traced(self, kind: CallKind) -> Tensor:
-        """The int64 scalar that compiled code adds to, where it calls torch's function without our operator.
-
-        Call it before anything is traced; a tensor made while torch.compile traces is part of the graph.
-        """
-        return self._traced.setdefault(kind, torch.zeros((), dtype=torch.int64))
-
     def __rich__(self) -> Table:
-        table = Table(title=f"{self.calls} calls of scaled_dot_product_attention, {self.ran} by this library")
+        of = f" ({self.of})" if self.of else ""
+        table = Table(title=f"{self.calls} calls of scaled_dot_product_attention{of}, {self.ran} by this library")
         table.add_column("calls", justify="right")
         table.add_column("ran on")
         table.add_column("recipe")

@@ -1,5 +1,9 @@
 """`intercepted`: the one primitive that reroutes ``torch.nn.functional.scaled_dot_product_attention``.
 
+The name is replaced while a block is in force, and the function in its place decides call by call (`scope`) whose the
+call is. Nothing else is kept: where no block is in force it passes through and puts torch's own function back, so what
+an interrupt leaves half done is mended by the next call, or by the garbage collector when the block goes.
+
 Why the name is replaced, and no ``torch.overrides.TorchFunctionMode`` entered: a mode costs every torch function about
 1 µs a call, not only attention; it holds in one thread only; and code compiled outside of it is compiled again for the
 mode itself. A replaced name costs nothing elsewhere, holds in every thread, and `torch.compile` guards on it: a model
@@ -9,22 +13,24 @@ replaced name does not: a function kept in a closure, a default argument, a cont
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from itertools import count
-from types import FunctionType, ModuleType
-from typing import Any
+import weakref
+from contextlib import ContextDecorator
+from types import CodeType, FunctionType, ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-Handler = Callable[..., Tensor]
-"""``handler(original, name, *args, **kwargs)``: ``original`` is torch's own function, ``name`` the dotted path (within
-the model) of the innermost module whose forward is running, ``None`` without a model; the rest is the call's."""
+from ..errors import InvalidArgumentError
+from . import traced
+from .scope import Block, Handler, Place, frames, owner, running
 
 _TORCH: Handler = torch._C._nn.scaled_dot_product_attention
 _MHA = F.multi_head_attention_forward
@@ -35,77 +41,40 @@ _MHA_TRACEABLE.__kwdefaults__ = _MHA.__kwdefaults__
 _SELF = __name__.partition(".")[0]
 
 
-class _Running(threading.local):
-    """The modules of one interception's model whose forward is running in this thread, innermost last."""
+class _Stood(NamedTuple):
+    """What stood in torch before: the function, and whether attention modules took their fused path."""
 
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-
-class _Busy(threading.local):
-    """Whether a handler is running in this thread: what it calls itself goes to torch."""
-
-    def __init__(self) -> None:  # (an attribute of the object, not of the class, or a guard of torch.compile fails)
-        self.handling = False
+    function: Handler
+    fastpath: bool
 
 
-class _Interception:
-    """One block of `intercepted`. ``running`` is ``None`` without a model."""
-
-    def __init__(self, handler: Handler, running: _Running | None) -> None:
-        self.handler = handler
-        self.running = running
-
-
-_active: tuple[_Interception, ...] = ()
-"""Those in force, innermost last; replaced as a whole, so that other threads may read it at any time."""
+_blocks: tuple[weakref.ref[Block], ...] = ()
+"""Those entered, innermost last; replaced as a whole, so that any thread may read it at any time."""
+_stood: _Stood | None = None
+"""``None``: torch is as it was."""
 _lock = threading.RLock()
-_busy = _Busy()
-_fastpath = True
-_before: Handler = _TORCH
 
 
-def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
-    """``torch.nn.functional.scaled_dot_product_attention`` while `intercepted` is in force."""
-    given = (*args, *kwargs.values())
-    if has_torch_function(given):  # a subclass's own attention (torch.nn.attention.bias), which looks for this function
-        answer: Tensor = handle_torch_function(scaled_dot_product_attention, given, *args, **kwargs)
-        return answer
-    if _busy.handling:
-        return _TORCH(*args, **kwargs)
-    for interception in reversed(_active):
-        name: str | None = None
-        if interception.running is not None:
-            if not interception.running.names:
-                continue
-            name = interception.running.names[-1]
-        _busy.handling = True
-        try:
-            return interception.handler(_TORCH, name, *args, **kwargs)
-        finally:
-            _busy.handling = False
-    return _TORCH(*args, **kwargs)
-
-
-@contextmanager
-def intercepted(handler: Handler, model: nn.Module | None = None, *, named: bool = True) -> Iterator[None]:
+class intercepted(ContextDecorator):
     """Within the block, ``handler`` gets the calls of ``torch.nn.functional.scaled_dot_product_attention``.
 
     Args:
-        handler: called as ``handler(original, name, *args, **kwargs)``; see `Handler`. What it calls itself goes to
-            torch's own function.
+        handler: called as ``handler(original, name, *args, **kwargs)``; see `scope.Handler`. What it calls itself goes
+            to torch's own function.
         model: only the calls made while a forward of this module or one of its submodules runs (in any thread);
-            ``None``: every call of the process. May be compiled, before or inside the block.
-        named: whether ``name`` tells the module apart. Code that `torch.compile` makes for one of several equal layers
-            holds its name, so each layer compiled on its own is compiled again for it (raise
-            ``torch._dynamo.config.recompile_limit`` above the number of layers); with ``False`` the name is ``""``.
+            ``None``: every call of the process. May be compiled, before or inside the block. A pipeline (anything with
+            a dict ``components``) stands for its transformers and U-Nets.
 
-    Blocks may be nested, and the innermost that a call belongs to gets it. Blocks need not end in the order they began.
-    Reached are calls by attribute (``F.scaled_dot_product_attention``) and every global of a module that is torch's
-    function, imported before or in the block; not reached is a function kept elsewhere (a closure, a default argument,
-    a class), and what is not a call of it: `torch.nn.MultiheadAttention` with ``need_weights=True``. The fused
-    evaluation path of `torch.nn.MultiheadAttention` and `torch.nn.TransformerEncoder` skips the function, too; it is
-    switched off within the block, for the whole process.
+    Blocks may be nested, and the innermost that a call belongs to gets it. Blocks need not end in the order they began,
+    and one that nobody refers to any more is over. Reached are calls by attribute
+    (``F.scaled_dot_product_attention``) and every global of a module that is torch's function, imported before or in
+    the block; not reached is a function kept elsewhere (a closure, a default argument, a class), and what is not a call
+    of it: `torch.nn.MultiheadAttention` with ``need_weights=True``. TorchScript sees torch's own. The fused evaluation
+    path of `torch.nn.MultiheadAttention` and `torch.nn.TransformerEncoder` skips the function, too; it is switched off
+    within the block, for the whole process.
+
+    If somebody else has put a function of his own in the name's place, it is called, and what it asks of torch by the
+    name comes back to the handler.
 
     >>> import torch.nn.functional as F
     >>> def zeros(original, name, query, key, value, *args, **kwargs):
@@ -115,104 +84,198 @@ def intercepted(handler: Handler, model: nn.Module | None = None, *, named: bool
     ...     inside = F.scaled_dot_product_attention(x, x, x)
     >>> bool(inside.any()), bool(F.scaled_dot_product_attention(x, x, x).any())
     (False, True)
+
+    Raises:
+        InvalidArgumentError: a ``model`` that is none; a block entered twice at once.
     """
-    running = None if model is None else _Running()
-    interception = _Interception(handler, running)
-    with ExitStack() as stack:
-        if model is not None and running is not None:
-            for module, path in _paths(model):
-                stack.enter_context(_tracked(module, path, path if named else "", running))
-        _begin(interception)
-        stack.callback(_end, interception)
-        yield
+
+    def __init__(self, handler: Handler, model: Any = None) -> None:
+        self.block = Block(handler, model)
+
+    def __enter__(self) -> Any:
+        global _blocks
+        block = self.block
+        if block.entered:
+            raise InvalidArgumentError("the block is in force already; make another one")
+        block.wanted = True
+        with _lock:
+            _blocks = (*_blocks, weakref.ref(block))
+        reconcile()
+        block.entered = True  # (last: a block that could not be entered claims no calls)
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        self.block.entered = self.block.wanted = False
+        reconcile()
+
+    def __del__(self) -> None:
+        block: Block | None = getattr(self, "block", None)
+        if block is not None and block.wanted and not sys.is_finalizing():
+            block.entered = block.wanted = False
+            reconcile()
 
 
-def _paths(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Every module with its dotted path, without the wrappers that `torch.compile` puts around modules."""
-    found: dict[int, tuple[nn.Module, str]] = {}
-    for path, module in model.named_modules():
-        if "_orig_mod" not in module._modules:
-            plain = ".".join(part for part in path.split(".") if part != "_orig_mod")
-            found.setdefault(id(module), (module, plain))
-    return list(found.values())
-
-
-@contextmanager
-def _tracked(module: nn.Module, path: str, name: str, running: _Running) -> Iterator[None]:
-    """Keep ``name`` in ``running`` while the forward of ``module`` runs."""
-    is_root = not path
-
-    def enter(module: nn.Module, args: object) -> None:
-        if is_root:  # (what a KeyboardInterrupt left: hooks are told of exceptions, not of interrupts)
-            running.names.clear()
-        running.names.append(name)
-
-    def leave(module: nn.Module, args: object, out: object) -> None:
-        if running.names:
-            running.names.pop()
-
-    # Kept under a name of ours, where `register_forward_hook` takes the next number: guards of torch.compile hold the
-    # keys, and with numbers every layer and every block would be compiled anew.
-    before: Any = module._forward_pre_hooks
-    key = next(k for n in count() if (k := f"lowbit_attention.{n}") not in before)
-    after: Any = module._forward_hooks
-    always: Any = module._forward_hooks_always_called
-    before[key], after[key], always[key] = enter, leave, True
-    before.move_to_end(key, last=False)  # (a hook that fails first would be left but not entered)
-    try:
-        yield
-    finally:
-        for hooks in (before, after, always):
-            hooks.pop(key, None)
-
-
-def _begin(interception: _Interception) -> None:
-    global _active, _fastpath
+def reconcile() -> None:
+    """Make torch what the blocks in force want it to be. Harmless at any time, and after it was interrupted."""
+    global _blocks
     with _lock:
-        if not _active:
-            _replace()
-            _fastpath = torch.backends.mha.get_fastpath_enabled()
-            torch.backends.mha.set_fastpath_enabled(False)
-        _active = (*_active, interception)
+        _blocks = tuple(ref for ref in _blocks if (block := ref()) is not None and block.wanted)
+        blocks = [block for ref in _blocks if (block := ref()) is not None]
+        traced.watching = any(getattr(block.handler, "watches_gradients", False) for block in blocks)
+        if _blocks:
+            _install()
+        elif _stood is not None:
+            _uninstall(_stood)
 
 
-def _end(interception: _Interception) -> None:
-    global _active
-    with _lock:
-        _active = tuple(other for other in _active if other is not interception)
-        if not _active:
-            _restore()
-            torch.backends.mha.set_fastpath_enabled(_fastpath)
+def blocks_in_force() -> list[Block]:
+    """Innermost last."""
+    return [block for ref in _blocks if (block := ref()) is not None and block.entered]
 
 
-def _replace() -> None:
-    global _before
-    _before = F.scaled_dot_product_attention  # torch's, or what someone else put in its place
-    _swap(_TORCH, scaled_dot_product_attention)
-    F.scaled_dot_product_attention = scaled_dot_product_attention
+def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention`` while `intercepted` is in force."""
+    given = (*args, *kwargs.values())
+    if has_torch_function(given):  # a subclass's own attention (torch.nn.attention.bias), which looks for this function
+        answer: Tensor = handle_torch_function(scaled_dot_product_attention, given, *args, **kwargs)
+        return answer
+    if torch.compiler.is_dynamo_compiling() or traced.compiles_around():
+        return traced.call(*args, **kwargs)
+    if torch._C._get_tracing_state() is not None:  # (torch.jit.trace)
+        return _TORCH(*args, **kwargs)
+    return decide("", *args, **kwargs)
+
+
+def decide(where: str, *args: Any, **kwargs: Any) -> Tensor:
+    """Run one call now: by the block that it belongs to, or by what stood there before.
+
+    Args:
+        where: what `traced` noted of the modules that compiled code holds; ``""`` in eager mode.
+    """
+    blocks = blocks_in_force()
+    if not blocks:
+        _mend()
+        return (_TORCH if _stood is None else _stood.function)(*args, **kwargs)
+    inside, place = _look(blocks, where)
+    if inside is _HANDLED:
+        return _TORCH(*args, **kwargs)
+    function = _TORCH if _stood is None else _stood.function
+    if inside is None and function is not _TORCH:
+        return _through(function, place, args, kwargs)
+    return _TORCH(*args, **kwargs) if place is None else _handled(place, args, kwargs)
+
+
+def whose(where: str) -> Place | None:
+    """The block that a call made now belongs to."""
+    return _look(blocks_in_force(), where)[1]
+
+
+def _look(blocks: list[Block], where: str) -> tuple[CodeType | None, Place | None]:
+    """Which of the two functions below a call is made from within, if any, and the block that it belongs to."""
+    inside: CodeType | None = None
+    modules = []
+    scoped = not all(block.whole_process for block in blocks)
+    for frame in frames(sys._getframe(2)):
+        code = frame.f_code
+        if code is _HANDLED and inside is None:
+            return code, None
+        if code is _THROUGH and inside is None:
+            inside = code
+            frame.f_locals["reached"].append(True)
+        if scoped and (module := running(frame)) is not None:
+            modules.append(module)
+    return inside, owner(blocks, traced.with_compiled(modules, where))
+
+
+def _mend() -> None:
+    """No block is in force, and a call came: end those whose ``__enter__`` was interrupted, and put torch back."""
+    now_entering = {
+        id(frame.f_locals.get("block"))
+        for top in sys._current_frames().values()
+        for frame in frames(top)
+        if frame.f_code is _ENTERING
+    }
+    for ref in _blocks:
+        if (block := ref()) is not None and not block.entered and id(block) not in now_entering:
+            block.wanted = False
+    reconcile()
+
+
+def _handled(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Let the block's handler run a call. While this function runs, what the handler calls goes to torch."""
+    block, name = place
+    return block.handler(_TORCH, name, *args, **kwargs)
+
+
+def _through(function: Handler, place: Place | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Let what stood there before run a call. While this function runs, what it asks of torch may be rerouted."""
+    reached: list[bool] = []
+    out = function(*args, **kwargs)
+    if place is not None and not reached and (told := getattr(place[0].handler, "passed_by", None)) is not None:
+        told(function)
+    return out
+
+
+_HANDLED, _THROUGH, _ENTERING = _handled.__code__, _through.__code__, intercepted.__enter__.__code__
+traced.implement(decide, whose)
+
+
+def _install() -> None:
+    global _stood
+    there = F.scaled_dot_product_attention
+    if _stood is None or there is _stood.function:
+        _stood = _Stood(there, torch.backends.mha.get_fastpath_enabled())
+        F.scaled_dot_product_attention = scaled_dot_product_attention  # (first: from now on a call mends what is left)
+        torch.jit._builtins._register_builtin(scaled_dot_product_attention, "aten::scaled_dot_product_attention")
+    torch.backends.mha.set_fastpath_enabled(False)
     if F.multi_head_attention_forward is _MHA:
         F.multi_head_attention_forward = _MHA_TRACEABLE
+    _swap(_TORCH, scaled_dot_product_attention)
 
 
-def _restore() -> None:
-    if F.scaled_dot_product_attention is scaled_dot_product_attention:  # (else someone replaced it in the block)
-        F.scaled_dot_product_attention = _before
+def _uninstall(stood: _Stood) -> None:
+    global _stood
+    _swap(scaled_dot_product_attention, _TORCH)
     if F.multi_head_attention_forward is _MHA_TRACEABLE:
         F.multi_head_attention_forward = _MHA
-    _swap(scaled_dot_product_attention, _TORCH)
+    if not torch.backends.mha.get_fastpath_enabled():  # (else someone has switched it on in the block)
+        torch.backends.mha.set_fastpath_enabled(stood.fastpath)
+    if F.scaled_dot_product_attention is scaled_dot_product_attention:  # (else someone replaced it in the block)
+        F.scaled_dot_product_attention = stood.function  # (last: until then the next call mends what is left)
+    _stood = None
 
 
 def _swap(old: Handler, new: Handler) -> None:
-    for module in _modules():
-        for name, value in list(vars(module).items()):
-            if value is old:
-                setattr(module, name, new)
+    for module in _every_module():
+        # (modules that load their contents late raise what they like, and some refuse to be changed)
+        with contextlib.suppress(Exception):
+            for key, value in list(vars(module).items()):
+                if value is old:
+                    setattr(module, key, new)
 
 
-def _modules() -> list[ModuleType]:
+def _every_module() -> list[ModuleType]:
     """Where names may be replaced: not in torch, whose compiled graphs look the function up in ``torch._C._nn``."""
     return [
         module
         for name, module in list(sys.modules.items())
-        if isinstance(module, ModuleType) and (module is F or name.partition(".")[0] not in ("torch", _SELF))
+        if name.partition(".")[0] not in ("torch", _SELF) and isinstance(module, ModuleType)
     ]
+
+
+def _end_all() -> None:
+    """At the interpreter's exit: what runs later must find torch as it was."""
+    global _blocks
+    _blocks = ()
+    reconcile()
+
+
+def _after_fork() -> None:
+    """In a child: whoever held the lock is not there."""
+    global _lock
+    _lock = threading.RLock()
+
+
+atexit.register(_end_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, NoReturn
+import sys
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import checks
 from ..api import Training, resolve_like
-from ..checks import TRANSFORMED
 from ..dispatch import choose, explain_request
 from ..errors import InvalidArgumentError, LowbitError, UnsupportedError
 from ..implementations import torch_sdpa
@@ -22,11 +20,14 @@ from ..machine import Machine
 from ..ops import LIBRARY, parse_recipe
 from ..recipe import Recipe
 from ..request import wants_grad
-from ..sdpa import as_autocast, find_recipe_or_auto, is_by_token, leading, make_call, recipe_text
-from .call_report import TORCH, CallKind, CallReport
+from ..sdpa import as_autocast, find_recipe_or_auto, make_call, recipe_text
+from .call_report import REPLACEMENT, TORCH, CallKind, CallReport
 from .intercept import intercepted
+from .scope import recomputes
+from .traced import as_query_lies, empty_answer, no_vmap
 
 GRADIENTS = CallKind(TORCH, "-", "gradients are asked for")
+RECOMPUTED = CallKind(TORCH, "-", "a checkpoint will ask for gradients")
 DROPOUT = CallKind(TORCH, "-", "dropout")
 
 
@@ -45,9 +46,6 @@ class _Rerouted:
         self.strict = strict
         self.report = report
         self.text = recipe_text(self.recipe)
-        self.slot = ""
-        self.gradients = report.traced(GRADIENTS)
-        self.dropout = report.traced(DROPOUT)
 
     def __call__(
         self,
@@ -63,35 +61,67 @@ class _Rerouted:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        compiling = torch.compiler.is_compiling()
-        grad = wants_grad(query, key, value, attn_mask)
-        if grad or dropout_p:
-            self._refuse_if_told(grad, dropout_p)
-            if not compiling:
-                self.report.add(GRADIENTS if grad else DROPOUT)
-            elif not torch.compiler.is_exporting():
-                (self.gradients if grad else self.dropout).add_(1)
-            return _original(original, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        if compiling or isinstance(query, FakeTensor) or query.is_meta:
-            if isinstance(self.like, Machine):
-                raise InvalidArgumentError(
-                    f"like={self.like.name!r}: inside torch.compile give the machine's name, not the object"
-                )
-            query, key, value, attn_mask = as_autocast(query, key, value, attn_mask)
-            out: Tensor = torch.ops.lowbit_attention.rerouted_sdpa(
-                query, key, value, attn_mask, is_causal, scale, enable_gqa, self.text, self.like, self.strict, self.slot
-            )
-            return out
-        return self.run(original, query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        if wants_grad(query, key, value, attn_mask):
+            self.count_or_refuse(GRADIENTS)
+        elif dropout_p:
+            self.count_or_refuse(DROPOUT)
+        elif not torch.is_grad_enabled() and recomputes(sys._getframe(1)):
+            self.count_or_refuse(RECOMPUTED)
+        elif isinstance(query, FakeTensor) or query.is_meta:
+            return self.without_block(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        else:
+            return self.run(original, query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
-    def _refuse_if_told(self, grad: bool, dropout_p: float) -> None:
-        if grad and not self.exact_training:
+    def count_or_refuse(self, kind: CallKind) -> None:
+        """Count a call that torch's own function is to run, if it may."""
+        if kind is DROPOUT:
+            if self.strict:
+                raise UnsupportedError("quantised attention has no dropout, and the call has some")
+        elif not self.exact_training:
             raise UnsupportedError(
                 "a gradient is asked of quantised attention, which has none: run under torch.no_grad(), "
                 "or enable with training='exact'"
             )
-        if dropout_p and not grad and self.strict:
-            raise UnsupportedError(f"quantised attention has no dropout, and dropout_p={dropout_p}")
+        self.report.add(kind)
+
+    def skipped(self, reason: str) -> None:
+        """Compiled code gave a call to torch's own function."""
+        self.count_or_refuse(DROPOUT if reason == "dropout" else GRADIENTS)
+
+    def passed_by(self, function: Callable[..., Tensor]) -> None:
+        """What somebody else put in the place of torch's function ran a call by itself."""
+        module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+        named = f"{module}.{name}" if module and name else repr(function)
+        reason = f"F.scaled_dot_product_attention had been replaced before by {named}, which ran the call itself"
+        if self.strict:
+            raise UnsupportedError(f"{reason}; undo that, or enable with strict=False")
+        self.report.add(CallKind(REPLACEMENT, "-", reason))
+
+    def export_options(self) -> tuple[str, str | None, bool]:
+        """What an operator that runs without a block is told: recipe, machine, strictness."""
+        if isinstance(self.like, Machine):
+            raise InvalidArgumentError(
+                f"like={self.like.name!r}: for a program that is exported give the machine's name, not the object"
+            )
+        return self.text, self.like, self.strict
+
+    def without_block(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+    ) -> Tensor:
+        """The call as an operator, for tensors without data: a program that is being exported, say."""
+        query, key, value, attn_mask = as_autocast(query, key, value, attn_mask)
+        out: Tensor = torch.ops.lowbit_attention.rerouted_sdpa(
+            query, key, value, attn_mask, is_causal, scale, enable_gqa, *self.export_options()
+        )
+        return out
 
     def run(
         self,
@@ -119,23 +149,7 @@ class _Rerouted:
                 return out
             reason = why_not_faster(call.request)
         self.report.add(CallKind(TORCH, "-", reason))
-        return _original(original, query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
-
-
-def _original(
-    original: Callable[..., Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Tensor:
-    if enable_gqa:  # (torch below 2.5 does not know the word)
-        return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True)
-    return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+        return original(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def in_short(error: LowbitError) -> str:
@@ -159,15 +173,7 @@ def why_not_faster(request: Any) -> str:
 _auto_reasons: dict[int, tuple[Any, str]] = {}
 
 
-@contextmanager
-def sdpa_enabled(
-    model: nn.Module | None = None,
-    recipe: str | Recipe = "auto",
-    *,
-    like: str | Machine | None = None,
-    training: Training = "exact",
-    strict: bool = False,
-) -> Iterator[CallReport]:
+class sdpa_enabled(intercepted):
     """Within the block, ``torch.nn.functional.scaled_dot_product_attention`` runs ``recipe``.
 
     Args:
@@ -197,21 +203,39 @@ def sdpa_enabled(
     Raises:
         InvalidArgumentError, InvalidRecipeError: a wrong argument, an unknown recipe.
     """
-    report = CallReport()
-    handler = _Rerouted(recipe, like, training, strict, report)
-    handler.slot = _take_slot(handler)
-    try:
-        with intercepted(handler, model, named=False):
-            yield report
-    finally:
-        del _slots[handler.slot]
+
+    def __init__(
+        self,
+        model: Any = None,
+        recipe: str | Recipe = "auto",
+        *,
+        like: str | Machine | None = None,
+        training: Training = "exact",
+        strict: bool = False,
+    ) -> None:
+        self.report = CallReport()
+        self._again = partial(type(self), model, recipe, like=like, training=training, strict=strict)
+        super().__init__(_Rerouted(recipe, like, training, strict, self.report), model)
+        self.report.of = _described(model, self.block.subjects)
+
+    def _recreate_cm(self) -> sdpa_enabled:  # (as a decorator: a block of its own for every call)
+        return self._again()
+
+    def __enter__(self) -> CallReport:
+        super().__enter__()
+        return self.report
 
 
-_enabled: dict[int, tuple[nn.Module | None, ExitStack]] = {}
+def _described(model: Any, subjects: dict[str, nn.Module]) -> str:
+    """Which part of a pipeline a report is of; empty for a module and for the process."""
+    return "" if isinstance(model, nn.Module | None) else f"{', '.join(subjects)} of {type(model).__name__}"
+
+
+_enabled: dict[int, tuple[Any, sdpa_enabled]] = {}
 
 
 def enable_sdpa(
-    model: nn.Module | None = None,
+    model: Any = None,
     recipe: str | Recipe = "auto",
     *,
     like: str | Machine | None = None,
@@ -227,44 +251,34 @@ def enable_sdpa(
     >>> report.ran
     1
     """
-    stack = ExitStack()
-    report = stack.enter_context(sdpa_enabled(model, recipe, like=like, training=training, strict=strict))
-    _, previous = _enabled.pop(id(model), (None, None))
-    _enabled[id(model)] = model, stack
+    block = sdpa_enabled(model, recipe, like=like, training=training, strict=strict)
+    report = block.__enter__()
+    _, previous = _enabled.get(id(model), (None, None))
+    _enabled[id(model)] = model, block
     if previous is not None:
-        previous.close()
+        previous.__exit__()
     return report
 
 
-def disable_sdpa(model: nn.Module | None = None) -> None:
+def disable_sdpa(model: Any = None) -> None:
     """End what `enable_sdpa` began: for ``model``, or all of it. Where nothing was begun, nothing happens."""
-    ids = list(_enabled) if model is None else [id(model)]
-    for key in ids:
-        _, stack = _enabled.pop(key, (None, None))
-        if stack is not None:
-            stack.close()
+    for key in list(_enabled) if model is None else [id(model)]:
+        if key in _enabled:
+            _enabled[key][1].__exit__()  # (before it is forgotten: an interrupt in between can be made up for)
+            _enabled.pop(key, None)
 
 
-# ---- the operator that compiled code calls: it decides, runs and counts when it runs, as a call in eager mode does
-
-_slots: weakref.WeakValueDictionary[str, _Rerouted] = weakref.WeakValueDictionary()
-"""Open blocks by number. Compiled code holds the number, so a later block with the same one uses the same code."""
-
-
-def _take_slot(handler: _Rerouted) -> str:
-    with _slots_lock:
-        slot = next(str(n) for n in range(len(_slots) + 1) if str(n) not in _slots)
-        _slots[slot] = handler
-    return slot
-
-
-_slots_lock = threading.Lock()
-
+# ---- the operator of exported programs
 
 LIBRARY.define(
     "rerouted_sdpa(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float? scale, "
-    "bool enable_gqa, str recipe, str? like, bool strict, str slot) -> Tensor"
+    "bool enable_gqa, str recipe, str? like, bool strict) -> Tensor"
 )
+
+
+@lru_cache(maxsize=64)
+def _handler(recipe: str, like: str | None, strict: bool) -> _Rerouted:
+    return _Rerouted(parse_recipe(recipe), like, "exact", strict, CallReport())
 
 
 def _run_rerouted(
@@ -278,38 +292,15 @@ def _run_rerouted(
     recipe: str,
     like: str | None,
     strict: bool,
-    slot: str,
 ) -> Tensor:
-    handler = _slots.get(slot)
-    if handler is None or (handler.text, handler.like, handler.strict) != (recipe, like, strict):
-        handler = _Rerouted(parse_recipe(recipe), like, "exact", strict, CallReport())  # (an exported program, say)
-    out = handler.run(torch_sdpa, query, key, value, attn_mask, is_causal, scale, enable_gqa)
-    return out.transpose(1, 2).contiguous().transpose(1, 2) if is_by_token(query) else out.contiguous()
+    handler = _handler(recipe, like, strict)
+    return as_query_lies(handler.run(torch_sdpa, query, key, value, attn_mask, is_causal, scale, enable_gqa), query)
 
 
-def _fake_rerouted(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    recipe: str,
-    like: str | None,
-    strict: bool,
-    slot: str,
-) -> Tensor:
-    lead, _ = leading(query, key, value, enable_gqa)
-    if is_by_token(query):
-        return query.new_empty(lead[0], query.shape[2], lead[1], value.shape[-1]).transpose(1, 2)
-    return query.new_empty(*lead, query.shape[-2], value.shape[-1])
-
-
-def _vmap(info: object, in_dims: object, *arguments: object) -> NoReturn:
-    raise InvalidArgumentError(f"the call {TRANSFORMED}")
+def _fake_rerouted(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+    return empty_answer(query, key, value, options[3])
 
 
 LIBRARY.impl("rerouted_sdpa", _run_rerouted, "CompositeExplicitAutograd")
 torch.library.register_fake("lowbit_attention::rerouted_sdpa", _fake_rerouted, lib=LIBRARY)
-torch.library.register_vmap("lowbit_attention::rerouted_sdpa", _vmap, lib=LIBRARY)
+torch.library.register_vmap("lowbit_attention::rerouted_sdpa", no_vmap, lib=LIBRARY)

@@ -19,7 +19,7 @@ from lowbit_attention import (
     recipe,
     sdpa_enabled,
 )
-from lowbit_attention.integrations import torch_sdpa
+from lowbit_attention.integrations import intercept
 from lowbit_attention.machine import MACHINES
 
 HEADS, DIM = 4, 16
@@ -60,7 +60,7 @@ def nothing_is_left():
     yield
     disable_sdpa()
     assert F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
-    assert not torch_sdpa._slots
+    assert intercept._stood is None
 
 
 def tokens(*shape, seed=0):
@@ -414,7 +414,7 @@ def test_opcheck(case):
     k, v = (t[:, : options.get("kv_heads", 4)] for t in (k, v))
     arguments = (
         q, k, v, None, options.get("is_causal", False), None, options.get("enable_gqa", False), "sage2_8b", None,
-        False, "none",
+        False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.lowbit_attention.rerouted_sdpa.default, arguments)
 

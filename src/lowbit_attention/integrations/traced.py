@@ -1,0 +1,270 @@
+"""What `intercept` leaves in code that torch.compile makes: an operator that decides when the code runs.
+
+The decision cannot be made while torch.compile traces, since the code is used again for other modules of the same
+class. What is known then only is which modules the code itself holds, relative to the one whose forward it is; the
+operator is told (``where``), and finds that one among the frames that run.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from itertools import count
+from types import CodeType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ..checks import TRANSFORMED
+from ..errors import InvalidArgumentError
+from ..ops import LIBRARY
+from ..request import wants_grad
+from ..sdpa import as_autocast, is_by_token, leading
+from .scope import Place, frames, running
+
+_INSIDE = "inside "
+"""``where`` of a module that is part of the one whose frame runs: its dotted path there follows."""
+_OBJECTS = "objects "
+"""``where`` of modules that are not: their numbers follow, innermost first."""
+
+_modules: dict[int, weakref.ref[nn.Module]] = {}
+_numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_next = count()
+_numbering = threading.Lock()
+
+watching = False
+"""Whether a block in force wants to see calls with gradients, too; set by `intercept.reconcile`."""
+_tally: Tensor = torch.zeros((), dtype=torch.int64, device="cpu")
+"""Written by the operator that counts, so that torch.compile does not take it for dead code."""
+
+
+Decide = Callable[..., Tensor]
+Whose = Callable[[str], "Place | None"]
+_decide: Decide
+_whose: Whose
+
+
+def implement(decide: Decide, whose: Whose) -> None:
+    """Let the operators ask these (`intercept`) when they run: what runs a call, and which block it belongs to."""
+    global _decide, _whose
+    _decide, _whose = decide, whose
+
+
+def compiles_around() -> bool:
+    """Whether torch.compile runs Python code on tensors without data, to see what it does."""
+    return torch._guards.TracingContext.try_get() is not None and not torch.compiler.is_exporting()
+
+
+def call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """One call while torch.compile traces (whose graph this becomes)."""
+    if torch.compiler.is_exporting():
+        return _exported(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if wants_grad(query, key, value, attn_mask) or dropout_p:
+        if watching:
+            return _eagerly(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        reason = "gradients" if wants_grad(query, key, value, attn_mask) else "dropout"
+        torch.ops.lowbit_attention.skipped(_tally, where(), reason)
+        return _torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    query, key, value, attn_mask = as_autocast(query, key, value, attn_mask)
+    out: Tensor = torch.ops.lowbit_attention.sdpa_in_scope(
+        query, key, value, attn_mask, is_causal, scale, enable_gqa, where()
+    )
+    return out
+
+
+def _torch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    out: Tensor = torch._C._nn.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    return out
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _eagerly(*args: Any) -> Tensor:
+    *positional, scale, enable_gqa = args
+    return _decide("", *positional, scale=scale, enable_gqa=enable_gqa)
+
+
+def _exported(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """An exported program runs anywhere: the handler writes into it what it can, now."""
+    options = _export_options()
+    if options is None or dropout_p or wants_grad(query, key, value, attn_mask):
+        return _torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    query, key, value, attn_mask = as_autocast(query, key, value, attn_mask)
+    out: Tensor = torch.ops.lowbit_attention.rerouted_sdpa(
+        query, key, value, attn_mask, is_causal, scale, enable_gqa, *options
+    )
+    return out
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _export_options() -> tuple[str, str | None, bool] | None:
+    """What the handler that the call traced now belongs to writes into an exported program; ``None``: nothing."""
+    place = _whose(where())
+    options = getattr(place[0].handler, "export_options", None) if place is not None else None
+    return None if options is None else options()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def where() -> str:
+    """Which modules' forwards the code traced now holds, as `with_compiled` reads it."""
+    held = _traced_modules()
+    if not held:
+        return ""
+    around = _anchor([module for frame in frames(sys._getframe()) if (module := running(frame)) is not None])
+    innermost = held[0][0]
+    for path, module in around.named_modules() if around is not None else ():
+        if module is innermost:
+            return f"{_INSIDE}{path}"
+    from torch._dynamo.guards import GuardBuilder, install_guard
+
+    for _, variable in held:  # this code must not be used for another module of the same class
+        if variable.source is not None:
+            install_guard(variable.source.make_guard(GuardBuilder.ID_MATCH))
+    return _OBJECTS + ",".join(str(_number_of(module)) for module, _ in held)
+
+
+def _traced_modules() -> list[tuple[nn.Module, Any]]:
+    """The modules whose methods torch.compile is inlining, innermost first, with its own variables for them."""
+    from torch._dynamo.symbolic_convert import InstructionTranslatorBase
+    from torch._dynamo.variables.lazy import LazyVariableTracker
+    from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
+
+    callers = (frame.f_locals.get("self") for frame in frames(sys._getframe()) if _is_method(frame.f_code))
+    translator: Any = next((found for found in callers if isinstance(found, InstructionTranslatorBase)), None)
+    held: list[tuple[nn.Module, Any]] = []
+    while translator is not None:
+        names = translator.f_code.co_varnames
+        variable = translator.symbolic_locals.get(names[0]) if names else None
+        if type(variable).__name__ == "CellVariable":  # (a closure refers to it, too)
+            variable = translator.output.side_effects.load_cell(variable)
+        if isinstance(variable, LazyVariableTracker):
+            variable = variable.realize()
+        module = variable.value if isinstance(variable, UnspecializedNNModuleVariable) else None
+        if isinstance(module, nn.Module) and (not held or held[-1][0] is not module):
+            held.append((module, variable))
+        translator = getattr(translator, "parent", None)
+    return held
+
+
+def _is_method(code: CodeType) -> bool:
+    return code.co_argcount > 0 and code.co_varnames[0] == "self"
+
+
+def _number_of(module: nn.Module) -> int:
+    with _numbering:
+        if module not in _numbers:
+            number = _numbers[module] = next(_next)
+            _modules[number] = weakref.ref(module, lambda _: _modules.pop(number, None))
+        return _numbers[module]
+
+
+def _anchor(modules: Sequence[nn.Module]) -> nn.Module | None:
+    """The innermost module that is none which torch.compile has made."""
+    return next((module for module in modules if not isinstance(module, GraphModule)), None)
+
+
+def with_compiled(modules: Sequence[nn.Module], where: str) -> list[nn.Module]:
+    """The modules that run, innermost first: those of the frames, and before them those that compiled code holds."""
+    held: list[nn.Module] = []
+    if where.startswith(_INSIDE) and (around := _anchor(modules)) is not None:
+        held = [around]
+        for part in filter(None, where.removeprefix(_INSIDE).split(".")):
+            module = held[0]._modules.get(part)
+            if module is None:  # (a twin of the module that was traced, with another inside: what is known is around)
+                break
+            held.insert(0, module)
+        held.pop()
+    elif where.startswith(_OBJECTS):
+        references = (_modules.get(int(n)) for n in where.removeprefix(_OBJECTS).split(","))
+        held = [module for ref in references if ref is not None and (module := ref()) is not None]
+    return [*held, *modules]
+
+
+# ---- the operators
+
+LIBRARY.define(
+    "sdpa_in_scope(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float? scale, "
+    "bool enable_gqa, str where) -> Tensor"
+)
+LIBRARY.define("skipped(Tensor(a!) tally, str where, str reason) -> ()")
+
+
+def as_query_lies(out: Tensor, query: Tensor) -> Tensor:
+    """The output in one of two orders of memory, which `empty_answer` foresees."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2) if is_by_token(query) else out.contiguous()
+
+
+def empty_answer(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> Tensor:
+    """A tensor like the answer, for a fake call."""
+    lead, _ = leading(query, key, value, enable_gqa)
+    if is_by_token(query):
+        return query.new_empty(lead[0], query.shape[2], lead[1], value.shape[-1]).transpose(1, 2)
+    return query.new_empty(*lead, query.shape[-2], value.shape[-1])
+
+
+def _run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    where: str,
+) -> Tensor:
+    out = _decide(where, query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+    return as_query_lies(out, query)
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+    return empty_answer(query, key, value, options[3])
+
+
+def _skipped(tally: Tensor, where: str, reason: str) -> None:
+    place = _whose(where)
+    if place is not None and (told := getattr(place[0].handler, "skipped", None)) is not None:
+        told(reason)
+
+
+def no_vmap(info: object, in_dims: object, *arguments: object) -> NoReturn:
+    """The rule for `torch.func.vmap` of an operator that has none."""
+    raise InvalidArgumentError(f"the call {TRANSFORMED}")
+
+
+LIBRARY.impl("sdpa_in_scope", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("lowbit_attention::sdpa_in_scope", _fake, lib=LIBRARY)
+torch.library.register_vmap("lowbit_attention::sdpa_in_scope", no_vmap, lib=LIBRARY)
+LIBRARY.impl("skipped", _skipped, "CompositeExplicitAutograd")
+torch.library.register_fake("lowbit_attention::skipped", lambda tally, where, reason: None, lib=LIBRARY)
