@@ -198,7 +198,9 @@ struct Consumer {
       if constexpr (kInterval == 1) promote_last();
     }
     rescale[0] = rescale[1] = 1.0f;
-    if constexpr (kInterval == 1 || !SUM_IN_MMA) {
+    if constexpr (kInterval == 1 && RESTART) {
+      rows.rescale<kMasked>(change, rescale);  // (every tile begins an interval, whose maximum may be lower, too)
+    } else if constexpr (kInterval == 1 || !SUM_IN_MMA) {
       if (change.moved) rows.rescale<kMasked>(change, rescale);
     }
     if constexpr (!SUM_IN_MMA) before().sum[0] *= rescale[0], before().sum[1] *= rescale[1];
