@@ -57,7 +57,7 @@ __device__ __forceinline__ void exchange_again(float (&m)[2], float (&other)[2],
 
 struct Change {
   float old_m[2];  // what was subtracted before this tile
-  bool moved;      // in this warp, some row's m grew within its interval (false where a restarted one begins)
+  bool moved;      // in this warp, some row's m grew within its interval
 };
 
 // 2^(old − m), 0 where nothing was summed yet.
