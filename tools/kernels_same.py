@@ -7,6 +7,7 @@ recipes nothing (a mend beside them, a tidied file) ends with none.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,19 +26,31 @@ import typer
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def in_tree(tree: Path, wanted: list[str] | None) -> dict[str, Any]:
+Ask = Callable[[list[str] | None], dict[str, Any]]
+
+
+@contextlib.contextmanager
+def package_in(tree: Path) -> Iterator[Ask]:
     """`answer` of the package below ``tree``, in a process of its own."""
-    environment = os.environ | {"PYTHONPATH": str(tree / "src")}
-    process = subprocess.run(
-        [sys.executable, str(Path(__file__).resolve()), "--answer"],
-        input=json.dumps({"tree": str(tree), "wanted": wanted}),
-        env=environment, stdout=subprocess.PIPE, text=True, check=True,
-    )  # fmt: skip
-    found: dict[str, Any] = json.loads(process.stdout)
-    return found
+    with subprocess.Popen(
+        [sys.executable, str(Path(__file__).resolve()), "--answer", str(tree)],
+        env=os.environ | {"PYTHONPATH": str(tree / "src")}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        questions, answers = process.stdin, process.stdout
+
+        def ask(wanted: list[str] | None) -> dict[str, Any]:
+            print(json.dumps(wanted), file=questions, flush=True)
+            if not (line := answers.readline()):
+                raise RuntimeError(f"the package below {tree} does not answer; it has said why")
+            found: dict[str, Any] = json.loads(line)
+            return found
+
+        yield ask
 
 
-def answer(tree: str, wanted: list[str] | None) -> dict[str, Any]:
+def answer(tree: Path, wanted: list[str] | None) -> dict[str, Any]:
     """By instance: without ``wanted`` the key of its source and options; else, of those, hash and instructions."""
     import lowbit_attention
     from lowbit_attention.cuda.instances import MANIFEST, Instance
@@ -59,21 +73,36 @@ def answer(tree: str, wanted: list[str] | None) -> dict[str, Any]:
 
 def checked_out(commit: str, folder: Path) -> Path:
     """The package's source at a commit, below ``folder``."""
-    archive = subprocess.run(["git", "archive", commit, "src"], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
-    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+    archive = subprocess.run(["git", "archive", commit, "src"], cwd=ROOT, capture_output=True)
+    if archive.returncode:
+        raise typer.BadParameter(f"{commit!r}: git says {archive.stderr.decode().strip()!r}")
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
         tar.extractall(folder, filter="data")
     return folder
 
 
 def compare(before: Path, after: Path, only: str = "") -> tuple[list[str], int]:
     """What differs, a line an instance; and how many instances there are."""
-    old, new = in_tree(before, None), in_tree(after, None)
+    with package_in(before) as of_old, package_in(after) as of_new, ThreadPoolExecutor(2) as pool:
+
+        def both(wanted: list[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+            old, new = pool.map(lambda ask: ask(wanted), (of_old, of_new))
+            return old, new
+
+        return differences(both, only)
+
+
+def differences(
+    both: Callable[[list[str] | None], tuple[dict[str, Any], dict[str, Any]]], only: str
+) -> tuple[list[str], int]:
+    """As `compare`; ``both`` gives the two packages' `answer`."""
+    old, new = both(None)
     names = sorted(name for name in old.keys() | new.keys() if only in name)
     lines = [f"{name}: only before" for name in names if name not in new]
     lines += [f"{name}: only after" for name in names if name not in old]
     changed = [name for name in names if name in old and name in new and old[name] != new[name]]
     if changed:
-        old, new = in_tree(before, changed), in_tree(after, changed)
+        old, new = both(changed)
         lines += [f"{n}: {old[n][1]} instructions, then {new[n][1]}" for n in changed if old[n][0] != new[n][0]]
     return lines, len(names)
 
@@ -95,7 +124,8 @@ def main(
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--answer"]:
-        print(json.dumps(answer(**json.load(sys.stdin))))
+    if sys.argv[1:2] == ["--answer"]:
+        for question in sys.stdin:
+            print(json.dumps(answer(Path(sys.argv[2]), json.loads(question))), flush=True)
     else:
         typer.run(main)
