@@ -21,6 +21,7 @@ import torch
 from lowbit_attention import RECIPES, Recipe
 from lowbit_attention.cuda import hopper, mma
 from lowbit_attention.cuda.instances import (
+    TILE_KEYS,
     Instance,
     WgmmaConfig,
     mma_config,
@@ -29,6 +30,7 @@ from lowbit_attention.cuda.instances import (
     smooth_q_instance,
     wgmma_config,
 )
+from lowbit_attention.cuda.schedule import cut
 from lowbit_attention.errors import InvalidRecipeError
 from lowbit_attention.granularity import TOKEN_GRANULARITIES, VALUE_GRANULARITIES
 from lowbit_attention.recipe_options import AllTokens, RestartedMax, RunningMax, SampledTokens, TileMax
@@ -49,7 +51,7 @@ GPU_CASES, GPU_LENGTH = 40, 4096
 
 _E4M3 = [(8 + m) * 2.0 ** (e - 3) for e in range(9) for m in range(8) if m or e][:-1]
 """E4M3 numbers from 1.125 to 448: P_r and V_r as they usually are. (`mma_cases` tries P_r 4 % smaller, too.)"""
-_CANDIDATES = 16
+_CANDIDATES = 12
 _KIND_WEIGHT = 10.0
 """What chooses the kernel's code counts so many times."""
 _MOST_LOGITS = 4_000_000
@@ -122,6 +124,8 @@ _OPTIONS: dict[str, Callable[[random.Random], Any]] = {
     "row_sum": _keep(("unrounded", "accumulator", "rounded")),
 }
 """What is drawn; a function gives an option's value, or several options'."""
+_OFTEN = ("sums and ranges", "softmax_max", "row_sum")
+"""They choose the kernels' code more than the others do."""
 
 
 def reasons_of(kernel: str, recipe: Recipe) -> tuple[str, ...]:
@@ -141,7 +145,8 @@ def drawn_recipe(kernel: str, r: random.Random) -> Recipe | None:
     """A named recipe with other options; ``None`` if they contradict each other, or are the same."""
     base = r.choice(bases(kernel))
     changes: dict[str, Any] = {}
-    for name in r.sample(list(_OPTIONS), r.choice((1, 2, 3, 4, 5, 6))):
+    others = [name for name in _OPTIONS if name not in _OFTEN]
+    for name in (*(name for name in _OFTEN if r.random() < 0.5), *r.sample(others, r.choice((0, 1, 2, 3)))):
         value = _OPTIONS[name](r)
         changes |= value if isinstance(value, dict) else {name: value}
     changed = {name: value for name, value in changes.items() if value != getattr(base, name)}
@@ -202,6 +207,15 @@ class Case:
         q = {"bits": r.qk_bits, "smooth_q": m.smooth_q, "rotate": m.rotate}
         return {"sums": f"{sums}, {'ones' if m.sum_in_mma else 'floats'}", **q, "dim": self.dim}
 
+    @property
+    def splits_keys(self) -> bool:
+        """Whether `attention_wgmma` shares some rows' keys out between an H200's multiprocessors."""
+        config = wgmma_config(self.recipe, self.dim, DTYPES[self.dtype])
+        if not config.output_in_shared or self.causal != "none":
+            return False
+        blocks = -(-self.lengths[0] // config.q_rows) * self.heads[0]
+        return cut(blocks, 132, config.consumers, -(-self.lengths[1] // TILE_KEYS)).key_splits > 1
+
     def fields(self) -> dict[str, Any]:
         """Its kind, and what else changes what the kernel does."""
         r = self.recipe
@@ -214,7 +228,9 @@ class Case:
             "power_of_two": r.v_scale_power_of_two,
             "headroom": getattr(r.softmax_max, "headroom", 0.0) > 0,
         }
-        call = {"dtype": self.dtype, "causal": self.causal, "family": self.family, "heads": self.heads}
+        call: dict[str, Any] = {"dtype": self.dtype, "causal": self.causal, "family": self.family, "heads": self.heads}
+        if self.kernel == "attention_wgmma":
+            call["splits_keys"] = self.splits_keys
         return self.kind() | options | call
 
     def instances(self) -> list[Instance]:
@@ -242,7 +258,8 @@ def _drawn_case(kernel: str, seed: int, number: int, max_length: int, r: random.
     recipe = accepted_recipe(kernel, r)
     fitting = [d for d in HEAD_DIMS if recipe.rotation == "none" or hadamard_size(d[0]) == padded_head_dim(max(d))]
     heads = r.choice(HEADS)
-    keys = round(math.exp(r.uniform(math.log(MIN_LENGTH), math.log(max_length))))
+    shortest = r.choice((MIN_LENGTH, max(MIN_LENGTH, max_length // 2)))
+    keys = round(math.exp(r.uniform(math.log(shortest), math.log(max_length))))
     most = max(1, _MOST_LOGITS // (heads[0] * keys))
     queries = min(most, r.choice((1, r.randint(1, 64), r.randint(65, 400), r.randint(129, 1000), keys)))
     causal = r.choice(CAUSAL)

@@ -69,6 +69,13 @@ def test_every_kind_of_sums_meets_everything_else_that_chooses_the_code(kernel):
         assert not any(kind["restart"] and not kind["sum_in_mma"] for kind in met)
 
 
+def test_some_calls_split_the_keys():
+    split = [case for case in the_cases("attention_wgmma") if case.splits_keys]
+    assert {case.kind()["restart"] for case in split} == {False, True}
+    assert {case.kind()["sum_in_mma"] for case in split} == {False, True}
+    assert {case.dim for case in split} == {64, 128}
+
+
 @EVERY_KERNEL
 def test_every_value_of_an_option_that_turns_up_is_among_them(kernel):
     r = random.Random(0)
