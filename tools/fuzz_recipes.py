@@ -113,7 +113,7 @@ def main() -> int:
             print(cases[0])
         if options.compile:
             found = compiled_badly(cases)
-            print("\n".join(found))
+            print(*found, sep="\n", end="\n" if found else "")
         else:
             found = failures(cases, say=True)
         bad += len(found)

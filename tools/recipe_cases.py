@@ -61,7 +61,7 @@ _MOST_LOGITS = 4_000_000
 # ---- recipes
 
 
-def _keep(values: Any) -> Callable[[random.Random], Any]:
+def _one_of(values: Any) -> Callable[[random.Random], Any]:
     return lambda r: r.choice(values)
 
 
@@ -107,21 +107,21 @@ def _sums(r: random.Random) -> dict[str, Any]:
 
 
 _OPTIONS: dict[str, Callable[[random.Random], Any]] = {
-    "qk_bits": _keep((8, 4)),
-    "q_granularity": _keep(tuple(TOKEN_GRANULARITIES.values())),
-    "k_granularity": _keep(tuple(TOKEN_GRANULARITIES.values())),
-    "smooth_q": _keep((False, True)),
+    "qk_bits": _one_of((8, 4)),
+    "q_granularity": _one_of(tuple(TOKEN_GRANULARITIES.values())),
+    "k_granularity": _one_of(tuple(TOKEN_GRANULARITIES.values())),
+    "smooth_q": _one_of((False, True)),
     "smooth_k and its sample": _smooth_k,
-    "rotation": _keep(("none", "hadamard")),
-    "smoothquant_alpha": _keep((None, 0.5)),
+    "rotation": _one_of(("none", "hadamard")),
+    "smoothquant_alpha": _one_of((None, 0.5)),
     "sums and ranges": _sums,
     "softmax_max": _softmax_max,
-    "v_granularity": _keep(tuple(VALUE_GRANULARITIES.values())),
-    "v_headroom": _keep((1.0, 1.0, 2.0)),
-    "v_scale_power_of_two": _keep((False, True)),
-    "smooth_v": _keep((False, True)),
-    "v_sample": _keep((AllTokens(), AllTokens(), SampledTokens(64))),
-    "row_sum": _keep(("unrounded", "accumulator", "rounded")),
+    "v_granularity": _one_of(tuple(VALUE_GRANULARITIES.values())),
+    "v_headroom": _one_of((1.0, 1.0, 2.0)),
+    "v_scale_power_of_two": _one_of((False, True)),
+    "smooth_v": _one_of((False, True)),
+    "v_sample": _one_of((AllTokens(), AllTokens(), SampledTokens(64))),
+    "row_sum": _one_of(("unrounded", "accumulator", "rounded")),
 }
 """What is drawn; a function gives an option's value, or several options'."""
 _OFTEN = ("sums and ranges", "softmax_max", "row_sum")
