@@ -1,6 +1,7 @@
 # make demo   the main job: MiniLM with quantised attention, compared layer by layer
 # make test   the tests
 # make kernels  compile every kernel (no GPU needed) and check its machine code
+# make kernels-same REF=commit  which kernels have other machine code than at that commit
 # make lint / make types / make check   style, types, everything CI runs
 # make tables regenerate the generated tables and pictures in docs/
 
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test kernels kernels-all lint types check tables setup clean
+.PHONY: demo test kernels kernels-all kernels-same lint types check tables setup clean
 
 setup: $(STAMP)
 
@@ -32,6 +33,9 @@ kernels: $(STAMP)
 	$(BIN)/python tools/check_kernels.py
 
 kernels-all: kernels  # (every instance is in the manifest so far)
+
+kernels-same: $(STAMP)
+	$(BIN)/python tools/kernels_same.py $(or $(REF),main)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

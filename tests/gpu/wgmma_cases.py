@@ -118,8 +118,10 @@ BASE_ERROR = 1.75
 m ≤ 2²¹ · factor, is rounded to one ulp, and an ulp of 1.25 … 1.75 · 2²³ · factor is at most 1.75 · factor."""
 
 
-def assert_agrees(out, lse, q, k, v, r, *, sm_scale=None, causal_offset=None, alike=False):
+def assert_agrees(out, lse, q, k, v, r, *, sm_scale=None, causal_offset=None, alike=False, fidelity=None):
     """The kernel's output and lse are the reference's; ``alike``: many keys of a row have the same logit.
+
+    ``fidelity``: the reference's; if not given, by the time that it takes.
 
     They differ by (a) the rounding of the output, (b) ``BASE_ERROR``, which changes P by up to ``direct``, and flips of
     single roundings of P to E4M3 by it and by ex2 (2 ulp): each moves one of many terms by the recipe's own rounding
@@ -128,7 +130,7 @@ def assert_agrees(out, lse, q, k, v, r, *, sm_scale=None, causal_offset=None, al
     """
     scale = 1 / math.sqrt(q.shape[3]) if sm_scale is None else sm_scale
     slices, keys = q.shape[0] * q.shape[1], k.shape[2]
-    fidelity = "instruction" if slices * keys <= 10_000 else "step"  # (by the time it takes)
+    fidelity = fidelity or ("instruction" if slices * keys <= 10_000 else "step")
     ref = reference(q, k, v, r, sm_scale=scale, causal_offset=causal_offset, fidelity=fidelity)
     true, _ = exact(q, k, v, sm_scale=scale, masking=Masking(causal_offset))
     seen = ref.lse > -torch.inf

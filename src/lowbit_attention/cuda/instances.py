@@ -98,6 +98,9 @@ class PackFormat:
 
 WGMMA_FORMAT = PackFormat()
 
+_MOST_KEYS = 1 << 30
+"""The longest sequence that kernels take. A longer promotion interval never ends, and the kernel counts in 32 bits."""
+
 
 def pack_instance(head_dim: int, dtype: torch.dtype, arch: str, form: PackFormat = WGMMA_FORMAT) -> Instance:
     """The packing kernels for K and V of that type, channels padded to ``head_dim``."""
@@ -211,7 +214,7 @@ def wgmma_config(recipe: Recipe, head_dim: int, dtype: torch.dtype) -> WgmmaConf
         head_dim,
         dtype,
         sums_f16=recipe.accumulator == "fp8_f16",
-        promotion_keys=keys,
+        promotion_keys=min(keys, _MOST_KEYS),
         promote_first=recipe.promote_first_tile and keys > WgmmaConfig.geometry.b_k,
         restart=isinstance(recipe.softmax_max, RestartedMax),
         sum_in_mma=recipe.row_sum == "accumulator",

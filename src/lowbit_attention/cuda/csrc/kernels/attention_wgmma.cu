@@ -198,13 +198,16 @@ struct Consumer {
       if constexpr (kInterval == 1) promote_last();
     }
     rescale[0] = rescale[1] = 1.0f;
-    if constexpr (kInterval == 1 || !SUM_IN_MMA) {
+    if constexpr (kInterval == 1 && RESTART) {
+      rows.rescale<kMasked>(change, rescale);  // (every tile begins an interval, whose maximum may be lower, too)
+    } else if constexpr (kInterval == 1 || !SUM_IN_MMA) {
       if (change.moved) rows.rescale<kMasked>(change, rescale);
     }
     if constexpr (!SUM_IN_MMA) before().sum[0] *= rescale[0], before().sum[1] *= rescale[1];
     ready = mbarrier_test_wait_parity(&shared.full[ring.stage], ring.parity);  // (the answer takes 90 clocks)
-    // (Timed with two warpgroups: last is up to 8 % faster, but with channels in two parts 15 % slower.)
-    constexpr bool kHidesLast = kConsumers == 2 && !SPLITS_CHANNELS;
+    // (Timed with two warpgroups: last is up to 8 % faster, but with channels in two parts 15 % slower; there, with a
+    // restarted maximum, the assembler else lacks a register and serialises the MMAs.)
+    constexpr bool kHidesLast = kConsumers == 2 && (!SPLITS_CHANNELS || RESTART);
     exponentials<kMasked, !SUM_IN_MMA, TIGHT && SUM_IN_MMA, kHidesLast>(scores, p, rows, before().sum, factor, args.log2_p_max);
     if constexpr (kInterval > 1) {
       if (tile > 0 && begins) {

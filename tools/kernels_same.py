@@ -1,0 +1,131 @@
+"""Which kernel instances have other machine code than at another commit; needs no GPU.
+
+``make kernels-same REF=main`` compares the working tree with a commit: every instance of both manifests is compiled
+where its source or options differ, and those whose machine code does are named. A change that must cost the named
+recipes nothing (a mend beside them, a tidied file) ends with none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+Ask = Callable[[list[str] | None], dict[str, Any]]
+
+
+@contextlib.contextmanager
+def package_in(tree: Path) -> Iterator[Ask]:
+    """`answer` of the package below ``tree``, in a process of its own."""
+    with subprocess.Popen(
+        [sys.executable, str(Path(__file__).resolve()), "--answer", str(tree)],
+        env=os.environ | {"PYTHONPATH": str(tree / "src")}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        questions, answers = process.stdin, process.stdout
+
+        def ask(wanted: list[str] | None) -> dict[str, Any]:
+            print(json.dumps(wanted), file=questions, flush=True)
+            if not (line := answers.readline()):
+                raise RuntimeError(f"the package below {tree} does not answer; it has said why")
+            found: dict[str, Any] = json.loads(line)
+            return found
+
+        yield ask
+
+
+def answer(tree: Path, wanted: list[str] | None) -> dict[str, Any]:
+    """By instance: without ``wanted`` the key of its source and options; else, of those, hash and instructions."""
+    import lowbit_attention
+    from lowbit_attention.cuda.instances import MANIFEST, Instance
+    from lowbit_attention.cuda.machine_code import instructions
+    from lowbit_attention.jit.compiler import cache_key, compile_source
+
+    if not Path(lowbit_attention.__file__).is_relative_to(tree):
+        raise ImportError(f"the package was read from {lowbit_attention.__file__}, not from {tree}")
+    instances = {str(instance): instance for instance in MANIFEST}
+    if wanted is None:
+        return {name: cache_key(i.source(), i.options()) for name, i in instances.items()}
+
+    def compiled(instance: Instance) -> tuple[str, int]:
+        cubin = compile_source(instance.source(), instance.options()).cubin
+        return hashlib.sha256(cubin).hexdigest(), len(instructions(cubin))
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        return dict(zip(wanted, pool.map(compiled, (instances[name] for name in wanted)), strict=True))
+
+
+def checked_out(commit: str, folder: Path) -> Path:
+    """The package's source at a commit, below ``folder``."""
+    archive = subprocess.run(["git", "archive", commit, "src"], cwd=ROOT, capture_output=True)
+    if archive.returncode:
+        raise typer.BadParameter(f"{commit!r}: git says {archive.stderr.decode().strip()!r}")
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
+        tar.extractall(folder, filter="data")
+    return folder
+
+
+def compare(before: Path, after: Path, only: str = "") -> tuple[list[str], int]:
+    """What differs, a line an instance; and how many instances there are."""
+    with package_in(before) as of_old, package_in(after) as of_new, ThreadPoolExecutor(2) as pool:
+
+        def both(wanted: list[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+            old, new = pool.map(lambda ask: ask(wanted), (of_old, of_new))
+            return old, new
+
+        return differences(both, only)
+
+
+def differences(
+    both: Callable[[list[str] | None], tuple[dict[str, Any], dict[str, Any]]], only: str
+) -> tuple[list[str], int]:
+    """As `compare`; ``both`` gives the two packages' `answer`."""
+    old, new = both(None)
+    names = sorted(name for name in old.keys() | new.keys() if only in name)
+    lines = [f"{name}: only before" for name in names if name not in new]
+    lines += [f"{name}: only after" for name in names if name not in old]
+    changed = [name for name in names if name in old and name in new and old[name] != new[name]]
+    if changed:
+        old, new = both(changed)
+        lines += [f"{n}: {old[n][1]} instructions, then {new[n][1]}" for n in changed if old[n][0] != new[n][0]]
+    return lines, len(names)
+
+
+def main(
+    before: Annotated[str, typer.Argument(help="The commit to compare with.")],
+    after: Annotated[str | None, typer.Argument(help="Another commit, instead of the working tree.")] = None,
+    only: Annotated[str, typer.Option(help="Instances whose description holds this text.")] = "",
+) -> None:
+    """Compile and compare; exit code 1 if anything differs."""
+    with tempfile.TemporaryDirectory() as folder:
+        places = Path(folder).resolve() / "before", Path(folder).resolve() / "after"
+        new = ROOT if after is None else checked_out(after, places[1])
+        lines, count = compare(checked_out(before, places[0]), new, only)
+    for line in lines:
+        print(line)
+    print(f"{count} instances, {len(lines)} with other machine code than at {before}")
+    raise typer.Exit(1 if lines else 0)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--answer"]:
+        for question in sys.stdin:
+            print(json.dumps(answer(Path(sys.argv[2]), json.loads(question))), flush=True)
+    else:
+        typer.run(main)
