@@ -89,7 +89,7 @@ class CallReport:
 
         Call it before anything is traced; a tensor made while torch.compile traces is part of the graph.
         """
-        return self._traced.setdefault(kind, torch.zeros((), dtype=torch.int64))
+        return self._traced.setdefault(kind, torch.zeros((), dtype=torch.int64, device="cpu"))
 
     def __rich__(self) -> Table:
         table = Table(title=f"{self.calls} calls of scaled_dot_product_attention, {self.ran} by this library")
