@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,17 @@ torch_sdpa = torch._C._nn.scaled_dot_product_attention
 """Torch's own function, whatever ``torch.nn.functional`` has been told to call instead (`integrations.intercept`)."""
 
 Output = tuple[Tensor, Tensor | None]
+
+
+def call_torch(function: Callable[..., Tensor], query: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    """Torch's own function for a rerouted call.
+
+    A jagged tensor reaches a handler with the subclass's overrides off, and they are what can run it.
+    """
+    if isinstance(query, Tensor) and query.is_nested:
+        with torch._C._EnableTorchFunction():
+            return function(query, *arguments, **options)
+    return function(query, *arguments, **options)
 
 
 class Implementation(ABC):
@@ -236,7 +248,9 @@ def _hides_all(mask: Tensor) -> Tensor:
 def inference_only(request: Request) -> list[str]:
     """Why a call that wants gradients or dropout is refused."""
     reasons = []
-    if request.needs_grad:
+    if request.forward_ad:
+        reasons.append("it has no forward-mode derivative (make_dual, jvp, jacfwd, hessian): use recipe='exact'")
+    elif request.needs_grad:
         reasons.append("it has no gradient: call it under torch.no_grad(), or use recipe='exact'")
     if request.dropout_p:
         reasons.append(f"it has no dropout, and dropout_p={request.dropout_p}")

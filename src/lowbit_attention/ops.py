@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from .checks import TRANSFORMED
-from .errors import InvalidArgumentError
-from .machine import Machine
+from .errors import InvalidArgumentError, UnsupportedError
+from .machine import MACHINES, Machine
 from .recipe import Recipe
+from .recipes import recipe as find_recipe
+from .request import has_tangent
 
 LIBRARY: Any = torch.library.Library("lowbit_attention", "DEF")  # type: ignore[no-untyped-call]
 LIBRARY.define(
@@ -49,7 +51,9 @@ def implement(run: Run) -> None:
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, recipe: str, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    del k, attn_mask, recipe
+    del k, attn_mask
+    if recipe != "auto":
+        find_recipe(parse_recipe(recipe))
     layout, return_lse = options[3], options[4]
     batch, length, heads = (q.shape[0], q.shape[2], q.shape[1]) if layout == "HND" else q.shape[:3]
     out = q.new_empty(*q.shape[:3], v.shape[3])
@@ -58,6 +62,35 @@ def _fake(
 
 
 torch.library.register_fake("lowbit_attention::attention", _fake, lib=LIBRARY)
+
+
+def before_autograd(name: str, check: Callable[..., Tensor | None]) -> None:
+    """Let ``check`` see the tensors of every call of an operator of ours before autograd leaves them.
+
+    Below it tensors have no tangents any more, and above it nothing of ours runs in compiled code. What ``check``
+    returns, if anything, is the call's answer.
+    """
+    operator = getattr(torch.ops.lowbit_attention, name)
+
+    def autograd(*arguments: Any) -> Any:
+        answer = check(*arguments)
+        if answer is not None:
+            return answer
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    LIBRARY.impl(name, autograd, "Autograd")
+
+
+def refuse_tangents(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, *options: Any) -> None:
+    if has_tangent(q, k, v, attn_mask):
+        raise UnsupportedError(
+            "quantised attention has no forward-mode derivative (make_dual, jvp, jacfwd, hessian), and in compiled "
+            "code exact attention has none, either; call torch.nn.functional.scaled_dot_product_attention"
+        )
+
+
+before_autograd("attention", refuse_tangents)
 
 
 def _vmap(info: object, in_dims: object, *arguments: object) -> NoReturn:
@@ -83,10 +116,14 @@ def attention(
     """Call the operator: output and lse (empty unless ``return_lse``).
 
     Raises:
-        InvalidArgumentError: a `Machine` object, which an operator cannot take.
+        InvalidArgumentError: a `Machine` of the caller's own, which an operator cannot take.
     """
+    if isinstance(like, Machine) and MACHINES.get(like.name) is like:
+        like = like.name
     if isinstance(like, Machine):
-        raise InvalidArgumentError(f"like={like.name!r}: inside torch.compile give the machine's name, not the object")
+        raise InvalidArgumentError(
+            f"like={like.name!r}: inside torch.compile give one of the names {', '.join(MACHINES)}, no Machine object"
+        )
     text = recipe if isinstance(recipe, str) else recipe.to_json()
     out, lse = torch.ops.lowbit_attention.attention(
         q, k, v, attn_mask, text, is_causal, causal_alignment, sm_scale, layout, return_lse, like

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..implementations import call_torch
 from ..integrations.intercept import intercepted
 from ..machine import Machine
+from ..ops import before_autograd, refuse_tangents
 from ..sdpa import SDPA, as_autocast, leading, make_sdpa
 from .clock import ROOT, Clock, driven
 
@@ -83,7 +85,7 @@ class Applied:
                 return original(*args, **kwargs)  # type: ignore[no-any-return]
             return _operator(self.number, path, *args, **kwargs)
         function = self.function(path)
-        return original(*args, **kwargs) if function is None else function(*args, **kwargs)
+        return call_torch(original, *args, **kwargs) if function is None else function(*args, **kwargs)
 
     def function(self, path: str) -> SDPA | None:
         """What runs the call that happens now; ``None``: torch's own. Counts it, if the count matters."""
@@ -148,4 +150,5 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
 
 
 _LIBRARY.impl("routed", _routed, "CompositeExplicitAutograd")
+before_autograd("routed", refuse_tangents)
 torch.library.register_fake("lowbit_attention::routed", _fake, lib=_LIBRARY)

@@ -17,11 +17,11 @@ from ..api import Training, resolve_like
 from ..checks import TRANSFORMED
 from ..dispatch import choose, explain_request
 from ..errors import InvalidArgumentError, LowbitError, UnsupportedError
-from ..implementations import torch_sdpa
+from ..implementations import call_torch, torch_sdpa
 from ..machine import Machine
-from ..ops import LIBRARY, parse_recipe
+from ..ops import LIBRARY, before_autograd, parse_recipe
 from ..recipe import Recipe
-from ..request import wants_grad
+from ..request import has_tangent, wants_grad
 from ..sdpa import as_autocast, find_recipe_or_auto, is_by_token, leading, make_call, recipe_text
 from .call_report import TORCH, CallKind, CallReport
 from .intercept import intercepted
@@ -63,13 +63,15 @@ class _Rerouted:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        if type(dropout_p) not in (float, int, bool):  # (torch's error)
+            return _original(original, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         compiling = torch.compiler.is_compiling()
         grad = wants_grad(query, key, value, attn_mask)
         if grad or dropout_p:
             self._refuse_if_told(grad, dropout_p)
             if not compiling:
                 self.report.add(GRADIENTS if grad else DROPOUT)
-            elif not torch.compiler.is_exporting():
+            elif not (torch.compiler.is_exporting() or has_tangent(query, key, value, attn_mask)):
                 (self.gradients if grad else self.dropout).add_(1)
             return _original(original, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if compiling or isinstance(query, FakeTensor) or query.is_meta:
@@ -87,8 +89,8 @@ class _Rerouted:
     def _refuse_if_told(self, grad: bool, dropout_p: float) -> None:
         if grad and not self.exact_training:
             raise UnsupportedError(
-                "a gradient is asked of quantised attention, which has none: run under torch.no_grad(), "
-                "or enable with training='exact'"
+                "a gradient is asked of quantised attention, which has none: run under torch.no_grad() and without "
+                "forward-mode AD, or enable with training='exact'"
             )
         if dropout_p and not grad and self.strict:
             raise UnsupportedError(f"quantised attention has no dropout, and dropout_p={dropout_p}")
@@ -133,9 +135,11 @@ def _original(
     scale: float | None,
     enable_gqa: bool,
 ) -> Tensor:
-    if enable_gqa:  # (torch below 2.5 does not know the word)
-        return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True)
-    return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+    if enable_gqa is not False:  # (torch below 2.5 does not know the word)
+        return call_torch(
+            original, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    return call_torch(original, query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
 
 
 def in_short(error: LowbitError) -> str:
@@ -313,3 +317,13 @@ def _vmap(info: object, in_dims: object, *arguments: object) -> NoReturn:
 LIBRARY.impl("rerouted_sdpa", _run_rerouted, "CompositeExplicitAutograd")
 torch.library.register_fake("lowbit_attention::rerouted_sdpa", _fake_rerouted, lib=LIBRARY)
 torch.library.register_vmap("lowbit_attention::rerouted_sdpa", _vmap, lib=LIBRARY)
+
+
+def _tangents_to_torch(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *rest: Any) -> Any:
+    if not has_tangent(query, key, value, attn_mask):
+        return None
+    is_causal, scale, enable_gqa, *_ = rest
+    return _original(torch_sdpa, query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
+
+
+before_autograd("rerouted_sdpa", _tangents_to_torch)

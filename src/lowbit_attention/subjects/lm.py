@@ -66,9 +66,8 @@ class LanguageSubject(Subject):
         """Log-probabilities ``[calibration_windows, N, 256]`` of training text."""
         restart()
         first = number * self._calibration_windows
-        chosen = torch.arange(first, first + self._calibration_windows, dtype=torch.int64, device="cpu") % len(
-            self._calibration
-        )
+        chosen = torch.arange(first, first + self._calibration_windows, dtype=torch.int64, device="cpu")
+        chosen %= len(self._calibration)
         return self._log_probabilities(self._calibration[chosen])
 
     def distance(self, exact: Tensor, other: Tensor) -> float:
