@@ -272,11 +272,14 @@ def leading(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tupl
         checks.check_heads(leads[0][-1], leads[1][-1], shapes)
         heads = [[leads[0][-1]], [leads[1][-1]]]
         leads = [lead[:-1] for lead in leads]
-    try:
-        lead = list(torch.broadcast_shapes(*leads))  # type: ignore[no-untyped-call]
-    except RuntimeError:
-        hint = "" if enable_gqa else " (heads of key and value that divide the query's need enable_gqa=True)"
-        raise InvalidArgumentError(f"leading dimensions do not broadcast: {shapes}{hint}") from None
+    lead: list[int] = []
+    for number in range(max(map(len, leads)), 0, -1):  # from the left
+        sizes = [lead[-number] for lead in leads if len(lead) >= number]
+        others = [size for size in sizes if size != 1]
+        if any(size != others[0] for size in others):
+            hint = "" if enable_gqa else " (heads of key and value that divide the query's need enable_gqa=True)"
+            checks.fail(f"leading dimensions do not broadcast: {shapes}{hint}")
+        lead.append(others[0] if others else 1)
     return lead + heads[0], lead + heads[1]
 
 
