@@ -11,12 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from typing_extensions import Unpack
 
 from . import checks, ops
-from .dispatch import Choice, Explanation, choose, explain_request
+from .dispatch import Choice, Explanation, check_possible, choose, explain_request
 from .errors import InvalidArgumentError
 from .machine import Machine, resolve_machine
 from .recipe import Recipe
+from .recipes import EXACT
 from .recipes import recipe as find_recipe
-from .request import Request, wants_grad
+from .reference.formats import FP32_MAX
+from .request import Request, has_tangent, wants_grad
 
 Layout = Literal["HND", "NHD"]
 CausalAlignment = Literal["bottom_right", "top_left"]
@@ -79,7 +81,8 @@ def attention(
         attn_mask: broadcastable to ``[B, Hq, Nq, Nk]`` in either layout; bool (True: may see) or floating (added to
             the logits). May be combined with ``is_causal``. Keys that a key-padding mask hides from every query are
             left out of the means and scales.
-        sm_scale: ``1 / √D`` if None.
+        sm_scale: ``1 / √D`` if None; also one of numpy's numbers, or a tensor without dimensions. A quantising recipe
+            takes what float32 holds.
         layout: ``"HND"`` or ``"NHD"``.
         return_lse: return the log-sum-exp, too.
         like: whose numbers an emulation gives: ``"sm_80"``, ``"sm_86"``, ``"sm_89"`` (the default), ``"sm_90a"``,
@@ -104,6 +107,13 @@ def attention(
     """
     recipe, like = for_training(training, recipe, like, q, k, v, attn_mask)
     if goes_through_the_op(q, k, v, attn_mask):
+        # (torch.compile cannot trace how changes are read: the operator refuses wrong ones)
+        named = recipe.partition(":")[0] if torch.compiler.is_compiling() and isinstance(recipe, str) else recipe
+        *_, scale, request = _attention_request(
+            q, k, v, named, is_causal, causal_alignment, attn_mask, sm_scale, layout, return_lse, like
+        )
+        check_possible(request)
+        sm_scale = None if sm_scale is None else scale
         out, lse = ops.attention(
             q, k, v, attn_mask, recipe, is_causal, causal_alignment, sm_scale, layout, return_lse, like
         )
@@ -129,6 +139,7 @@ def run_attention(
     known = None
     try:
         plain = type(q) is type(k) is type(v) is Tensor and torch._C._functorch.peek_interpreter_stack() is None
+        plain = plain and torch._C._get_tracing_state() is None
         if plain and attn_mask is None and like is None and not wants_grad(q, k, v):
             key = (
                 q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, recipe,
@@ -169,10 +180,13 @@ _calls: dict[tuple[object, ...], tuple[float, Request]] = {}
 
 
 def goes_through_the_op(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> bool:
-    """Whether the call is traced, or its tensors hold no data: then one operator stands for it (`ops`)."""
-    if torch.compiler.is_compiling():
+    """Whether the call is traced, or its tensors hold no data: then one operator stands for it (`ops`).
+
+    A gradient is torch's matter, or refused.
+    """
+    if torch.compiler.is_compiling() or isinstance(q, FakeTensor) or (isinstance(q, Tensor) and q.is_meta):
         return not wants_grad(q, k, v, attn_mask)
-    return isinstance(q, FakeTensor) or (isinstance(q, Tensor) and q.is_meta)
+    return False
 
 
 def for_training(
@@ -208,8 +222,11 @@ def explain(
     torch_sdpa
 
     Raises:
-        InvalidArgumentError: as `attention`; a call that nothing can run is explained, not refused.
+        InvalidArgumentError: as `attention`, and inside torch.compile; a call that nothing can run is explained, not
+            refused.
     """
+    if torch.compiler.is_compiling():
+        raise InvalidArgumentError("explain(…) inside torch.compile: call it outside, on tensors of the same shapes")
     recipe, like = for_training(training, recipe, like, q, k, v, attn_mask)
     *_, request = _attention_request(
         q, k, v, recipe, is_causal, causal_alignment, attn_mask, sm_scale, layout, return_lse, like
@@ -279,6 +296,7 @@ def attention_varlen(
     checks.check_max_seqlen("max_seqlen_k", max_seqlen_k, starts_k)
     chosen, machine = _check_options(recipe, like, is_causal, causal_alignment, return_lse)
     scale = checks.resolve_scale("sm_scale", sm_scale, q.shape[2])
+    chosen = for_scale("sm_scale", scale, chosen)
 
     outs = [q.new_empty(0, q.shape[1], v.shape[2])]
     lses = [torch.empty(q.shape[1], 0, dtype=torch.float32, device=q.device)]
@@ -346,12 +364,33 @@ def _attention_request(
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     checks.check_hnd(q, k, v)
     scale = checks.resolve_scale("sm_scale", sm_scale, q.shape[3])
+    chosen = for_scale("sm_scale", scale, chosen)
     mask = checks.check_mask(attn_mask, q, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
     request = make_request(
         q, k, v, mask, chosen, machine,
         is_causal=is_causal, bottom_right=causal_alignment != "top_left", return_lse=return_lse, layout=layout,
     )  # fmt: skip
     return q, k, v, mask, scale, request
+
+
+def for_scale(name: str, scale: float, recipe: Recipe | None) -> Recipe | None:
+    """The recipe of a call with this scale; beyond float32's range "auto" is exact.
+
+    Raises:
+        InvalidArgumentError: such a scale with a quantising recipe.
+    """
+    if abs(scale) <= _LARGEST_SCALE or (recipe is not None and recipe.is_exact):
+        return recipe
+    if recipe is not None:
+        raise InvalidArgumentError(
+            f"{name}={scale!r} is beyond {_LARGEST_SCALE:.2g}, and quantised attention computes in float32; "
+            "recipe='exact' takes it"
+        )
+    return EXACT
+
+
+_LARGEST_SCALE = FP32_MAX / 2
+"""Times log2(e), as kernels take it, it is a float32 number."""
 
 
 def make_request(
@@ -377,6 +416,7 @@ def make_request(
         mask=kind,
         mask_dtype=None if mask is None else mask.dtype,
         needs_grad=wants_grad(q, k, v, mask),
+        forward_ad=has_tangent(q, k, v, mask),
         **options,
     )
 

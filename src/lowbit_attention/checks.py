@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, NoReturn
+import numbers
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,10 @@ LAYOUTS = ("HND", "NHD")
 CAUSAL_ALIGNMENTS = ("bottom_right", "top_left")
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TRAINING = ("refuse", "exact")
+TRACED = (
+    "is recorded by torch.jit.trace, which would keep what this library reads from it as constants; "
+    "use torch.export or torch.compile"
+)
 TRANSFORMED = (
     "is inside torch.func.vmap, grad or another transform, which this library does not support; "
     "for vmap, give the mapped dimension as a batch dimension"
@@ -50,19 +55,41 @@ def check_alignment(is_causal: bool, causal_alignment: str | None) -> None:
         fail(f"causal_alignment={causal_alignment!r} means nothing without is_causal=True")
 
 
-def resolve_scale(name: str, value: float | None, head_dim: int) -> float:
-    """``value``, or ``1 / √head_dim`` for ``None``."""
+def resolve_scale(name: str, value: Any, head_dim: int) -> float:
+    """``value``, or ``1 / √head_dim`` for ``None``; numpy's numbers and tensors without dimensions are numbers, too."""
     if value is None:
         return 1.0 / math.sqrt(head_dim)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        fail(f"{name} must be a finite number or None, got {value!r}")
-    return float(value)
+    if isinstance(value, torch.SymInt | torch.SymFloat):  # (of a shape, where one is traced)
+        return cast("float", value)
+    number: Any = value
+    if isinstance(value, Tensor) and value.dim() == 0 and not (value.is_complex() or value.dtype == torch.bool):
+        if value.requires_grad:
+            fail(f"{name} is a tensor that requires a gradient, which attention does not give; take its .item()")
+        if value.is_meta:
+            fail(f"{name} is on meta and holds no number")
+        number = value.item()
+    try:
+        if not isinstance(number, bool) and isinstance(number, numbers.Real) and math.isfinite(number):
+            return float(number)
+    except OverflowError:  # an integer that no float can hold
+        value = f"an integer of {number.bit_length()} bits" if isinstance(number, int) else type(number).__name__
+    fail(f"{name} must be a finite number or None, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A value in an error: what it is, and nothing that could be endless."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}" + (f" holding {value.item()}" if value.numel() == 1 else "")
+    text = repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def check_kind(name: str, t: Tensor) -> None:
     """A tensor whose elements lie in its own memory by strides: what a kernel, and an emulation, can read."""
     if torch.compiler.is_compiling():  # (the operator sees what is left after tracing)
         return
+    if torch._C._get_tracing_state() is not None:
+        fail(f"{name} {TRACED}")
     if torch._C._functorch.is_functorch_wrapped_tensor(t):
         fail(f"{name} {TRANSFORMED}")
     if t.is_nested or t.layout is not torch.strided:
@@ -150,6 +177,10 @@ def check_cu_seqlens(name: str, cu: Any, total: int, device: torch.device) -> li
         fail(f"{name} must be a one-dimensional int32 or int64 tensor of offsets, got {what}")
     if cu.device != device:
         fail(f"{name} is on {cu.device}, q on {device}")
+    if not torch.compiler.is_compiling():
+        check_kind(name, cu)
+        if cu.is_meta or isinstance(cu, FakeTensor):
+            fail(f"{name} holds no numbers (a meta or fake tensor); attention takes padded sequences and a mask")
     offsets: list[int] = cu.tolist()
     if offsets[0] != 0 or offsets[-1] != total or any(a > b for a, b in itertools.pairwise(offsets)):
         fail(f"{name} must rise from 0 to {total}, the number of tokens, got {offsets}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .budget import outside_reasons
 from .errors import UnsupportedError
-from .implementations import Implementation, Output, TorchSDPA, inference_only
+from .implementations import Emulation, Implementation, Output, TiledExact, TorchSDPA
 from .recipe import Recipe
 from .recipes import EXACT
 from .registry import IMPLEMENTATIONS
@@ -78,7 +78,8 @@ def choose(request: Request) -> Choice:
         UnsupportedError: with every implementation's every reason, if none can run it.
     """
     if request.needs_grad and torch.compiler.is_compiling():
-        return _traced(request)
+        check_possible(request)
+        return Choice(_TORCH, request.recipe or EXACT)
     known = _known.get(id(request))
     if known is not None and known[0] is request and _same(known[1]):
         return known[2]
@@ -95,21 +96,24 @@ def choose(request: Request) -> Choice:
     return choice
 
 
-def _traced(request: Request) -> Choice:
-    """`choose` for a call with gradients that torch.compile traces: only torch's own function can run it.
+def check_possible(request: Request) -> None:
+    """Refuse a call that nothing can run, without a look at its device: for tensors that hold no data.
+
+    Kernels run only what `Emulation` or `TiledExact` can, too.
 
     Raises:
-        UnsupportedError: it cannot.
+        UnsupportedError: with every reason.
     """
     recipe = request.recipe or EXACT
-    if reasons := _TORCH.not_supported_reasons(request, recipe):
-        others = {"kernels and emulation": tuple(inference_only(request))} if not recipe.is_exact else {}
-        message = f"no implementation can run this call with recipe {recipe} ({request})"
-        raise UnsupportedError(message, others | {_TORCH.name: reasons})
-    return Choice(_TORCH, recipe)
+    reasons: dict[str, tuple[str, ...]] = {}
+    for able in (_EXACT if recipe.is_exact else _EMULATION, _TORCH):
+        if not (why := able.not_supported_reasons(request, recipe)):
+            return
+        reasons[able.name] = why
+    raise UnsupportedError(f"no implementation can run this call with recipe {recipe} ({request})", reasons)
 
 
-_TORCH = TorchSDPA()
+_TORCH, _EXACT, _EMULATION = TorchSDPA(), TiledExact(), Emulation()
 _MOST_KNOWN = 4096
 _known: dict[int, tuple[Request, tuple[Implementation, ...], Choice]] = {}
 """Choices by the identity of the request, which `api` keeps for calls that are alike."""

@@ -42,7 +42,7 @@ class TokenGranularity(ABC):
     @staticmethod
     def _count(group: Callable[[Tensor, Geometry], Tensor], length: int, tile: int, geometry: Geometry) -> int:
         padded = -(-length // tile) * tile
-        return int(group(torch.arange(padded), geometry).max()) + 1 if padded else 0
+        return int(group(torch.arange(padded, dtype=torch.int64, device="cpu"), geometry).max()) + 1 if padded else 0
 
     def __str__(self) -> str:
         return self.name

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +25,17 @@ torch_sdpa = torch._C._nn.scaled_dot_product_attention
 """Torch's own function, whatever ``torch.nn.functional`` has been told to call instead (`integrations.intercept`)."""
 
 Output = tuple[Tensor, Tensor | None]
+
+
+def call_torch(function: Callable[..., Tensor], query: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    """Torch's own function for a rerouted call.
+
+    A jagged tensor reaches a handler with the subclass's overrides off, and they are what can run it.
+    """
+    if isinstance(query, Tensor) and query.is_nested:
+        with torch._C._EnableTorchFunction():
+            return function(query, *arguments, **options)
+    return function(query, *arguments, **options)
 
 
 class Implementation(ABC):
@@ -96,6 +109,9 @@ class TorchSDPA(Implementation):
     ) -> Output:
         if request.batch == 0 or request.q_heads == 0:  # torch 2.11 divides by the number of heads and dies
             return q.new_zeros(*q.shape[:3], v.shape[3]), None
+        if q.dtype != torch.float64 and not is_ordinary(sm_scale) and q.device.type != "mps":
+            return self._in_float64(q, k, v, mask, sm_scale, request, recipe)
+        given = q, k, v, mask, sm_scale
         if sm_scale <= 0:  # torch scales after it has hidden keys, and −∞ · 0 is NaN, −∞ · −1 is ∞
             q, sm_scale = (-q, -sm_scale) if sm_scale < 0 else (q * 0.0, 1.0)
         group = request.q_heads // request.kv_heads
@@ -108,7 +124,27 @@ class TorchSDPA(Implementation):
         out = torch_sdpa(q, k, v, attn_mask=mask, dropout_p=request.dropout_p, is_causal=is_causal, scale=sm_scale)
         if mask is not None and request.kv_len:  # torch below 2.5 gives NaN for a row that sees no key
             out = out.masked_fill(_hides_all(mask), 0.0)
+        if q.device.type == "cpu" and q.dtype != torch.float64 and _left_float32(out):
+            return self._in_float64(*given, request, recipe)
         return out, None
+
+    def _in_float64(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sm_scale: float, request: Request, recipe: Recipe
+    ) -> Output:
+        """The same where Q·K leaves float32's range and the answer does not."""
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.double()
+        out, _ = self.run(q.double(), k.double(), v.double(), mask, sm_scale, request, recipe)
+        return out.to(q.dtype), None
+
+
+def _left_float32(out: Tensor) -> bool:
+    """Whether an output is not finite (or so large that its sum is not), where it can be looked at for nothing."""
+    if type(out) is not Tensor or torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
+        return False
+    return not math.isfinite(out.detach().sum(dtype=torch.float32).item())
 
 
 def _only_torch_can(request: Request) -> bool:
@@ -128,16 +164,16 @@ def _takes(mask_dtype: torch.dtype | None, dtype: torch.dtype) -> bool:
         return True
     if mask_dtype != torch.float32 or dtype not in (torch.float16, torch.bfloat16):
         return False
-    q = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16)
+    q = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16, device="cpu")
     try:
-        torch_sdpa(q, q, q, attn_mask=torch.zeros(1, 1, dtype=mask_dtype))
+        torch_sdpa(q, q, q, attn_mask=torch.zeros(1, 1, dtype=mask_dtype, device="cpu"))
     except RuntimeError:
         return False
     return True
 
 
 class TiledExact(Implementation):
-    """Exact attention tile by tile: what PyTorch's own does not do, in float32 (float64 for float64 inputs)."""
+    """Exact attention tile by tile, in float64 (float32 on GPUs for 16-bit inputs): what PyTorch's own does not do."""
 
     name = "tiled_exact"
 
@@ -150,10 +186,26 @@ class TiledExact(Implementation):
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sm_scale: float, request: Request, recipe: Recipe
     ) -> Output:
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         with torch.no_grad():
-            out, lse = exact(q, k, v, sm_scale=sm_scale, masking=Masking(request.causal_offset, mask), dtype=dtype)
+            masking = Masking(request.causal_offset, mask)
+            out, lse = exact(q, k, v, sm_scale=sm_scale, masking=masking, dtype=_exact_dtype(q, sm_scale))
         return out.to(q.dtype), lse.float() if request.return_lse else None
+
+
+_ORDINARY = 2.0**16
+"""Scales between its inverse and it: beyond, Q·K or the scale itself may leave float32 though the logits do not."""
+
+
+def is_ordinary(sm_scale: float) -> bool:
+    """Whether float32 arithmetic takes this scale."""
+    return sm_scale == 0 or 1 / _ORDINARY <= abs(sm_scale) <= _ORDINARY
+
+
+def _exact_dtype(q: Tensor, sm_scale: float) -> torch.dtype:
+    if q.device.type == "mps":  # (which has no float64)
+        return torch.float32
+    fast = q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and is_ordinary(sm_scale)
+    return torch.float32 if fast else torch.float64
 
 
 class Emulation(Implementation):
@@ -196,7 +248,9 @@ def _hides_all(mask: Tensor) -> Tensor:
 def inference_only(request: Request) -> list[str]:
     """Why a call that wants gradients or dropout is refused."""
     reasons = []
-    if request.needs_grad:
+    if request.forward_ad:
+        reasons.append("it has no forward-mode derivative (make_dual, jvp, jacfwd, hessian): use recipe='exact'")
+    elif request.needs_grad:
         reasons.append("it has no gradient: call it under torch.no_grad(), or use recipe='exact'")
     if request.dropout_p:
         reasons.append(f"it has no dropout, and dropout_p={request.dropout_p}")

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from .checks import TRANSFORMED
-from .errors import InvalidArgumentError
-from .machine import Machine
+from .errors import InvalidArgumentError, UnsupportedError
+from .machine import MACHINES, Machine
 from .recipe import Recipe
+from .recipes import recipe as find_recipe
+from .request import has_tangent
 
-LIBRARY: Any = torch.library.Library("lowbit_attention", "DEF")  # type: ignore[no-untyped-call]
-LIBRARY.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, str recipe, bool is_causal, str? causal_alignment, "
-    "float? sm_scale, str layout, bool return_lse, str? like) -> (Tensor, Tensor)"
-)
+# (importlib.reload runs this file again, and an operator can be defined once in a process)
+LIBRARY: Any = globals().get("LIBRARY") or torch.library.Library("lowbit_attention", "DEF")  # type: ignore[no-untyped-call]
+_FUNCTIONS: dict[str, dict[str, Callable[..., Any]]] = globals().get("_FUNCTIONS") or {}
+"""What each operator does now, by name: ``run``, ``fake``, ``check``."""
 
 Run = Callable[..., Any]
 
@@ -30,6 +31,71 @@ Run = Callable[..., Any]
 def parse_recipe(text: str) -> str | Recipe:
     """What crossed as text: a `Recipe` from its JSON form, or a name."""
     return Recipe.from_json(text) if text.startswith("{") else text
+
+
+def operator(
+    schema: str, run: Run, fake: Run, check: Callable[..., Any] = lambda *_: None, mutates: bool = False
+) -> None:
+    """Define an operator of ours for every device; with the same name again (a reload) it gets the newer functions.
+
+    Args:
+        schema: as `torch.library.Library.define` has it.
+        run: what it does. fake: the same for tensors without data.
+        check: sees the arguments before autograd leaves the tensors: below that they have no tangents of forward-mode
+            AD any more, and above it nothing of ours runs in compiled code. An answer, if it gives one, is the call's.
+        mutates: whether it changes an argument (then it has no rule for `torch.func.vmap`).
+    """
+    name = schema.partition("(")[0]
+    known = name in _FUNCTIONS
+    functions = _FUNCTIONS.setdefault(name, {})
+    functions.update(run=run, fake=fake, check=check)
+    if known:
+        return
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, lambda *arguments: functions["run"](*arguments), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lowbit_attention::{name}", lambda *a: functions["fake"](*a), lib=LIBRARY)
+    if not mutates:
+        torch.library.register_vmap(f"lowbit_attention::{name}", _vmap, lib=LIBRARY)
+    packet = getattr(torch.ops.lowbit_attention, name)
+
+    def autograd(*arguments: Any) -> Any:
+        answer = functions["check"](*arguments)
+        if answer is not None:
+            return answer
+        with torch._C._AutoDispatchBelowAutograd():
+            return packet(*arguments)
+
+    LIBRARY.impl(name, autograd, "Autograd")
+
+
+def _vmap(info: object, in_dims: object, *arguments: object) -> NoReturn:
+    raise InvalidArgumentError(f"the call {TRANSFORMED}")
+
+
+def refuse_tangents(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, *options: Any) -> None:
+    """The check of an operator that has no forward-mode derivative.
+
+    Raises:
+        UnsupportedError: one is asked for.
+    """
+    if has_tangent(q, k, v, attn_mask):
+        raise UnsupportedError(
+            "quantised attention has no forward-mode derivative (make_dual, jvp, jacfwd, hessian), and in compiled "
+            "code exact attention has none, either; call torch.nn.functional.scaled_dot_product_attention"
+        )
+
+
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, recipe: str, *options: Any
+) -> tuple[Tensor, Tensor]:
+    del k, attn_mask
+    if recipe != "auto":
+        find_recipe(parse_recipe(recipe))
+    layout, return_lse = options[3], options[4]
+    batch, length, heads = (q.shape[0], q.shape[2], q.shape[1]) if layout == "HND" else q.shape[:3]
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    lse = (batch, heads, length) if return_lse else (0,)
+    return out, q.new_empty(lse, dtype=torch.float32)
 
 
 def implement(run: Run) -> None:
@@ -43,28 +109,13 @@ def implement(run: Run) -> None:
         result = run(q, k, v, chosen, is_causal, causal_alignment, attn_mask, sm_scale, layout, return_lse, like)
         return result if return_lse else (result, q.new_empty(0, dtype=torch.float32))
 
-    LIBRARY.impl("attention", implementation, "CompositeExplicitAutograd")
-
-
-def _fake(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, recipe: str, *options: Any
-) -> tuple[Tensor, Tensor]:
-    del k, attn_mask, recipe
-    layout, return_lse = options[3], options[4]
-    batch, length, heads = (q.shape[0], q.shape[2], q.shape[1]) if layout == "HND" else q.shape[:3]
-    out = q.new_empty(*q.shape[:3], v.shape[3])
-    lse = (batch, heads, length) if return_lse else (0,)
-    return out, q.new_empty(lse, dtype=torch.float32)
-
-
-torch.library.register_fake("lowbit_attention::attention", _fake, lib=LIBRARY)
-
-
-def _vmap(info: object, in_dims: object, *arguments: object) -> NoReturn:
-    raise InvalidArgumentError(f"the call {TRANSFORMED}")
-
-
-torch.library.register_vmap("lowbit_attention::attention", _vmap, lib=LIBRARY)
+    operator(
+        "attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, str recipe, bool is_causal, "
+        "str? causal_alignment, float? sm_scale, str layout, bool return_lse, str? like) -> (Tensor, Tensor)",
+        implementation,
+        _fake,
+        refuse_tangents,
+    )
 
 
 def attention(
@@ -83,10 +134,14 @@ def attention(
     """Call the operator: output and lse (empty unless ``return_lse``).
 
     Raises:
-        InvalidArgumentError: a `Machine` object, which an operator cannot take.
+        InvalidArgumentError: a `Machine` of the caller's own, which an operator cannot take.
     """
+    if isinstance(like, Machine) and MACHINES.get(like.name) is like:
+        like = like.name
     if isinstance(like, Machine):
-        raise InvalidArgumentError(f"like={like.name!r}: inside torch.compile give the machine's name, not the object")
+        raise InvalidArgumentError(
+            f"like={like.name!r}: inside torch.compile give one of the names {', '.join(MACHINES)}, no Machine object"
+        )
     text = recipe if isinstance(recipe, str) else recipe.to_json()
     out, lse = torch.ops.lowbit_attention.attention(
         q, k, v, attn_mask, text, is_causal, causal_alignment, sm_scale, layout, return_lse, like

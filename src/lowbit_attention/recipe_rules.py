@@ -189,9 +189,10 @@ def range_reasons(r: Recipe, keys: int | None) -> list[str]:
         largest_rounded(r.v_max, "int8" if r.pv_format == "u8" else r.pv_format),
     )
     total = keys * p * v
+    fp16 = r.accumulator in ("fp8_f16", "fp16")
+    if total <= (FP16_MAX if fp16 else INT32_MAX if r.accumulator == "int32" else math.inf):
+        return []
     what = f"keys · P_r · V_r = {keys} · {p:g} · {v:g} = {total:g}"
-    if r.accumulator in ("fp8_f16", "fp16") and total > FP16_MAX:
+    if fp16:
         return [f"{what} (after rounding to {r.pv_format}) overflows FP16 sums ({FP16_MAX:g})"]
-    if r.accumulator == "int32" and total > INT32_MAX:
-        return [f"{what} overflows INT32 sums"]
-    return []
+    return [f"{what} overflows INT32 sums"]

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .machine import Machine
 from .recipe import Recipe
@@ -21,7 +22,8 @@ class Request:
 
     ``recipe`` is ``None`` for "auto". ``causal_offset``: query i sees key j if ``j ≤ i + causal_offset``; it is the
     bottom-right alignment's ``Nk − Nq`` or the top-left's 0; ``bottom_right`` tells which. ``layout`` is the order in
-    which the caller wants the output to lie in memory.
+    which the caller wants the output to lie in memory. ``needs_grad``: a derivative is asked for, with ``forward_ad``
+    by forward-mode AD.
     """
 
     recipe: Recipe | None
@@ -41,6 +43,7 @@ class Request:
     mask_dtype: torch.dtype | None = None
     return_lse: bool = False
     needs_grad: bool = False
+    forward_ad: bool = False
     dropout_p: float = 0.0
     layout: Literal["HND", "NHD"] = "HND"
 
@@ -61,7 +64,7 @@ class Request:
             words.append("causal, bottom-right" if self.bottom_right else "causal, top-left")
         words += [f"{self.mask} mask"] if self.mask != "none" else []
         words += ["with lse"] if self.return_lse else []
-        words += ["needs gradients"] if self.needs_grad else []
+        words += ["needs forward-mode gradients" if self.forward_ad else "needs gradients"] if self.needs_grad else []
         words += [f"dropout {self.dropout_p}"] if self.dropout_p else []
         return ", ".join(words)
 
@@ -73,5 +76,20 @@ def device_name(device: torch.device) -> str:
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd would record a computation on these tensors."""
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+    """Whether a derivative of a computation on these tensors is asked for: autograd would record it, or has a tangent
+    for it (forward mode)."""
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+        return True
+    return has_tangent(*tensors)
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether one of them is a dual tensor of forward-mode AD, which ``torch.no_grad`` does not end."""
+    if forward_ad._current_level < 0:  # (no block of forward-mode AD anywhere: nearly always)
+        return False
+    return any(isinstance(t, Tensor) and _tangent(t) is not None for t in tensors)
+
+
+def _tangent(t: Tensor) -> Tensor | None:
+    tangent: Tensor | None = forward_ad.unpack_dual(t).tangent  # type: ignore[no-untyped-call]
+    return tangent

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from . import checks, ops
-from .api import Training, goes_through_the_op, make_request, resolve_like
-from .dispatch import Choice, choose
+from .api import Training, for_scale, goes_through_the_op, make_request, resolve_like
+from .dispatch import Choice, check_possible, choose
 from .errors import InvalidArgumentError
 from .machine import Machine
 from .recipe import Recipe
@@ -92,11 +92,12 @@ def make_call(
     checks.check_tensors(q, k, v, 4, "[B, H, N, D]")
     checks.check_hnd(q, k, v)
     mask = _flatten_mask(attn_mask, lead, q, k)
+    sm_scale = checks.resolve_scale("scale", scale, q.shape[3])
+    recipe = for_scale("scale", sm_scale, recipe)
     request = make_request(
         q, k, v, mask, recipe, machine, is_causal=is_causal, bottom_right=False, dropout_p=float(dropout_p),
         layout="NHD" if by_token else "HND", return_lse=return_lse,
     )  # fmt: skip
-    sm_scale = checks.resolve_scale("scale", scale, q.shape[3])
     if memo is not None and all(a.shape == b.shape for a, b in ((q, query), (k, key), (v, value))):
         if len(_calls) >= _MOST_CALLS:
             _calls.clear()
@@ -118,7 +119,7 @@ def _memo_key(
     tensors = (query, key, value)
     if not all(type(t) is Tensor and t.layout is torch.strided and not t.is_nested and t.dim() == 4 for t in tensors):
         return None
-    if query.is_meta:
+    if query.is_meta or torch._C._get_tracing_state() is not None:
         return None
     if torch._C._functorch.peek_interpreter_stack() is not None or torch.is_autocast_enabled(query.device.type):
         return None
@@ -149,11 +150,23 @@ def make_sdpa(
     Raises:
         InvalidRecipeError: an unknown recipe.
     """
-    asked = find_recipe_or_auto(recipe)
-    machine = resolve_like(asked, like)
-    checks.check_choice("training", training, checks.TRAINING)
+    return RecipeSDPA(recipe, like, training)
 
-    def sdpa(
+
+class RecipeSDPA:
+    """What `make_sdpa` makes: a function that can be copied, pickled and compared by what made it."""
+
+    def __init__(self, recipe: str | Recipe, like: str | Machine | None, training: Training) -> None:
+        self._made_of = recipe, like, training
+        self._recipe = find_recipe_or_auto(recipe)
+        self._like = like
+        self._machine = resolve_like(self._recipe, like)
+        checks.check_choice("training", training, checks.TRAINING)
+        self._exact_training = training == "exact"
+        self.__name__ = self.__qualname__ = "sdpa"
+
+    def __call__(
+        self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -164,33 +177,48 @@ def make_sdpa(
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        exact = training == "exact" and wants_grad(query, key, value, attn_mask)
+        """``torch.nn.functional.scaled_dot_product_attention`` by this function's recipe.
+
+        Args:
+            query: ``[..., Hq, L, E]``; key: ``[..., H, S, E]``; value: ``[..., H, S, Ev]``. Leading dimensions
+                broadcast, heads too; a head count of key and value that divides Hq needs ``enable_gqa=True``.
+            attn_mask: bool (True: may see) or floating (added), broadcastable to ``[..., Hq, L, S]``.
+            dropout_p: applied by torch; a quantised recipe refuses it.
+            is_causal: query i sees keys j ≤ i (top-left), as in torch. Together with ``attn_mask``, both hold.
+            scale: ``1 / √E`` if None; also one of numpy's numbers, or a tensor without dimensions.
+            enable_gqa: let groups of query heads share a head of key and value.
+        Returns:
+            ``[..., Hq, L, Ev]`` in query's dtype (under autocast in autocast's, as torch's own).
+
+        Raises:
+            InvalidArgumentError: a wrong shape, dtype, device or value.
+            UnsupportedError: nothing can run the call, with every reason.
+        """
+        exact = self._exact_training and wants_grad(query, key, value, attn_mask)
         call = make_call(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-            EXACT if exact else asked, None if exact else machine,
+            EXACT if exact else self._recipe, None if exact else self._machine,
         )  # fmt: skip
         if goes_through_the_op(call.q, call.k, call.v, call.mask) and not dropout_p:
-            return call.run_by_op(asked, like)
+            check_possible(call.request)
+            return call.run_by_op(call.request.recipe, self._like)
         return call.run(choose(call.request))
 
-    sdpa.__doc__ = f"""``torch.nn.functional.scaled_dot_product_attention`` by recipe {recipe}.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._made_of
 
-    Args:
-        query: ``[..., Hq, L, E]``; key: ``[..., H, S, E]``; value: ``[..., H, S, Ev]``. Leading dimensions broadcast,
-            heads too; a head count of key and value that divides Hq needs ``enable_gqa=True``.
-        attn_mask: bool (True: may see) or floating (added), broadcastable to ``[..., Hq, L, S]``.
-        dropout_p: applied by torch; a quantised recipe refuses it.
-        is_causal: query i sees keys j ≤ i (top-left), as in torch. Together with ``attn_mask``, both hold.
-        scale: ``1 / √E`` if None.
-        enable_gqa: let groups of query heads share a head of key and value.
-    Returns:
-        ``[..., Hq, L, Ev]`` in query's dtype (under autocast in autocast's, as torch's own).
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RecipeSDPA) and self._made_of == other._made_of
 
-    Raises:
-        InvalidArgumentError: a wrong shape, dtype, device or value.
-        UnsupportedError: nothing can run the call, with every reason.
-    """
-    return sdpa
+    def __hash__(self) -> int:
+        return hash(self._made_of)
+
+    def __repr__(self) -> str:
+        recipe, like, training = self._made_of
+        options = ("" if like is None else f", like={str(like)!r}") + (
+            "" if training == "refuse" else f", training={training!r}"
+        )
+        return f"make_sdpa({str(recipe)!r}{options})"
 
 
 def find_recipe_or_auto(recipe: str | Recipe) -> Recipe | None:
@@ -224,7 +252,7 @@ def _check(query: object, key: object, value: object, dropout_p: object, is_caus
     checks.check_flag("is_causal", is_causal)
     checks.check_flag("enable_gqa", enable_gqa)
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float) or not 0 <= dropout_p <= 1:
-        checks.fail(f"dropout_p must be a probability, got {dropout_p!r}")
+        checks.fail(f"dropout_p must be a probability, got {checks.shown(dropout_p)}")
     for name, t in (("query", query), ("key", key), ("value", value)):
         if isinstance(t, Tensor):
             checks.check_kind(name, t)
@@ -244,11 +272,14 @@ def leading(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tupl
         checks.check_heads(leads[0][-1], leads[1][-1], shapes)
         heads = [[leads[0][-1]], [leads[1][-1]]]
         leads = [lead[:-1] for lead in leads]
-    try:
-        lead = list(torch.broadcast_shapes(*leads))  # type: ignore[no-untyped-call]
-    except RuntimeError:
-        hint = "" if enable_gqa else " (heads of key and value that divide the query's need enable_gqa=True)"
-        raise InvalidArgumentError(f"leading dimensions do not broadcast: {shapes}{hint}") from None
+    lead: list[int] = []
+    for number in range(max(map(len, leads)), 0, -1):  # from the left
+        sizes = [lead[-number] for lead in leads if len(lead) >= number]
+        others = [size for size in sizes if size != 1]
+        if any(size != others[0] for size in others):
+            hint = "" if enable_gqa else " (heads of key and value that divide the query's need enable_gqa=True)"
+            checks.fail(f"leading dimensions do not broadcast: {shapes}{hint}")
+        lead.append(others[0] if others else 1)
     return lead + heads[0], lead + heads[1]
 
 

@@ -27,14 +27,14 @@ class Family:
 
 
 def _randn(g: torch.Generator, shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape, generator=g, dtype=torch.float32)
+    return torch.randn(shape, generator=g, dtype=torch.float32, device="cpu")
 
 
 def _bias(g: torch.Generator, shape: tuple[int, int, int, int], size: float) -> Tensor:
     """``±size`` on 1 / 16 of the channels of each head, ``[B, H, 1, D]``."""
     batch, heads, _, dim = shape
-    order = torch.rand((batch, heads, 1, dim), generator=g, dtype=torch.float32).argsort(dim=-1)
-    sign = torch.randint(0, 2, (batch, heads, 1, dim), generator=g).float() * 2 - 1
+    order = torch.rand((batch, heads, 1, dim), generator=g, dtype=torch.float32, device="cpu").argsort(dim=-1)
+    sign = torch.randint(0, 2, (batch, heads, 1, dim), generator=g, dtype=torch.int64, device="cpu").float() * 2 - 1
     return torch.where(order < max(1, dim // 16), size * sign, 0.0)
 
 
@@ -44,8 +44,8 @@ def rope(x: Tensor, base: float = 10000.0) -> Tensor:
     if dim % 2:
         raise InvalidArgumentError(f"rotary embedding needs an even head_dim, got {dim}")
     half = dim // 2
-    turns = torch.arange(half, dtype=x.dtype) / half
-    angle = torch.arange(length, dtype=x.dtype)[:, None] * base**-turns
+    turns = torch.arange(half, dtype=x.dtype, device=x.device) / half
+    angle = torch.arange(length, dtype=x.dtype, device=x.device)[:, None] * base**-turns
     cos, sin = angle.cos(), angle.sin()
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
@@ -61,7 +61,7 @@ def _biased(q_bias: float, k_bias: float, v_bias: float, rotary: bool = False) -
 
 def _outlier_tokens(g: torch.Generator, shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (_randn(g, shape) for _ in range(3))
-    order = torch.rand((*shape[:3], 1), generator=g, dtype=torch.float32).argsort(dim=2)
+    order = torch.rand((*shape[:3], 1), generator=g, dtype=torch.float32, device="cpu").argsort(dim=2)
     factor = torch.where(order < max(1, shape[2] // 500), 10.0, 1.0)
     return q, k * factor, v * factor
 
@@ -93,7 +93,7 @@ def _local(g: torch.Generator, shape: tuple[int, int, int, int]) -> tuple[Tensor
     q, k, v = (_randn(g, shape) for _ in range(3))
     dim = shape[3]
     carried = max(2, dim // 4 * 2)  # half of the channels carry the position
-    slow = torch.zeros(*shape[:3], carried, dtype=torch.float32)
+    slow = torch.zeros(*shape[:3], carried, dtype=torch.float32, device="cpu")
     slow[..., : carried // 2] = 1.0
     position = rope(slow, base=500.0) * math.sqrt(16.0 * math.sqrt(dim) / (carried // 2))  # logit 16 at distance 0
     q[..., :carried] = 0.25 * q[..., :carried] + position

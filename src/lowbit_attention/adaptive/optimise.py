@@ -211,14 +211,15 @@ def _search(hulls: list[Hull], start: list[int], limit: float, multiplier: float
         rest_error.append(rest_error[-1] + hull[0][1].error)
         rest_bound.append(rest_bound[-1] + min(o.seconds + multiplier * o.error for _, o in hull))
     rest_error, rest_bound = rest_error[::-1], rest_bound[::-1]
-    errors, ticks = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    errors = torch.zeros(1, dtype=torch.float64, device="cpu")
+    ticks = torch.zeros_like(errors)
     history: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each stage: the label before, and the option's place
     # whole ticks add up exactly: sums of the same times in another order are equal, and one of them is dropped
     tick = max(math.fsum(hull[0][1].seconds for hull in hulls), 1e-300) * _TICK
     slack = len(hulls) * tick
     for stage, hull in enumerate(hulls):
-        option_errors = torch.tensor([o.error for _, o in hull], dtype=torch.float64)
-        option_ticks = torch.tensor([round(o.seconds / tick) for _, o in hull], dtype=torch.float64)
+        option_errors = torch.tensor([o.error for _, o in hull], dtype=torch.float64, device="cpu")
+        option_ticks = torch.tensor([round(o.seconds / tick) for _, o in hull], dtype=torch.float64, device="cpu")
         e = (errors[:, None] + option_errors).flatten()
         s = (ticks[:, None] + option_ticks).flatten()
         bound = s * tick + rest_bound[stage + 1] + multiplier * (e - limit)
@@ -228,7 +229,7 @@ def _search(hulls: list[Hull], start: list[int], limit: float, multiplier: float
         order = by_error[torch.argsort(s[by_error], stable=True)]
         e, s, keep = e[order], s[order], keep[order]  # by time, then error
         before = torch.cummin(e, dim=0).values if len(e) else e
-        first = torch.cat([torch.ones(min(1, len(e)), dtype=torch.bool), e[1:] < before[:-1]])
+        first = torch.cat([torch.ones(min(1, len(e)), dtype=torch.bool, device="cpu"), e[1:] < before[:-1]])
         e, s, keep = e[first], s[first], keep[first]
         if len(e) > most:
             return None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..implementations import call_torch
 from ..integrations.intercept import intercepted
 from ..machine import Machine
 from ..sdpa import SDPA, make_sdpa
@@ -74,7 +75,7 @@ class Applied:
 
     def _handle(self, original: Any, name: str | None, *args: Any, **kwargs: Any) -> Tensor:
         function = self.function("" if name is None else name or ROOT)
-        return original(*args, **kwargs) if function is None else function(*args, **kwargs)
+        return call_torch(original, *args, **kwargs) if function is None else function(*args, **kwargs)
 
     def function(self, path: str) -> SDPA | None:
         """What runs the call that happens now; ``None``: torch's own. Counts it, if the count matters."""

@@ -129,7 +129,7 @@ def take(call: Call, sample: Sample, tile: int, turn: int) -> Sampled:
     h_kv = h // (heads // call.k.shape[1])
     tiles = spread(sample.tiles, -(-rows // tile), turn)
     whole = len(tiles) == -(-rows // tile)
-    row = torch.arange(rows, device=device)
+    row = torch.arange(rows, dtype=torch.int64, device=device)
     if not whole:
         row = torch.cat([row[t * tile : (t + 1) * tile] for t in tiles])
     mask = call.mask
@@ -147,7 +147,7 @@ def take(call: Call, sample: Sample, tile: int, turn: int) -> Sampled:
     if not whole:
         mask = None if mask is None else mask[:, :, row] if mask.shape[2] > 1 else mask
         if is_causal:
-            seen = torch.arange(k.shape[2], device=device) <= row[:, None]
+            seen = torch.arange(k.shape[2], dtype=torch.int64, device=device) <= row[:, None]
             hidden = -torch.inf
             mask = (
                 seen[None, None]

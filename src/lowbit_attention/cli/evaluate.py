@@ -130,7 +130,7 @@ def _measure(one: Inputs, recipe: Recipe, exact: Tensor, causal: bool, machine: 
         like=None if recipe.is_exact else machine,
     )  # fmt: skip
     hidden = max(0, one.q.shape[2] - one.k.shape[2]) if causal else 0  # the first rows see no key
-    return compare(exact, out, torch.arange(one.q.shape[2]) >= hidden)
+    return compare(exact, out, torch.arange(one.q.shape[2], dtype=torch.int64, device="cpu") >= hidden)
 
 
 def _rows(chosen: dict[str, Recipe], inputs: list[Inputs], results: dict[tuple[str, str], Metrics]) -> list[Row]:

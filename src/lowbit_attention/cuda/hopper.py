@@ -234,7 +234,7 @@ def _recipe_reasons(recipe: Recipe) -> tuple[str, ...]:
         reasons.append("it has no row_sum=rounded")
     if recipe.row_sum == "unrounded" and isinstance(recipe.softmax_max, RestartedMax):
         reasons.append("it has no restarted maximum with row_sum=unrounded")
-    if float(round_e4m3(torch.tensor(recipe.v_max))) != recipe.v_max:
+    if float(round_e4m3(torch.tensor(recipe.v_max, dtype=torch.float32, device="cpu"))) != recipe.v_max:
         reasons.append(f"v_max={recipe.v_max} is no E4M3 number")
     try:
         recipe.check_geometry(WgmmaConfig.geometry)

@@ -15,15 +15,16 @@ _CHUNK = 16
 
 def swizzled_offsets(rows: int, row_bytes: int) -> Tensor:
     """Byte offset of every 16-byte chunk of a tile, int64 ``[rows, row_bytes / 16]``."""
-    row = torch.arange(rows)[:, None]
-    chunk = torch.arange(row_bytes // _CHUNK)
+    row = torch.arange(rows, dtype=torch.int64, device="cpu")[:, None]
+    chunk = torch.arange(row_bytes // _CHUNK, dtype=torch.int64, device="cpu")
     moved = chunk ^ (row * min(row_bytes, 128) // 128 % (min(row_bytes, 128) // _CHUNK))
     return row * row_bytes + moved * _CHUNK
 
 
 def unswizzle(tiles: Tensor, rows: int, row_bytes: int) -> Tensor:
     """Tiles ``[..., rows · row_bytes]`` of bytes to their rows ``[..., rows, row_bytes]``."""
-    offsets = swizzled_offsets(rows, row_bytes).flatten()[:, None] + torch.arange(_CHUNK)
+    byte = torch.arange(_CHUNK, dtype=torch.int64, device="cpu")
+    offsets = swizzled_offsets(rows, row_bytes).flatten()[:, None] + byte
     flat = tiles[..., offsets.flatten().to(tiles.device)]
     return flat.reshape(*tiles.shape[:-1], rows, row_bytes)
 
@@ -41,8 +42,8 @@ def unpack_values(v_tiles: Tensor, head_dim: int, form: PackFormat = WGMMA_FORMA
     if form.v_half:
         return unswizzle(v_tiles, form.tile_keys, 2 * head_dim).view(torch.float16).flatten(-3, -2)
     rows = unswizzle(v_tiles, head_dim, form.tile_keys)  # [..., T, head_dim, positions]
-    place = torch.empty(_CHUNK, dtype=torch.int64)
-    place[torch.tensor(TOKEN_ORDER)] = torch.arange(_CHUNK)  # token → position
+    place = torch.empty(_CHUNK, dtype=torch.int64, device="cpu")
+    place[list(TOKEN_ORDER)] = torch.arange(_CHUNK, dtype=torch.int64, device="cpu")  # token → position
     groups = rows.reshape(*rows.shape[:-1], -1, _CHUNK)[..., place.to(rows.device)]
     tokens = groups.flatten(-2).transpose(-1, -2).contiguous()
     return tokens.flatten(-3, -2).view(torch.float8_e4m3fn)

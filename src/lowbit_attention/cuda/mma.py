@@ -340,7 +340,10 @@ def _recipe_reasons(recipe: Recipe, arch: str | None) -> tuple[str, ...]:
         reasons.append(
             f"it has no row_sum={recipe.row_sum} with {recipe.pv_format} and promotion after {keys or 'all'}"
         )
-    if recipe.pv_format == "e4m3" and float(round_e4m3(torch.tensor(recipe.v_max))) != recipe.v_max:
+    if (
+        recipe.pv_format == "e4m3"
+        and float(round_e4m3(torch.tensor(recipe.v_max, dtype=torch.float32, device="cpu"))) != recipe.v_max
+    ):
         reasons.append(f"v_max={recipe.v_max} is no E4M3 number")
     try:
         recipe.check_geometry(MMA_GEOMETRY)

@@ -124,9 +124,9 @@ def divisor(d: int) -> tuple[int, int]:
 
 def log2_rounded_down(p_max: float) -> float:
     """log2 P_r in float32, rounded down so that P never exceeds P_r."""
-    rounded = torch.tensor(math.log2(p_max), dtype=torch.float32)
+    rounded = torch.tensor(math.log2(p_max), dtype=torch.float32, device="cpu")
     if float(rounded) > math.log2(p_max):
-        rounded = torch.nextafter(rounded, torch.tensor(-math.inf))
+        rounded = torch.nextafter(rounded, torch.full_like(rounded, -math.inf))
     return float(rounded)
 
 

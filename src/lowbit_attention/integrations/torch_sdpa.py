@@ -15,16 +15,16 @@ from .. import checks
 from ..api import Training, resolve_like
 from ..dispatch import choose, explain_request
 from ..errors import InvalidArgumentError, LowbitError, UnsupportedError
-from ..implementations import torch_sdpa
+from ..implementations import call_torch, torch_sdpa
 from ..machine import Machine
-from ..ops import LIBRARY, parse_recipe
+from ..ops import operator, parse_recipe
 from ..recipe import Recipe
 from ..request import wants_grad
 from ..sdpa import as_autocast, find_recipe_or_auto, make_call, recipe_text
 from .call_report import REPLACEMENT, TORCH, CallKind, CallReport
 from .intercept import intercepted
 from .scope import recomputes
-from .traced import as_query_lies, empty_answer, no_vmap
+from .traced import as_query_lies, empty_answer, tangents_to_torch
 
 GRADIENTS = CallKind(TORCH, "-", "gradients are asked for")
 RECOMPUTED = CallKind(TORCH, "-", "a checkpoint will ask for gradients")
@@ -63,6 +63,8 @@ class _Rerouted:
     ) -> Tensor:
         if wants_grad(query, key, value, attn_mask):
             self.count_or_refuse(GRADIENTS)
+        elif type(dropout_p) not in (float, int, bool):  # (torch's error)
+            pass
         elif dropout_p:
             self.count_or_refuse(DROPOUT)
         elif not torch.is_grad_enabled() and recomputes(sys._getframe(1)):
@@ -71,7 +73,9 @@ class _Rerouted:
             return self.without_block(query, key, value, attn_mask, is_causal, scale, enable_gqa)
         else:
             return self.run(original, query, key, value, attn_mask, is_causal, scale, enable_gqa)
-        return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return call_torch(
+            original, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
 
     def count_or_refuse(self, kind: CallKind) -> None:
         """Count a call that torch's own function is to run, if it may."""
@@ -80,8 +84,8 @@ class _Rerouted:
                 raise UnsupportedError("quantised attention has no dropout, and the call has some")
         elif not self.exact_training:
             raise UnsupportedError(
-                "a gradient is asked of quantised attention, which has none: run under torch.no_grad(), "
-                "or enable with training='exact'"
+                "a gradient is asked of quantised attention, which has none: run under torch.no_grad() and without "
+                "forward-mode AD, or enable with training='exact'"
             )
         self.report.add(kind)
 
@@ -149,7 +153,7 @@ class _Rerouted:
                 return out
             reason = why_not_faster(call.request)
         self.report.add(CallKind(TORCH, "-", reason))
-        return original(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return call_torch(original, query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def in_short(error: LowbitError) -> str:
@@ -270,11 +274,6 @@ def disable_sdpa(model: Any = None) -> None:
 
 # ---- the operator of exported programs
 
-LIBRARY.define(
-    "rerouted_sdpa(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float? scale, "
-    "bool enable_gqa, str recipe, str? like, bool strict) -> Tensor"
-)
-
 
 @lru_cache(maxsize=64)
 def _handler(recipe: str, like: str | None, strict: bool) -> _Rerouted:
@@ -301,6 +300,10 @@ def _fake_rerouted(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> 
     return empty_answer(query, key, value, options[3])
 
 
-LIBRARY.impl("rerouted_sdpa", _run_rerouted, "CompositeExplicitAutograd")
-torch.library.register_fake("lowbit_attention::rerouted_sdpa", _fake_rerouted, lib=LIBRARY)
-torch.library.register_vmap("lowbit_attention::rerouted_sdpa", no_vmap, lib=LIBRARY)
+operator(
+    "rerouted_sdpa(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float? scale, "
+    "bool enable_gqa, str recipe, str? like, bool strict) -> Tensor",
+    _run_rerouted,
+    _fake_rerouted,
+    tangents_to_torch,
+)

@@ -13,16 +13,14 @@ import weakref
 from collections.abc import Callable, Sequence
 from itertools import count
 from types import CodeType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ..checks import TRANSFORMED
-from ..errors import InvalidArgumentError
-from ..ops import LIBRARY
-from ..request import wants_grad
+from ..ops import operator
+from ..request import has_tangent, wants_grad
 from ..sdpa import as_autocast, is_by_token, leading
 from .scope import Place, frames, running
 
@@ -74,7 +72,8 @@ def call(
         return _exported(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if wants_grad(query, key, value, attn_mask) or dropout_p:
         if watching:
-            return _eagerly(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            seen: Tensor = _eagerly(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            return seen
         reason = "gradients" if wants_grad(query, key, value, attn_mask) else "dropout"
         torch.ops.lowbit_attention.skipped(_tally, where(), reason)
         return _torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -214,12 +213,6 @@ def with_compiled(modules: Sequence[nn.Module], where: str) -> list[nn.Module]:
 
 # ---- the operators
 
-LIBRARY.define(
-    "sdpa_in_scope(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float? scale, "
-    "bool enable_gqa, str where) -> Tensor"
-)
-LIBRARY.define("skipped(Tensor(a!) tally, str where, str reason) -> ()")
-
 
 def as_query_lies(out: Tensor, query: Tensor) -> Tensor:
     """The output in one of two orders of memory, which `empty_answer` foresees."""
@@ -258,13 +251,19 @@ def _skipped(tally: Tensor, where: str, reason: str) -> None:
         told(reason)
 
 
-def no_vmap(info: object, in_dims: object, *arguments: object) -> NoReturn:
-    """The rule for `torch.func.vmap` of an operator that has none."""
-    raise InvalidArgumentError(f"the call {TRANSFORMED}")
+def tangents_to_torch(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *options: Any) -> Any:
+    """The check of a rerouted call: torch's own function is what has a forward-mode derivative."""
+    if not has_tangent(query, key, value, attn_mask):
+        return None
+    is_causal, scale, enable_gqa, *_ = options
+    return _torch(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
 
 
-LIBRARY.impl("sdpa_in_scope", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("lowbit_attention::sdpa_in_scope", _fake, lib=LIBRARY)
-torch.library.register_vmap("lowbit_attention::sdpa_in_scope", no_vmap, lib=LIBRARY)
-LIBRARY.impl("skipped", _skipped, "CompositeExplicitAutograd")
-torch.library.register_fake("lowbit_attention::skipped", lambda tally, where, reason: None, lib=LIBRARY)
+operator(
+    "sdpa_in_scope(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float? scale, "
+    "bool enable_gqa, str where) -> Tensor",
+    _run,
+    _fake,
+    tangents_to_torch,
+)
+operator("skipped(Tensor(a!) tally, str where, str reason) -> ()", _skipped, lambda *_: None, mutates=True)

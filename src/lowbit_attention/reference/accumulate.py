@@ -22,7 +22,8 @@ from torch import Tensor
 from ..machine import AccumulatorModel, Fidelity
 from ..recipe_options import Accumulator
 from ..recipe_rules import MMA_DEPTH
-from .formats import truncate_fraction
+from .arithmetic import EXACT_BITS
+from .formats import power_of_two, truncate_fraction
 
 FP16_MMA_DEPTH = 16
 FP16_MMA_ALIGN_BITS = 25
@@ -47,6 +48,7 @@ def accumulate(
     model: AccumulatorModel,
     fidelity: Fidelity,
     min_exponent: int = E4M3_MIN_EXPONENT,
+    bits: int = EXACT_BITS,
 ) -> None:
     """Add ``p @ v`` to ``acc``, in place, in the accumulator's arithmetic.
 
@@ -54,14 +56,14 @@ def accumulate(
         acc: the running sum, ``[S, R, Dv]``; float64 if the model is lossless, else float32.
         p: ``[S, R, keys]`` float32, numbers of P's format.
         v: ``[S, keys, Dv]`` float32, numbers of V's format.
-        min_exponent: the exponent of the operands' subnormals.
+        min_exponent: the exponent of the operands' subnormals. bits: the operands' significant bits.
     """
     if model.lossless:
         acc.baddbmm_(p.double(), v.double())
     elif kind == "int32" and p.shape[-1] > _EXACT_INT_KEYS:
         acc.add_(torch.bmm(p.double(), v.double()).float())
     elif kind in ("fp32", "int32"):
-        acc.baddbmm_(p, v)
+        _add_product(acc, p, v, bits)
     else:
         depth = FP16_MMA_DEPTH if kind == "fp16" else MMA_DEPTH
         for start in range(0, p.shape[-1], depth):
@@ -69,7 +71,7 @@ def accumulate(
             if fidelity == "instruction":
                 acc.copy_(_instruction(acc, *operands, kind, model, min_exponent))
             else:
-                _step(acc, *operands, kind, model)
+                _step(acc, *operands, kind, model, bits)
 
 
 def round_to_accumulator(x: Tensor, kind: Accumulator, model: AccumulatorModel) -> Tensor:
@@ -79,7 +81,15 @@ def round_to_accumulator(x: Tensor, kind: Accumulator, model: AccumulatorModel) 
     return x
 
 
-def _step(acc: Tensor, p: Tensor, v: Tensor, kind: Accumulator, model: AccumulatorModel) -> None:
+def _add_product(acc: Tensor, p: Tensor, v: Tensor, bits: int) -> None:
+    """Add ``p @ v`` to ``acc`` in float32, in place (see `arithmetic`)."""
+    if bits <= EXACT_BITS:
+        acc.baddbmm_(p, v)
+    else:
+        acc.copy_(torch.baddbmm(acc.double(), p.double(), v.double()))
+
+
+def _step(acc: Tensor, p: Tensor, v: Tensor, kind: Accumulator, model: AccumulatorModel, bits: int) -> None:
     """One instruction, its products summed in float32, then truncated or rounded as its result is."""
     if kind == "fp8_f16" and model.fp8_by_fp16:
         total = torch.zeros_like(acc)
@@ -87,7 +97,7 @@ def _step(acc: Tensor, p: Tensor, v: Tensor, kind: Accumulator, model: Accumulat
             total = total.baddbmm(p[..., keys], v[..., keys, :]).half().float()
         acc.copy_((acc + total).half())
         return
-    acc.baddbmm_(p, v)
+    _add_product(acc, p, v, bits)
     if kind in ("fp8_f16", "fp16"):
         acc.copy_(acc.half())
     elif model.f32_fraction_bits is not None:
@@ -115,7 +125,7 @@ def _instruction(
 
 def _fp16_halves(keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The keys that the two FP16 MMAs of an emulated FP8 MMA sum: registers unpack to bytes 0, 1 and bytes 2, 3."""
-    number = torch.arange(keys, device=device)
+    number = torch.arange(keys, dtype=torch.int64, device=device)
     return number[number % 4 < 2], number[number % 4 >= 2]
 
 
@@ -135,8 +145,8 @@ def _aligned_sum(acc: Tensor, p: Tensor, v: Tensor, align_bits: int, min_exponen
             part = slice(start, start + rows)
             products = p[s, part, :, None].double() * v[s].double()
             exponents = (p_exponent[s, part, :, None] + v_exponent[s]).amax(dim=1)
-            exponents = torch.maximum(exponents, acc_exponent[s, part]).clamp_(min=-1000)  # (all terms are zero)
-            quantum = torch.ldexp(torch.ones_like(out[s, part]), exponents - align_bits)
+            exponents = torch.maximum(exponents, acc_exponent[s, part])
+            quantum = power_of_two(exponents.clamp_(min=-990) - align_bits)
             total = torch.trunc(products.div_(quantum[:, None])).sum(dim=1)
             out[s, part] = (total + torch.trunc(acc[s, part].double() / quantum)) * quantum
     return out
@@ -153,7 +163,7 @@ def _exponent(x: Tensor, min_exponent: int | None) -> Tensor:
 def _to_fp16(x: Tensor) -> Tensor:
     """float64 to the nearest FP16 number, ties to even, as float32. (torch's own cast rounds to float32 on the way.)"""
     exponent = (torch.frexp(x).exponent - 1).clamp(min=FP16_MIN_EXPONENT)
-    quantum = torch.ldexp(torch.ones_like(x), exponent - 10)
+    quantum = power_of_two(exponent - 10)
     return (torch.round(x / quantum) * quantum).half().float()
 
 
@@ -161,4 +171,4 @@ def _truncate(x: Tensor, fraction_bits: int) -> Tensor:
     """float64 to float32 that keeps ``fraction_bits``, truncated toward zero."""
     mantissa, exponent = torch.frexp(x)  # ½ ≤ |mantissa| < 1: one bit more than the fraction's
     bits = fraction_bits + 1
-    return torch.ldexp(torch.trunc(torch.ldexp(mantissa, torch.full_like(exponent, bits))), exponent - bits).float()
+    return (torch.trunc(mantissa * 2.0**bits) * power_of_two(exponent - bits)).float()

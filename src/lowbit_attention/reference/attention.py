@@ -11,7 +11,7 @@ from torch import Tensor
 from ..granularity import PerChannelAndKeyTile
 from ..machine import DEFAULT_MACHINE, Machine, row_sum_column
 from ..recipe import Recipe
-from .arithmetic import plain_arithmetic
+from .arithmetic import product, without_autocast
 from .formats import FP32_MAX
 from .masks import LOG2E, Masking, valid_keys
 from .quantize import Means, Packed, pack
@@ -54,7 +54,7 @@ def emulate(
             rows out between multiprocessors: part i begins with tile ``⌊tiles · i / key_splits⌋``.
     """
     recipe.check_geometry(machine.geometry)
-    with plain_arithmetic(q.device):
+    with without_autocast(q.device):
         return _emulate(q, k, v, recipe, sm_scale, masking, machine, means, key_splits)
 
 
@@ -87,7 +87,8 @@ def _emulate(
         seen = (lse != -math.inf)[..., None]
         out = torch.where(seen, out + packed.v_mean.repeat_interleave(group, dim=1)[:, :, None], out)
     if packed.k_mean is not None:
-        lse = lse + torch.einsum("bhnd,bhd->bhn", q * sm_scale, packed.k_mean.repeat_interleave(group, dim=1))
+        k_mean = packed.k_mean.repeat_interleave(group, dim=1).flatten(0, 1)[..., None]
+        lse = lse + (product(q.flatten(0, 1), k_mean) * sm_scale).reshape(lse.shape)
     return Result(out.clamp(-FP32_MAX, FP32_MAX), lse, packed)
 
 
@@ -103,7 +104,7 @@ def _slices(
     """Output (v̄ not yet added) and log-sum-exp (k̄'s term not yet added) of some of the B · Hq slices."""
     geometry = machine.geometry
     q_heads, kv_heads = packed.q.shape[1], packed.k.shape[1]
-    index = torch.arange(part.start, part.stop, device=packed.q.device)
+    index = torch.arange(part.start, part.stop, dtype=torch.int64, device=packed.q.device)
     b, h = index // q_heads, index % q_heads
     h_kv = h // (q_heads // kv_heads)
 
@@ -117,7 +118,7 @@ def _slices(
     rows, keys = q.shape[1], k.shape[1]
     if recipe.row_sum == "accumulator":
         columns = machine.row_sum_columns
-        column = row_sum_column(torch.arange(keys, device=v.device), columns)
+        column = row_sum_column(torch.arange(keys, dtype=torch.int64, device=v.device), columns)
         ones = torch.nn.functional.one_hot(column, columns).to(v.dtype)
         v = torch.cat([v, ones.expand(v.shape[0], -1, -1)], dim=2)
         tile_scale = torch.cat([tile_scale, tile_scale.new_ones(*tile_scale.shape[:2], columns)], dim=2)
@@ -140,7 +141,9 @@ def _slices(
                 break  # causality: no row sees this tile or a later one
             tile = slice(start, min(start + geometry.b_k, keys))
             factor = (q_scale[:, seeing, None] * k_scale[:, None, tile]).clamp_(-FP32_MAX, FP32_MAX)
-            products = torch.bmm(q[:, seeing], k[:, tile].transpose(1, 2))
+            # integers of 8 bits, whose sums stay below 2^24: exact whatever rounds float32 operands
+            multiply = torch.bmm if recipe.quantises_qk else product
+            products = multiply(q[:, seeing], k[:, tile].transpose(1, 2))
             scores = None
             if approximates:
                 largest = largest_factor[:, seeing, None]
@@ -183,5 +186,5 @@ def _interval_ends(recipe: Recipe, interval: int | None, b_k: int, tile: int) ->
 def _delta_s(q_mean: Tensor, k_smooth: Tensor, rows: slice, tile: int) -> Tensor:
     """ΔS ``[S, rows, keys]``: each query tile's (scaled) mean times the unquantised smoothed K."""
     first = rows.start // tile  # `Masking.first_row` starts at a tile
-    per_tile = torch.bmm(q_mean[:, first:], k_smooth.transpose(1, 2))
+    per_tile = product(q_mean[:, first:], k_smooth.transpose(1, 2))
     return per_tile.repeat_interleave(tile, dim=1)[:, : rows.stop - rows.start]

@@ -16,6 +16,7 @@ FP32_MAX = torch.finfo(torch.float32).max
 
 _FP32_FRACTION_BITS = 23
 _EXPONENT_MASK = 0x7F800000
+_FP64_BIAS, _FP64_FRACTION_BITS = 1023, 52
 
 
 def round_int(x: Tensor, largest: int, smallest: int | None = None) -> Tensor:
@@ -48,6 +49,14 @@ def round_e5m2(x: Tensor) -> Tensor:
 def round_fp16(x: Tensor) -> Tensor:
     """FP16: 10 fraction bits, largest 65504."""
     return x.clamp(-FP16_MAX, FP16_MAX).half().float()
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """``2^exponent`` in float64, exactly, for integers in −1022…1023.
+
+    (``torch.ldexp`` takes the power in the *default* dtype: too small a one overflows.)
+    """
+    return (exponent.to(torch.int64) + _FP64_BIAS << _FP64_FRACTION_BITS).view(torch.float64)
 
 
 def truncate_fraction(x: Tensor, fraction_bits: int) -> Tensor:

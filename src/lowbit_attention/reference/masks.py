@@ -47,8 +47,8 @@ class Masking:
                 finite = x.isfinite() & bias.isfinite()
                 x = torch.where(finite, shifted.clamp(-limit, limit), x + bias)
         if self.causal_offset is not None and keys.stop - 1 > rows.start + self.causal_offset:
-            i = torch.arange(rows.start, rows.stop, device=x.device)[:, None]
-            j = torch.arange(keys.start, keys.stop, device=x.device)
+            i = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=x.device)[:, None]
+            j = torch.arange(keys.start, keys.stop, dtype=torch.int64, device=x.device)
             x = x.masked_fill(j > i + self.causal_offset, -math.inf)
         return x
 

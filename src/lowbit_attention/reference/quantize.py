@@ -12,7 +12,7 @@ from ..granularity import PerChannelAndKeyTile
 from ..machine import Geometry
 from ..recipe import Recipe
 from ..recipe_options import AllTokens, PVFormat
-from .formats import FP32_MAX, round_e4m3, round_e5m2, round_fp16, round_int
+from .formats import FP32_MAX, power_of_two, round_e4m3, round_e5m2, round_fp16, round_int
 from .rotation import rotate
 from .smoothing import sampled, smoothquant_factor, tile_mean, token_mean
 
@@ -94,8 +94,8 @@ def pack(
     if recipe.rotation == "hadamard":
         q, k = rotate(q), rotate(k)
 
-    q_group = recipe.q_granularity.q_group(torch.arange(q.shape[2], device=q.device), geometry)
-    k_group = recipe.k_granularity.k_group(torch.arange(k.shape[2], device=k.device), geometry)
+    q_group = recipe.q_granularity.q_group(torch.arange(q.shape[2], dtype=torch.int64, device=q.device), geometry)
+    k_group = recipe.k_granularity.k_group(torch.arange(k.shape[2], dtype=torch.int64, device=k.device), geometry)
     q_groups = recipe.q_granularity.q_groups(q.shape[2], geometry)
     k_groups = recipe.k_granularity.k_groups(k.shape[2], geometry)
     q_hat, q_scale = quantize_tokens(q, q_group, q_groups, recipe.qk_max)
@@ -168,7 +168,7 @@ def _pack_values(
 def _next_power_of_two(x: Tensor) -> Tensor:
     """The smallest power of two at or above each positive entry."""
     mantissa, exponent = torch.frexp(x)  # x = mantissa · 2^exponent, ½ ≤ mantissa < 1
-    power = torch.ldexp(torch.ones_like(x), exponent - (mantissa == 0.5).to(exponent.dtype))
+    power = power_of_two(exponent - (mantissa == 0.5).to(exponent.dtype)).float()
     return torch.where(x.isfinite(), power, x)
 
 
@@ -194,3 +194,6 @@ _ROUND_FLOAT: dict[PVFormat, Callable[[Tensor], Tensor]] = {
     "fp16": round_fp16,
     "fp32": lambda x: x,
 }
+
+SIGNIFICANT_BITS: dict[PVFormat, int] = {"e4m3": 4, "e5m2": 3, "int8": 7, "u8": 8, "fp16": 11, "fp32": 24}
+"""Of the largest number of P's and V's format."""

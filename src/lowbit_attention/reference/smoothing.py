@@ -25,7 +25,7 @@ def sampled(valid: Tensor | None, sample: TokenSample, like: Tensor) -> Tensor |
     usable = torch.ones(batch, heads, length, dtype=torch.bool, device=like.device) if valid is None else valid
     rank = usable.cumsum(dim=-1)
     total = rank[..., -1:] if length else rank.new_zeros(batch, heads, 1)
-    steps = torch.arange(sample.count, device=like.device)
+    steps = torch.arange(sample.count, dtype=torch.int64, device=like.device)
     wanted = ((2 * steps + 1) * total) // (2 * sample.count)  # ⌊(i + ½) · n / count⌋, a rank among the usable
     token = torch.searchsorted(rank, (wanted + 1).clamp(max=total))
     chosen = torch.zeros_like(usable)

@@ -15,7 +15,7 @@ from ..machine import Machine, parabola_keys
 from ..recipe import Recipe
 from ..recipe_options import RestartedMax, TileMax
 from .accumulate import E4M3_MIN_EXPONENT, FP16_MIN_EXPONENT, accumulate, round_to_accumulator
-from .quantize import round_probabilities
+from .quantize import SIGNIFICANT_BITS, round_probabilities
 
 
 def by_parabola(recipe: Recipe, machine: Machine, head_dim: int) -> bool:
@@ -81,7 +81,7 @@ class OnlineSoftmax:
         log2_p_max = math.log2(self.recipe.p_max)
         p = _exp2(x - m + log2_p_max)
         if scores is not None:
-            keys = parabola_keys(torch.arange(x.shape[-1], device=x.device))
+            keys = parabola_keys(torch.arange(x.shape[-1], dtype=torch.int64, device=x.device))
             s, factor = (of[..., keys] for of in scores)
             p[..., keys] = power_by_parabola(_exponent(x[..., keys], s, factor, log2_p_max - m))
         return p
@@ -100,6 +100,7 @@ class OnlineSoftmax:
             self.machine.accumulators,
             self.machine.fidelity,
             E4M3_MIN_EXPONENT if self.recipe.pv_format == "e4m3" else FP16_MIN_EXPONENT,
+            SIGNIFICANT_BITS[self.recipe.pv_format],
         )
 
     def promote(self, rows: slice, scale: Tensor | None = None) -> None:

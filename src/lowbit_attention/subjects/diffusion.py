@@ -99,7 +99,9 @@ class DiffusionTransformer(nn.Module):
         x = self.patches(x)
         c = F.silu(self.time(_waves(t)) + self.label(label))
         condition = self.condition(c).view(batch, 6, config.dim)
-        line = rope.angles(torch.arange(side, device=x.device), config.head_dim // 2, config.rope_base)
+        line = rope.angles(
+            torch.arange(side, dtype=torch.int64, device=x.device), config.head_dim // 2, config.rope_base
+        )
         angle = torch.cat((line.repeat_interleave(side, dim=0), line.repeat(side, 1)), dim=1)
         for block in self.blocks:
             x = block(x, condition, angle)
@@ -132,7 +134,7 @@ def sample(model: nn.Module, noise: Tensor, label: Tensor, steps: int = 25) -> T
     """
     x = noise
     for step in range(steps):
-        t = torch.full((x.shape[0],), 1 - step / steps, device=x.device)
+        t = torch.full((x.shape[0],), 1 - step / steps, dtype=torch.float32, device=x.device)
         x = x - model(x, t, label) / steps
     return x.clamp(-1, 1)
 
@@ -140,4 +142,8 @@ def sample(model: nn.Module, noise: Tensor, label: Tensor, steps: int = 25) -> T
 def noise_of(seeds: list[int], config: DiffusionConfig) -> Tensor:
     """Gaussian noise ``[len(seeds), 3, S, S]``, each picture's from its own seed, the same on every device."""
     shape = (3, config.size, config.size)
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return torch.stack([_normal(shape, seed) for seed in seeds])
+
+
+def _normal(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32, device="cpu")

@@ -53,7 +53,7 @@ class DiffusionSubject(Subject):
     def _sample(self, seeds: list[int], restart: Restart) -> Tensor:
         restart()
         config = self.model.config
-        label = torch.tensor([seed % config.classes for seed in seeds], device=self._device)
+        label = torch.tensor([seed % config.classes for seed in seeds], dtype=torch.int64, device=self._device)
         return sample(self.model, noise_of(seeds, config).to(self._device), label, self._steps)
 
     def calibrate(self, number: int, restart: Restart) -> Tensor:

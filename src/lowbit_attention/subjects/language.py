@@ -82,7 +82,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """``tokens`` int64 ``[B, N]`` to logits ``[B, N, 256]``."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = torch.arange(tokens.shape[1], dtype=torch.int64, device=tokens.device)
         angle = rope.angles(positions, self.config.head_dim, self.config.rope_base)
         x = self.embedding(tokens)
         for block in self.blocks:

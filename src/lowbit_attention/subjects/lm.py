@@ -66,7 +66,8 @@ class LanguageSubject(Subject):
         """Log-probabilities ``[calibration_windows, N, 256]`` of training text."""
         restart()
         first = number * self._calibration_windows
-        chosen = torch.arange(first, first + self._calibration_windows) % len(self._calibration)
+        chosen = torch.arange(first, first + self._calibration_windows, dtype=torch.int64, device="cpu")
+        chosen %= len(self._calibration)
         return self._log_probabilities(self._calibration[chosen])
 
     def distance(self, exact: Tensor, other: Tensor) -> float:
@@ -90,7 +91,7 @@ class LanguageSubject(Subject):
         return {"bits": bits.mean(dim=1), "accuracy": hits.mean(dim=1), "kl": 1000 * kl}
 
 
-_LN2 = float(torch.log(torch.tensor(2.0, dtype=torch.float64)))
+_LN2 = float(torch.log(torch.tensor(2.0, dtype=torch.float64, device="cpu")))
 
 
 def _kl(exact: Tensor, other: Tensor) -> Tensor:

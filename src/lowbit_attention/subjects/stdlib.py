@@ -80,6 +80,7 @@ def windows(text: Tensor, count: int, length: int, seed: int) -> Tensor:
     fit = (len(text) - 1) // length
     if count > fit:
         raise InvalidArgumentError(f"{len(text)} bytes hold {fit} windows of {length}, not {count}")
-    chosen = torch.randperm(fit, generator=torch.Generator().manual_seed(seed))[:count]
-    at = chosen.sort().values[:, None] * length + torch.arange(length + 1)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    chosen = torch.randperm(fit, generator=generator, dtype=torch.int64, device="cpu")[:count]
+    at = chosen.sort().values[:, None] * length + torch.arange(length + 1, dtype=torch.int64, device="cpu")
     return text[at].long()

@@ -1,0 +1,36 @@
+"""S1, S2, S15, T6: each door as the first call of a process whose defaults are hostile; a process each (see there)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hostile_defaults
+import pytest
+
+import lowbit_attention
+from lowbit_attention.integrations.call_report import CallKind, CallReport
+
+SCRIPT = Path(hostile_defaults.__file__)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("default", hostile_defaults.DEFAULTS)
+def test_every_door_first(default):
+    source = str(Path(lowbit_attention.__file__).parent.parent)
+    path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), default], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, f"{run.stdout}\n{run.stderr[-2000:]}"
+
+
+def test_t6_a_report_made_under_a_meta_device_counts():
+    import torch
+
+    with torch.device("meta"):
+        report = CallReport()
+        counter = report.traced(CallKind("torch", "-", "why"))
+    counter.add_(2)
+    assert report.calls == 2
