@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
-from rich.console import Console, RenderableType
-from rich.markup import escape
-from rich.text import Text
+if TYPE_CHECKING:  # (rich is imported when something is shown: most processes show nothing)
+    from rich.console import Console, RenderableType
+    from rich.text import Text
 
 _WIDTH = 120
 """Columns of what `rendered` makes, which may go to a file: wide enough for a sentence in a table's last column."""
@@ -39,11 +39,15 @@ def console(stderr: bool = False) -> Console:
 
     Markup is read in what is printed: pass text from outside through `plain`.
     """
+    from rich.console import Console
+
     return Console(file=cast("IO[str]", _Stream(stderr)), emoji=False)
 
 
 def rendered(renderable: RenderableType, width: int = _WIDTH) -> str:
     """What a table or other renderable looks like as text without colours, in characters that stdout can take."""
+    from rich.console import Console
+
     file = _Buffer(_encoding(sys.stdout))
     Console(file=file, width=width, color_system=None, force_terminal=False, force_jupyter=False, emoji=False).print(
         renderable
@@ -59,6 +63,8 @@ def plain(text: object, lines: bool = False) -> str:
     >>> plain("x[/red].q and \\x1b[2J")
     'x\\\\[/red].q and \\\\x1b[2J'
     """
+    from rich.markup import escape
+
     shown = visible(text, lines)
     head = shown.rstrip("\\")
     # backslashes at the end would escape what follows; before a tag each pair stands for one, so a tag follows
@@ -68,6 +74,8 @@ def plain(text: object, lines: bool = False) -> str:
 
 def as_text(text: object, lines: bool = False) -> Text:
     """As `plain`, for a place that takes a renderable: a table's cell, say."""
+    from rich.text import Text
+
     return Text(visible(text, lines))
 
 
