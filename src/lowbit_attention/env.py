@@ -25,7 +25,11 @@ def cache_dir() -> Path:
     chosen = os.environ.get(CACHE_DIR_VARIABLE)
     if chosen:
         return _absolute(chosen, CACHE_DIR_VARIABLE)
-    return _absolute(platformdirs.user_cache_dir("lowbit-attention", appauthor=False), "the user's cache folder")
+    try:
+        default = platformdirs.user_cache_dir("lowbit-attention", appauthor=False)
+    except RuntimeError:  # newer versions say so, older ones leave the ~
+        default = "~"
+    return _absolute(default, "the user's cache folder")
 
 
 def readonly_cache_dirs() -> tuple[Path, ...]:
@@ -48,7 +52,8 @@ def _resolved(text: str, said_by: str, home: str | None) -> Path:
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
         raise InvalidArgumentError(
-            f"{said_by} is {text}, and there is no such home folder: set {CACHE_DIR_VARIABLE} to a folder of this user"
+            f"{said_by} is below {text}, and there is no such home folder: "
+            f"set {CACHE_DIR_VARIABLE} to a folder of this user"
         )
     try:
         return Path(os.path.abspath(expanded))

@@ -19,7 +19,7 @@ from ..env import cache_dir
 from ..errors import InvalidArgumentError
 from . import entry
 from .compiler import SCHEMA, Compiled
-from .folder import WAY_OUT, UnusableFolderError, own_folder
+from .folder import WAY_OUT, UnusableFolderError, is_own_alone, own_folder
 from .sweep import sweep
 
 _log = logging.getLogger("lowbit_attention")
@@ -32,14 +32,14 @@ GENERATION = f"kernels-{SCHEMA}"
 class OwnStore:
     """Entries below ``folder`` (the user's cache folder if ``None``), made for this user alone.
 
-    The folder is made and looked at when it is first needed, and once. Where it cannot be used nothing is kept, and one
-    line of the log says why.
+    The folder is made and looked at when it is first needed. Where it cannot be used nothing is kept, and one line of
+    the log says why.
     """
 
     def __init__(self, folder: Path | None = None, lock_seconds: float = LOCK_SECONDS, tells: bool = True) -> None:
         self._patience = lock_seconds
         self._guard = threading.Lock()
-        self._checked = self._swept = False
+        self._swept = False
         self._told = not tells
         self._real: Path | None = None
         self.problem: str | None = None
@@ -48,7 +48,7 @@ class OwnStore:
         try:
             self.folder = Path(os.path.abspath(folder)) if folder is not None else cache_dir() / GENERATION
         except (InvalidArgumentError, OSError) as error:
-            self.problem, self._checked = str(error), True
+            self.problem = str(error)
 
     def usable(self) -> Path | None:
         """The folder, made and found safe; ``None`` (and a line in the log, once) where it cannot be used."""
@@ -59,12 +59,14 @@ class OwnStore:
 
     def _look(self) -> None:
         with self._guard:
-            if not self._checked and self.folder is not None:
+            if self._real is not None and is_own_alone(self._real):
+                return  # (it may be gone meanwhile, and made anew by whoever wanted a lock in it)
+            if self.problem is None and self.folder is not None:
+                self._real = None
                 try:
                     self._real = own_folder(self.folder)
                 except UnusableFolderError as error:
                     self.problem = str(error)
-                self._checked = True
 
     def find(self, key: str) -> Compiled | None:
         """The entry of this key, if there is one."""
