@@ -59,7 +59,7 @@ class KernelUnavailableError(LowbitError):
 
     def __init__(self, reason: str, way_out: str = "", details: str = "") -> None:
         self.reason, self.way_out, self.details = reason, way_out, details
-        super().__init__(reason, way_out, details)
+        Exception.__init__(self, reason, way_out, details)  # (not what else a subclass is, an ImportError say)
 
     def __str__(self) -> str:
         first = f"{self.reason}: {self.way_out}" if self.way_out else self.reason
