@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,16 +22,38 @@ _WAY_OUT = 'pip install "lowbit-attention[cuda13]" (or cuda12, for an older driv
 _REPAIR = (
     'pip install --force-reinstall "lowbit-attention[cuda13]" (or cuda12); `lowbit doctor` tells whether it works then'
 )
-_importing = threading.Lock()
+_FORK_SECONDS = 10.0
+"""How long a fork waits for another thread that is importing: several times what the packages take."""
+_importing = threading.RLock()
+_forking = threading.local()
 
 
-def _renew_lock() -> None:
+@contextlib.contextmanager
+def no_fork_meanwhile() -> Iterator[None]:
+    """Threads that come together wait for each other, and a fork waits, too.
+
+    A child forked while a thread imports has the half of a module for ever, and locks that nobody releases.
+    """
+    with _importing:
+        yield
+
+
+def _before_fork() -> None:
+    _forking.waited = _importing.acquire(timeout=_FORK_SECONDS)  # (not for ever: whom it waits for may wait for us)
+
+
+def _after_fork_in_parent() -> None:
+    if _forking.waited:
+        _importing.release()
+
+
+def _after_fork_in_child() -> None:
     global _importing
-    _importing = threading.Lock()
+    _importing = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)  # (another thread may have held it: no one is left to release it)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 
 class CompilerMissingError(KernelUnavailableError, MissingExtraError):
@@ -52,7 +75,7 @@ def import_bindings(name: str) -> Any:
         CompilerMissingError: it is not installed.
         CompilerBrokenError: it is, and cannot be imported.
     """
-    with _importing:
+    with no_fork_meanwhile():
         if name not in sys.modules and (shadow := _shadow()):
             raise CompilerBrokenError(*shadow)  # (and the stranger is not run)
         try:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from ..errors import InvalidArgumentError, KernelUnavailableError
-from .bindings import broken, import_bindings, installed_nvrtc, one_line
+from .bindings import broken, import_bindings, installed_nvrtc, no_fork_meanwhile, one_line
 from .source import Source
 
 SCHEMA = 2
@@ -24,6 +26,22 @@ _CACHES = (12, 9)
 """Older compilers know neither a cache of their own nor the option that turns it off."""
 
 _ARCH = re.compile(r"sm_\d{2,3}[af]?")
+
+
+_running: set[int] = set()
+"""Threads that NVRTC compiles for."""
+_forked_meanwhile = False
+
+
+def _after_fork_in_child() -> None:
+    """NVRTC has locks of its own: where a thread held one when this process was forked, it would wait for ever."""
+    global _forked_meanwhile
+    _forked_meanwhile = _forked_meanwhile or bool(_running)
+    _running.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class CompileError(KernelUnavailableError):
@@ -80,7 +98,8 @@ def nvrtc_version() -> tuple[int, int]:
     """
     nvrtc = import_bindings("cuda.bindings.nvrtc")
     try:
-        result, major, minor = nvrtc.nvrtcVersion()  # the first call loads the library
+        with no_fork_meanwhile():
+            result, major, minor = nvrtc.nvrtcVersion()  # the first call loads the library
     except Exception as error:
         raise broken("NVRTC's library cannot be loaded", error) from None
     if int(result) != 0:
@@ -125,6 +144,10 @@ def compile_source(source: Source, options: Options) -> Compiled:
         CompilerMissingError: the run-time compiler is not installed.
         CompilerBrokenError: it is, and does not work.
     """
+    if _forked_meanwhile:
+        from .fresh import compile_elsewhere
+
+        return compile_elsewhere(source, options)
     core = _core()
     if nvrtc_version() < MIN_NVRTC:
         raise CompileError(
@@ -142,6 +165,7 @@ def compile_source(source: Source, options: Options) -> Compiled:
         # NVRTC's own cache, where there is a driver, gives the code without that report; older ones have none
         "no_cache": True if nvrtc_version() >= _CACHES else None,
     }
+    _running.add(threading.get_ident())
     try:
         program = core.Program(source.text, "c++", core.ProgramOptions(**program_options))
         cubin = bytes(program.compile("cubin", logs=log).code)
@@ -151,6 +175,8 @@ def compile_source(source: Source, options: Options) -> Compiled:
             "`lowbit doctor` tells whether the compiler works here",
             f"{error}\n{log.getvalue()}".replace("\0", "").strip(),
         ) from None
+    finally:
+        _running.discard(threading.get_ident())
     resources, remarks = read_report(log.getvalue().replace("\0", ""))  # (NVRTC ends its texts as C does)
     return Compiled(cubin, resources, remarks)
 

@@ -5,13 +5,16 @@ Of its own, since a damaged library may end the process that loads it. The progr
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 
 from ..errors import KernelUnavailableError
+from .bindings import CompilerMissingError
+from .compiler import Options, compile_source, nvrtc_version
+from .fresh import run_fresh
+from .source import Source
 
 _FOUR_LINES = """extern "C" __global__ void add(float* x, int n) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -38,13 +41,8 @@ class Trial:
 
 def try_compiler() -> Trial:
     """Load NVRTC and compile four lines, in a process that sees the same packages and the current folder."""
-    program = "from lowbit_attention.jit.probe import main; main()"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            capture_output=True, timeout=_SECONDS, env=environment, check=False, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        done = run_fresh("from lowbit_attention.jit.probe import main; main()", _SECONDS)
     except subprocess.TimeoutExpired:
         return Trial(False, False, f"the run-time compiler hangs: nothing came of it in {_SECONDS:g} s")
     except (OSError, ValueError, TypeError) as error:  # (TypeError: an interpreter that has no path)
@@ -59,10 +57,6 @@ def try_compiler() -> Trial:
 
 def main() -> None:
     """The program of the process: a kind and a line between marks, which whatever else is printed lacks."""
-    from .bindings import CompilerMissingError
-    from .compiler import Options, compile_source, nvrtc_version
-    from .source import Source
-
     try:
         compile_source(Source("four_lines.cu", _FOUR_LINES), Options.of(_ARCH))
         version = ".".join(map(str, nvrtc_version()))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from lowbit_attention.jit import bindings, compiler, fresh
 from lowbit_attention.jit import cache as cache_module
 from lowbit_attention.jit import store as store_module
 from lowbit_attention.jit import sweep as sweep_module
@@ -287,6 +288,56 @@ def test_a_child_forked_while_a_thread_compiles_compiles_itself(tmp_path, monkey
     go_on.set()
     thread.join(30)
     assert not thread.is_alive()
+
+
+@needs_fork
+def test_a_fork_waits_for_a_thread_that_imports(monkeypatch):
+    """T4: else the child has the half of a module for ever."""
+    inside, events = threading.Event(), []
+
+    def load():
+        with bindings.no_fork_meanwhile():
+            inside.set()
+            time.sleep(0.3)
+            events.append("imported")
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    assert inside.wait(30)
+
+    def child():
+        with bindings.no_fork_meanwhile():
+            return events
+
+    assert in_child(child, seconds=20) == "['imported']"
+    thread.join(30)
+    monkeypatch.setattr(bindings, "_FORK_SECONDS", 0.1)
+    inside.clear()
+    threading.Thread(target=load).start()
+    assert inside.wait(30)
+    assert in_child(child, seconds=20) == "['imported']"  # (not for ever: it went on without the second)
+
+
+@needs_fork
+@pytest.mark.parametrize("text", ['extern "C" __global__ void f() {}\n', "this is no CUDA"])
+def test_a_child_forked_while_nvrtc_compiles_has_it_done_elsewhere(monkeypatch, tmp_path, text):
+    """T4: NVRTC's own locks are held in the child for ever."""
+    root = Path(cache_module.__file__).resolve().parents[1]
+    light = (  # (the package's root would import torch, which takes seconds and is not needed)
+        "import sys, types; root = types.ModuleType('lowbit_attention'); sys.modules['lowbit_attention'] = root\n"
+        f"root.__path__ = [{str(root)!r}]\n"
+    )
+    run = fresh.run_fresh
+    monkeypatch.setattr(fresh, "run_fresh", lambda program, *more: run(light + program, *more))
+    monkeypatch.setattr(compiler, "_core", lambda: pytest.fail("it compiled itself"))
+    compiler._running.add(1)  # as another thread has it meanwhile
+    try:
+        source = Source("f.cu", text)
+        found = in_child(lambda: KernelCache(tmp_path / "kernels").get(source, OPTIONS), seconds=100)
+    finally:
+        compiler._running.discard(1)
+    assert ("Resources(registers=" if "extern" in text else "CompileError: f.cu does not compile for sm_89") in found
+    assert not compiler._forked_meanwhile
 
 
 def aged(path, days):

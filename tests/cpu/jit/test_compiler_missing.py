@@ -298,11 +298,9 @@ def test_the_compiler_here_works():
     ],
 )
 def test_a_process_that_gives_no_answer_is_told(monkeypatch, program, words):
-    real = subprocess.run
+    real = probe.run_fresh
     monkeypatch.setattr(probe, "_SECONDS", 2.0)
-    monkeypatch.setattr(
-        probe.subprocess, "run", lambda args, **options: real([args[0], "-S", "-c", program], **options)
-    )
+    monkeypatch.setattr(probe, "run_fresh", lambda asked, seconds: real(program, seconds))
     trial = probe.try_compiler()
     assert not trial.works
     assert not trial.missing
