@@ -17,7 +17,7 @@ import torch
 from ._version import __version__
 from .env import readonly_cache_dirs
 from .errors import InvalidArgumentError
-from .jit.bindings import installed_nvrtc
+from .jit.bindings import installed_nvrtc, one_line
 from .jit.compiler import MIN_NVRTC
 from .jit.probe import Trial, try_compiler
 from .jit.store import GENERATION, OwnStore
@@ -74,14 +74,14 @@ class Report:
 
 def examine() -> Report:
     """Look at this machine; four lines are compiled, and the cache folder is made and written to. No GPU is used."""
-    gpus = tuple(_gpus())
+    gpus, gpu_problems = _gpus()
     driver, driver_cuda = _driver()
     nvrtc = installed_nvrtc()
     trial = try_compiler()
     store = OwnStore()
     unwritable = store.try_to_write()
     shared, shared_problems = _shared()
-    problems = nvrtc_problems(nvrtc, driver_cuda)
+    problems = gpu_problems + nvrtc_problems(nvrtc, driver_cuda)
     if is_problem(trial, nvrtc):
         problems.append(trial.text)
     if unwritable is not None:
@@ -145,7 +145,7 @@ def nvrtc_problems(nvrtc: dict[str, str], driver_cuda: str | None) -> list[str]:
         ]
     problems = []
     for name, version in nvrtc.items():
-        numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+        numbers = tuple(int(n) for n in re.findall(r"\d{1,6}", version)[:2]) or (0,)
         if numbers >= MIN_NVRTC and numbers[0] <= major:
             return []  # one that fits is enough
         if numbers[0] > major:
@@ -176,18 +176,20 @@ def _versions() -> dict[str, str]:
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:
+    except (metadata.PackageNotFoundError, KeyError):  # (KeyError: metadata without a version)
         return None
 
 
-def _gpus() -> list[Gpu]:
-    if not torch.cuda.is_available():
-        return []
-    found = []
-    for index in range(torch.cuda.device_count()):
-        p = torch.cuda.get_device_properties(index)
-        found.append(Gpu(index, p.name, f"{p.major}.{p.minor}", round(p.total_memory / 2**30, 1)))
-    return found
+def _gpus() -> tuple[tuple[Gpu, ...], list[str]]:
+    """The GPUs, and what is wrong if torch cannot tell."""
+    found: list[Gpu] = []
+    try:
+        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            p = torch.cuda.get_device_properties(index)
+            found.append(Gpu(index, p.name, f"{p.major}.{p.minor}", round(p.total_memory / 2**30, 1)))
+    except Exception as error:  # a driver that is updated underneath, say; torch raises several kinds
+        return tuple(found), [f"PyTorch cannot use GPU {len(found)} ({one_line(error)}): does nvidia-smi show it?"]
+    return tuple(found), []
 
 
 def _driver() -> tuple[str | None, str | None]:
@@ -196,10 +198,11 @@ def _driver() -> tuple[str | None, str | None]:
     if program is None:
         return None, None
     try:
-        text = subprocess.run([program], capture_output=True, text=True, timeout=20, check=True).stdout
+        output = subprocess.run([program], capture_output=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None, None
-    driver, cuda = re.search(r"Driver Version:\s*([\d.]+)", text), re.search(r"CUDA Version:\s*([\d.]+)", text)
+    text, version = output.decode("utf-8", "replace"), r" Version:\s*(\d{1,6}(?:\.\d{1,6}){1,3})"  # (or "N/A")
+    driver, cuda = re.search("Driver" + version, text), re.search("CUDA" + version, text)
     return driver and driver[1], cuda and cuda[1]
 
 

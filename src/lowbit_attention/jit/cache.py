@@ -7,6 +7,7 @@ Who may put entries where: docs/cache.md.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -92,13 +93,16 @@ class KernelCache:
     def get_all(self, jobs: Iterable[tuple[Source, Options]], workers: int | None = None) -> list[Compiled]:
         """`get` for several, side by side (NVRTC runs outside Python's lock); as many at once as there are cores."""
         jobs = list(jobs)
-        for source, options in jobs:  # (here: in the threads no stream is being captured)
-            if cache_key(source, options) not in self._memory:
-                _refuse_during_capture(source, options)
+        missing = [job for job in jobs if cache_key(job[0], job[1]) not in self._memory]
+        for source, options in missing:  # (here: in the threads no stream is being captured)
+            _refuse_during_capture(source, options)
         made: list[Source] = []
         began = time.perf_counter()
-        with ThreadPoolExecutor(max_workers=workers or os.cpu_count()) as pool:
-            found = list(pool.map(lambda job: self._get(job[0], job[1], made), jobs))
+        if len(missing) > 1:
+            # RuntimeError: no thread can be started, at the interpreter's exit say; then one after the other
+            with contextlib.suppress(RuntimeError), ThreadPoolExecutor(max_workers=workers or os.cpu_count()) as pool:
+                list(pool.map(lambda job: self._get(job[0], job[1], made), missing))
+        found = [self._get(source, options, made) for source, options in jobs]
         _say(made, time.perf_counter() - began)
         return found
 
