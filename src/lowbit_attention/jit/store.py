@@ -118,7 +118,10 @@ class OwnStore:
         if folder is None:
             return None
         try:
-            lock = FileLock(folder / f"{key}.lock")
+            path = folder / f"{key}.lock"
+            if path.is_symlink():  # (older filelocks follow it, and empty what it leads to)
+                path.unlink()
+            lock = FileLock(path)
             lock.acquire(timeout=self._patience)
             return lock
         except Timeout:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,23 @@ def forged(header: Any, key: str = KEY) -> Callable[[Path], object]:
         path.write_bytes(b"lowbit-kernel 2\n" + hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
     return damage
+
+
+def lock_that_is(make: Callable[[Path], object]) -> Act:
+    """Whether a kernel is compiled and kept at once where this lies in place of its lock; and what else changed."""
+
+    def act(folder: Path) -> tuple[bool, str]:
+        precious = folder / "precious"
+        precious.write_text("stays")
+        own = OwnStore(folder / "kernels", lock_seconds=20)
+        own.keep(OTHER_KEY, {}, KERNEL)
+        make(folder / "kernels" / f"{KEY}.lock")
+        began = time.monotonic()
+        with own.one_process_at_a_time(KEY, "f.cu"):
+            own.keep(KEY, {}, KERNEL)
+        return own.find(KEY) == KERNEL and time.monotonic() - began < 10, precious.read_text()
+
+    return act
 
 
 def another_key(path: Path) -> None:
@@ -285,6 +303,9 @@ def readonly_names(folder: Path, *names: str) -> list[str]:
 
 SITUATIONS = [
     *(Situation(case, what, entry_after(damage), gives(None)) for case, what, damage in DAMAGE),
+    Situation("T15+", "a lock that is a folder", lock_that_is(Path.mkdir), gives((True, "stays"))),
+    Situation("T15+", "a lock that is a link", lock_that_is(lambda p: p.symlink_to(p.parent.parent / "precious")),
+              gives((True, "stays"))),
     Situation("T15+", "an entry that nothing happened to", entry_after(lambda p: None), gives(KERNEL)),
     Situation("T17", "~nosuchuser", lambda f: own_store("~nosuchuser/x"), holds(memory_only("~nosuchuser"))),
     Situation("T17", "a file as folder", lambda f: own_store(a_file(f)), holds(memory_only("is not a folder"))),
@@ -327,6 +348,7 @@ SITUATIONS = [
 ]  # fmt: skip
 if POSIX:
     SITUATIONS += [
+        Situation("T15+", "a lock that is a FIFO", lock_that_is(os.mkfifo), gives((True, "stays"))),
         Situation("T14", "a cache folder that everybody can write", lambda f: own_store(open_to_others(f, 0o777)),
                   holds(memory_only("can be written by other users (mode 777)", "chmod go-w"))),
         Situation("T14+", "a folder above it that a group can write",
