@@ -22,7 +22,7 @@ from lowbit_attention.cuda.instances import MANIFEST
 from lowbit_attention.env import readonly_cache_dirs
 from lowbit_attention.errors import LowbitError
 from lowbit_attention.jit.cache import KernelCache
-from lowbit_attention.jit.compiler import Compiled, Resources
+from lowbit_attention.jit.compiler import Compiled, Resources, cache_key
 from lowbit_attention.jit.export import ExportFolder
 from lowbit_attention.jit.probe import Trial
 from lowbit_attention.jit.store import OwnStore, find_shared, write
@@ -295,6 +295,30 @@ def modes(folder: Path) -> set[str]:
     return {f"{'d' if p.is_dir() else '-'}{p.stat().st_mode & 0o777:o}" for p in (folder / "shared").rglob("*")}
 
 
+def run_warmup(chosen: str, *arguments: str) -> str:
+    """What ``lowbit warmup`` prints for one kernel, compiled in play, with this cache folder."""
+    one = ["--arch", "sm_90a", "--recipe", "pack sm_90a HEAD_DIM=64 INPUT_DTYPE=2"]
+    with (
+        environment(LOWBIT_CACHE_DIR=chosen),
+        mock.patch("lowbit_attention.jit.cache.compile_source", return_value=KERNEL),
+        mock.patch("lowbit_attention.cli.warmup.cache", KernelCache),
+    ):
+        result = CliRunner().invoke(app, ["warmup", *one, *arguments])
+    if result.exception is not None:
+        raise result.exception
+    return result.output
+
+
+def shared_by_command(folder: Path) -> tuple[bool, bool, list[str]]:
+    """``warmup --to`` a folder whose name is markup: what it prints, whether it is found, what the own cache has."""
+    output = run_warmup(str(folder / "own"), "--to", str(folder / "[/z] y"))
+    instance = next(i for i in MANIFEST if str(i).startswith("pack sm_90a HEAD_DIM=64 INPUT_DTYPE=2"))
+    key = cache_key(instance.source(), instance.options())
+    said = f"use them with: export LOWBIT_CACHE_READONLY='{folder}/[/z] y'" in output.splitlines()
+    found = find_shared([folder / "[/z] y"], key) == KERNEL
+    return said, found, [path.name for path in (folder / "own").rglob("*.bin")]
+
+
 def readonly_names(folder: Path, *names: str) -> list[str]:
     """The folders that LOWBIT_CACHE_READONLY names, below ``folder``."""
     with environment(LOWBIT_CACHE_READONLY=os.pathsep.join(str(folder / n) if n else "" for n in names)):
@@ -343,6 +367,9 @@ SITUATIONS = [
     Situation("T16+", "several shared folders, and empty names", lambda f: readonly_names(f, "a", "", "b"),
               gives(["a", "b"])),
     Situation("T16+", "a shared folder of nobody", nobodys, gives(())),
+    Situation("T16", "warmup --to, and what it prints", shared_by_command, gives((True, True, []))),
+    Situation("T16+", "warmup where nothing can be kept", lambda f: run_warmup(a_file(f)),
+              refused(LowbitError, "cannot be kept", "is not a folder", "LOWBIT_CACHE_DIR")),
     Situation("T16+", "warmup --to a file", lambda f: ExportFolder(Path(a_file(f))),
               refused(LowbitError, "cannot be written", "choose another folder")),
 ]  # fmt: skip
