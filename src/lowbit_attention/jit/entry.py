@@ -21,7 +21,7 @@ from .folder import HAS_OWNERS
 
 _MAGIC = b"lowbit-kernel 2\n"
 LARGEST = 64 * 2**20
-"""Bytes of an entry; the largest kernel has 0.5 MB."""
+"""Bytes of an entry; the largest kernel has 0.4 MB."""
 _LARGEST_HEADER = 2**20
 _A_DAY = 86400.0
 _READ = (
