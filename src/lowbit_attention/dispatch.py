@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .budget import outside_reasons
+from .console import fitting
 from .errors import UnsupportedError
 from .implementations import Emulation, Implementation, Output, TiledExact, TorchSDPA
 from .recipe import Recipe
@@ -68,7 +69,7 @@ class Explanation:
         for verdict in self.verdicts:
             mark = "+" if verdict.chosen else "-"
             lines.append(f"  {mark} {verdict.implementation} [{verdict.recipe}]: " + "; ".join(verdict.reasons))
-        return "\n".join(lines)
+        return fitting("\n".join(lines))
 
 
 def choose(request: Request) -> Choice:

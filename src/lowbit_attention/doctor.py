@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass
@@ -14,8 +15,12 @@ from typing import Any
 import torch
 
 from ._version import __version__
-from .env import cache_dir
-from .jit.compiler import MIN_NVRTC, installed_nvrtc
+from .env import readonly_cache_dirs
+from .errors import InvalidArgumentError
+from .jit.bindings import installed_nvrtc, one_line
+from .jit.compiler import MIN_NVRTC
+from .jit.probe import Trial, try_compiler
+from .jit.store import GENERATION, OwnStore
 from .recipes import RECIPES
 from .registry import IMPLEMENTATIONS
 from .request import Request, device_name
@@ -43,15 +48,22 @@ class Ability:
 
 @dataclass(frozen=True)
 class Report:
-    """The findings; ``problems`` are sentences that say what to do."""
+    """The findings; ``problems`` are sentences that say what to do.
+
+    ``compiles``: whether four lines were compiled, and ``compiler`` what came of that; ``shared`` says of each folder
+    of ``LOWBIT_CACHE_READONLY`` what it holds.
+    """
 
     versions: dict[str, str]
     gpus: tuple[Gpu, ...]
     driver: str | None
     driver_cuda: str | None
     nvrtc: dict[str, str]
+    compiles: bool
+    compiler: str
     cache: str
     cache_writable: bool
+    shared: dict[str, str]
     problems: tuple[str, ...]
     abilities: tuple[Ability, ...]
 
@@ -61,18 +73,20 @@ class Report:
 
 
 def examine() -> Report:
-    """Look at this machine. Nothing is compiled, allocated on a GPU, or written."""
-    gpus = tuple(_gpus())
+    """Look at this machine; four lines are compiled, and the cache folder is made and written to. No GPU is used."""
+    gpus, gpu_problems = _gpus()
     driver, driver_cuda = _driver()
     nvrtc = installed_nvrtc()
-    folder = cache_dir()
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    writable = os.access(existing, os.W_OK)
-    problems = nvrtc_problems(nvrtc, driver_cuda)
-    if not writable:
-        problems.append(f"the cache folder {folder} is not writable: set LOWBIT_CACHE_DIR to one that is")
+    trial = try_compiler()
+    store = OwnStore()
+    unwritable = store.try_to_write()
+    shared, shared_problems = _shared()
+    problems = gpu_problems + nvrtc_problems(nvrtc, driver_cuda)
+    if is_problem(trial, nvrtc):
+        problems.append(trial.text)
+    if unwritable is not None:
+        problems.append(f"compiled kernels cannot be kept: {unwritable}")
+    problems += shared_problems
     if driver is not None and torch.version.cuda is None:
         problems.append("there is an NVIDIA driver, but this PyTorch is built without CUDA: install one with it")
     return Report(
@@ -81,11 +95,40 @@ def examine() -> Report:
         driver=driver,
         driver_cuda=driver_cuda,
         nvrtc=nvrtc,
-        cache=str(folder),
-        cache_writable=writable,
+        compiles=trial.works,
+        compiler=trial.text,
+        cache=str(store.folder or "none"),
+        cache_writable=unwritable is None,
+        shared=shared,
         problems=tuple(problems),
         abilities=tuple(_abilities(gpus)),
     )
+
+
+def is_problem(trial: Trial, nvrtc: dict[str, str]) -> bool:
+    """Whether a compiler that does not work is one: not where nobody has installed any of it."""
+    return not trial.works and not (trial.missing and not nvrtc)
+
+
+def _shared() -> tuple[dict[str, str], list[str]]:
+    """What the read-only folders hold, and what is wrong with them."""
+    found, problems = {}, []
+    try:
+        folders = readonly_cache_dirs()
+    except InvalidArgumentError as error:
+        return {}, [str(error)]
+    for folder in folders:
+        try:
+            names = os.listdir(folder / GENERATION)
+        except OSError as error:
+            found[str(folder)] = "nothing that can be read"
+            problems.append(
+                f"LOWBIT_CACHE_READONLY names {folder}, which holds no kernels for this version "
+                f"({folder / GENERATION}: {error.strerror}): lowbit warmup --to {shlex.quote(str(folder))}"
+            )
+        else:
+            found[str(folder)] = f"{sum(name.endswith('.bin') for name in names)} kernels"
+    return found, problems
 
 
 def nvrtc_problems(nvrtc: dict[str, str], driver_cuda: str | None) -> list[str]:
@@ -102,7 +145,7 @@ def nvrtc_problems(nvrtc: dict[str, str], driver_cuda: str | None) -> list[str]:
         ]
     problems = []
     for name, version in nvrtc.items():
-        numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+        numbers = tuple(int(n) for n in re.findall(r"\d{1,6}", version)[:2]) or (0,)
         if numbers >= MIN_NVRTC and numbers[0] <= major:
             return []  # one that fits is enough
         if numbers[0] > major:
@@ -133,18 +176,20 @@ def _versions() -> dict[str, str]:
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:
+    except (metadata.PackageNotFoundError, KeyError):  # (KeyError: metadata without a version)
         return None
 
 
-def _gpus() -> list[Gpu]:
-    if not torch.cuda.is_available():
-        return []
-    found = []
-    for index in range(torch.cuda.device_count()):
-        p = torch.cuda.get_device_properties(index)
-        found.append(Gpu(index, p.name, f"{p.major}.{p.minor}", round(p.total_memory / 2**30, 1)))
-    return found
+def _gpus() -> tuple[tuple[Gpu, ...], list[str]]:
+    """The GPUs, and what is wrong if torch cannot tell."""
+    found: list[Gpu] = []
+    try:
+        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            p = torch.cuda.get_device_properties(index)
+            found.append(Gpu(index, p.name, f"{p.major}.{p.minor}", round(p.total_memory / 2**30, 1)))
+    except Exception as error:  # a driver that is updated underneath, say; torch raises several kinds
+        return tuple(found), [f"PyTorch cannot use GPU {len(found)} ({one_line(error)}): does nvidia-smi show it?"]
+    return tuple(found), []
 
 
 def _driver() -> tuple[str | None, str | None]:
@@ -153,10 +198,11 @@ def _driver() -> tuple[str | None, str | None]:
     if program is None:
         return None, None
     try:
-        text = subprocess.run([program], capture_output=True, text=True, timeout=20, check=True).stdout
+        output = subprocess.run([program], capture_output=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None, None
-    driver, cuda = re.search(r"Driver Version:\s*([\d.]+)", text), re.search(r"CUDA Version:\s*([\d.]+)", text)
+    text, version = output.decode("utf-8", "replace"), r" Version:\s*(\d{1,6}(?:\.\d{1,6}){1,3})"  # (or "N/A")
+    driver, cuda = re.search("Driver" + version, text), re.search("CUDA" + version, text)
     return driver and driver[1], cuda and cuda[1]
 
 

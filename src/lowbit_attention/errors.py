@@ -49,3 +49,18 @@ class MissingExtraError(LowbitError, ImportError):
         super().__init__(
             f'{feature} needs the package {missing!r}, which is not installed: pip install "lowbit-attention[{extra}]"'
         )
+
+
+class KernelUnavailableError(LowbitError):
+    """A kernel cannot be had here: not compiled, not read, not loaded. Other ways to compute the same may be open.
+
+    ``reason`` says why and ``way_out`` what to do about it, each in one line; ``details`` may be a compiler's log.
+    """
+
+    def __init__(self, reason: str, way_out: str = "", details: str = "") -> None:
+        self.reason, self.way_out, self.details = reason, way_out, details
+        Exception.__init__(self, reason, way_out, details)  # (not what else a subclass is, an ImportError say)
+
+    def __str__(self) -> str:
+        first = f"{self.reason}: {self.way_out}" if self.way_out else self.reason
+        return f"{first}\n{self.details}" if self.details else first

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from lowbit_attention import RECIPES, Recipe, budget, recipe
-from lowbit_attention.cuda import hopper, mma, schedule
+from lowbit_attention.cuda import hopper, mma
 from lowbit_attention.cuda.instances import MMA_RECIPES, mma_recipes
 from lowbit_attention.cuda.mma import MMA_KERNEL
 from lowbit_attention.dispatch import AUTO_MIN_LENGTH, explain_request
+from lowbit_attention.jit import bindings
 from lowbit_attention.machine import MACHINES
 from lowbit_attention.request import Request, device_name
 
@@ -79,12 +80,8 @@ def test_the_cpu_is_refused() -> None:
 
 def test_a_missing_compiler_is_told(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     card((8, 9))
-    monkeypatch.setattr(schedule, "find_spec", lambda name: None)
-    schedule.compiler_reasons.cache_clear()
-    try:
-        (reason,) = reasons(RECIPES["sage2_4b"])
-    finally:
-        schedule.compiler_reasons.cache_clear()
+    monkeypatch.setattr(bindings, "find_spec", lambda name: None)
+    (reason,) = reasons(RECIPES["sage2_4b"])
     assert "lowbit-attention[cuda13]" in reason
 
 

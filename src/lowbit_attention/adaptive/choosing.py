@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from ..console import fitting
 from ..errors import InvalidArgumentError
 from .clock import CallKey
 from .costs import CostTable, cost_table
@@ -123,7 +124,7 @@ class Choice:
         if not math.isnan(self.bound):
             away = (self.seconds - self.bound) / self.seconds if self.seconds else 0.0
             lines.append("proved optimal" if self.optimal else f"at most {100 * away:.2g} % slower than the optimum")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return fitting("\n".join([*lines, *(f"note: {note}" for note in self.notes)]))
 
 
 def _ms(seconds: float) -> str:

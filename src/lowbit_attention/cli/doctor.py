@@ -8,8 +8,11 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from ..console import console, plain
 from ..doctor import Report, examine
-from .common import console
+
+NO_COMPILER = "nothing wrong was found; kernels cannot be compiled here"
+"""Said in place of "no problems found" where none of the run-time compiler is installed."""
 
 
 def command(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
@@ -18,23 +21,35 @@ def command(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
     if json:
         typer.echo(json_module.dumps(report.as_dict(), indent=2))
         return
+    screen = console()
     table = Table(title="this machine", title_justify="left", show_header=False)
-    for name, value in report.versions.items():
-        table.add_row(name, value)
-    for gpu in report.gpus or ():
-        table.add_row(f"GPU {gpu.index}", f"{gpu.name}, compute capability {gpu.capability}, {gpu.memory_gib} GiB")
-    if not report.gpus:
-        table.add_row("GPU", "none that PyTorch can use")
-    driver = f"{report.driver} (supports CUDA {report.driver_cuda})" if report.driver else "no NVIDIA driver found"
-    table.add_row("driver", driver)
-    table.add_row("NVRTC", ", ".join(f"{n} {v}" for n, v in report.nvrtc.items()) or "not installed")
-    table.add_row("cache", report.cache + ("" if report.cache_writable else " (not writable)"))
-    console.print(table)
-    console.print(_abilities(report))
+    table.add_column()
+    table.add_column(overflow="fold")
+    for name, value in _machine(report):
+        table.add_row(plain(name), plain(value))
+    screen.print(table)
+    screen.print(_abilities(report))
     for problem in report.problems:
-        console.print(f"[yellow]problem:[/] {problem}")
+        screen.print(f"[yellow]problem:[/] {plain(problem)}", soft_wrap=True)  # (instructions to copy stay whole)
     if not report.problems:
-        console.print("no problems found")
+        screen.print(
+            "no problems found" if report.compiles else plain(f"{NO_COMPILER}: {report.compiler}"), soft_wrap=True
+        )
+
+
+def _machine(report: Report) -> list[tuple[str, str]]:
+    """What is here, by name."""
+    rows = list(report.versions.items())
+    for gpu in report.gpus:
+        rows.append((f"GPU {gpu.index}", f"{gpu.name}, compute capability {gpu.capability}, {gpu.memory_gib} GiB"))
+    if not report.gpus:
+        rows.append(("GPU", "none that PyTorch can use"))
+    driver = f"{report.driver} (supports CUDA {report.driver_cuda})" if report.driver else "no NVIDIA driver found"
+    rows.append(("driver", driver))
+    rows.append(("NVRTC", ", ".join(f"{n} {v}" for n, v in report.nvrtc.items()) or "not installed"))
+    rows.append(("compiler", report.compiler if report.compiles else "does not work: " + report.compiler))
+    rows.append(("cache", report.cache + (" (written and read back)" if report.cache_writable else " (not usable)")))
+    return rows + [(f"shared kernels in {folder}", what) for folder, what in report.shared.items()]
 
 
 def _abilities(report: Report) -> Table:
@@ -52,7 +67,7 @@ def _abilities(report: Report) -> Table:
                     refused.setdefault(reason.replace(a.recipe, "…"), []).append(a.recipe)
             everyone = [a.recipe for a in here]
             why = "\n".join(f"{_names(who, everyone)}: {reason}" for reason, who in refused.items())
-            table.add_row(device, name, _names(runs, everyone), why or "-")
+            table.add_row(*map(plain, (device, name, _names(runs, everyone))), plain(why, lines=True) or "-")
     return table
 
 

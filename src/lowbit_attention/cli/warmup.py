@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
+from ..console import console, plain
 from ..cuda.instances import MANIFEST
 from ..cuda.launch import cache
 from ..cuda.mma import ARCH_OF
+from ..env import CACHE_READONLY_VARIABLE
 from ..errors import InvalidArgumentError
-from .common import console, progress
+from ..jit.export import ExportFolder
+from .common import progress
 
 
 def command(
@@ -24,11 +29,17 @@ def command(
         ),
     ] = None,
     recipe: Annotated[str, typer.Option(help="Only kernels whose name or options hold this text.")] = "",
+    to: Annotated[
+        Path | None,
+        typer.Option(help="Put them into this folder, for other users to read, instead of your own cache."),
+    ] = None,
 ) -> None:
     """Compile the kernels into the cache folder, without a GPU if need be, so that no first call waits.
 
     * `lowbit warmup` — for this machine's GPUs
     * `lowbit warmup --arch sm_90a` — for a Hopper GPU, on any machine (an image built elsewhere, say)
+    * `lowbit warmup --arch sm_90a --to /opt/kernels` — for whoever sets `LOWBIT_CACHE_READONLY=/opt/kernels`: the users
+      of an image, a team
 
     The folder is `LOWBIT_CACHE_DIR`, or the user's cache folder (`lowbit doctor` shows it).
     """
@@ -39,13 +50,24 @@ def command(
     instances = [i for i in MANIFEST if i.arch in wanted and recipe in str(i)]
     if not instances:
         raise InvalidArgumentError(f"no kernel's name or options hold {recipe!r}")
+    exported = None if to is None else ExportFolder(to)
+    kernels = cache()
+    if exported is None and (problem := kernels.own.try_to_write()):  # (known before the work)
+        raise InvalidArgumentError(f"compiled kernels cannot be kept: {problem}")
+    keep = kernels.get if exported is None else exported.add
+    where = str(kernels.folder if exported is None else exported.folder)
     began = time.perf_counter()
     with progress() as bar, ThreadPoolExecutor(max_workers=None) as pool:
         task = bar.add_task("compiling", total=len(instances))
-        for _ in pool.map(lambda i: cache().get(i.source(), i.options()), instances):
+        for _ in pool.map(lambda i: keep(i.source(), i.options()), instances):
             bar.advance(task)
     seconds = time.perf_counter() - began
-    console.print(f"{len(instances)} kernels for {', '.join(wanted)} ready in {seconds:.1f} s, in {cache().folder}")
+    lines = [f"{len(instances)} kernels for {', '.join(wanted)} ready in {seconds:.1f} s, in {where}"]
+    if exported is not None:
+        lines.append(f"use them with: export {CACHE_READONLY_VARIABLE}={shlex.quote(where)}")
+        lines += exported.remarks()
+    for line in lines:
+        console().print(plain(line), soft_wrap=True)  # (lines to copy stay whole)
 
 
 def _present() -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import InvalidRecipeError, UnsupportedError
 from ..granularity import PerChannel, PerThread
 from ..implementations import Implementation, Output, inference_only
+from ..jit.bindings import compiler_reasons
 from ..recipe import Recipe
 from ..recipe_options import AllTokens, RestartedMax, RunningMax
 from ..recipes import RECIPES
@@ -25,7 +26,6 @@ from .launch import Arguments, Kernel, cache, load
 from .packing import Packer, PackPlan, loadable, packer, sample_reasons
 from .schedule import (
     Pieces,
-    compiler_reasons,
     cut,
     heads_side_by_side,
     log2_rounded_down,

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import InvalidRecipeError, UnsupportedError
 from ..granularity import PerBlock, PerChannel, PerThread, PerWarp
 from ..implementations import Implementation, Output, inference_only
+from ..jit.bindings import compiler_reasons
 from ..machine import MACHINES, Machine
 from ..recipe import Recipe
 from ..recipe_options import AllTokens, RunningMax
@@ -37,7 +38,7 @@ from .instances import (
 )
 from .launch import Arguments, Kernel, cache, load
 from .packing import Packer, PackPlan, has_dependent_launch, loadable, packer, sample_reasons
-from .schedule import compiler_reasons, heads_side_by_side, log2_rounded_down, request_reasons, schedule
+from .schedule import heads_side_by_side, log2_rounded_down, request_reasons, schedule
 
 ARCH_OF = {
     (8, 0): "sm_80", (8, 6): "sm_86", (8, 7): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 
 import torch
 
@@ -37,14 +36,6 @@ def request_reasons(request: Request) -> list[str]:
     if request.batch * request.q_heads > _MOST_HEADS:
         reasons.append(f"batch × heads {request.batch * request.q_heads} is above {_MOST_HEADS}")
     return reasons
-
-
-@lru_cache(maxsize=1)
-def compiler_reasons() -> tuple[str, ...]:
-    """Why kernels cannot be compiled here."""
-    if find_spec("cuda") is None or find_spec("cuda.bindings") is None or find_spec("cuda.core") is None:
-        return ('the run-time compiler is not installed: pip install "lowbit-attention[cuda13]" (or cuda12)',)
-    return ()
 
 
 def schedule(request: Request, q_blocks: int, section: int) -> tuple[int, ...]:

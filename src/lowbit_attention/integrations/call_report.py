@@ -5,9 +5,13 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
+
+from ..console import plain, rendered
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _MOST_KINDS = 200
 """Reasons may hold sizes; beyond so many kinds the rest is counted together."""
@@ -85,18 +89,18 @@ class CallReport:
             self._counts[kind if known else OTHER_REASONS] += 1
 
     def __rich__(self) -> Table:
-        of = f" ({self.of})" if self.of else ""
+        from rich.table import Table
+
+        of = f" ({plain(self.of)})" if self.of else ""
         table = Table(title=f"{self.calls} calls of scaled_dot_product_attention{of}, {self.ran} by this library")
         table.add_column("calls", justify="right")
         table.add_column("ran on")
         table.add_column("recipe")
         table.add_column("why not the recipe asked for", overflow="fold")
         for kind, n in self.counts.items():
-            table.add_row(str(n), kind.implementation, kind.recipe, kind.reason)
+            # (names and reasons hold [cuda13], and what other packages call themselves)
+            table.add_row(str(n), plain(kind.implementation), plain(kind.recipe), plain(kind.reason))
         return table
 
     def __str__(self) -> str:
-        console = Console(width=120, color_system=None, force_terminal=False)
-        with console.capture() as captured:
-            console.print(self)
-        return captured.get()
+        return rendered(self)

@@ -1,35 +1,31 @@
-"""Machine code kept on disk, by the content of what made it.
+"""Compiled kernels: in memory, in folders that others have filled, in this user's own, or made now.
 
-An entry is written to a temporary file and renamed, so it is there whole or not at all; a damaged one counts as
-missing. Processes that want the same entry wait for the one that makes it. A folder that cannot be written costs a
-compilation a process, and nothing else.
+An entry on disk is there whole or not at all; anything else counts as missing. Processes that want the same entry wait
+for the one that makes it, for a while. A folder that cannot be used costs a compilation a process, and nothing else.
+Who may put entries where: docs/cache.md.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
-import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
-from ..env import cache_dir
-from ..errors import LowbitError
-from .compiler import SCHEMA, Compiled, Options, Resources, cache_key, compile_source
+from ..env import readonly_cache_dirs
+from ..errors import InvalidArgumentError, LowbitError
+from .compiler import Compiled, Options, cache_key, compile_source, made_of
 from .source import Source
+from .store import LOCK_SECONDS, OwnStore, find_shared
 
 _log = logging.getLogger("lowbit_attention")
-_MAGIC = b"lowbit-kernel\n"
 
 
 class CaptureError(LowbitError):
@@ -37,20 +33,43 @@ class CaptureError(LowbitError):
 
 
 class KernelCache:
-    """Compiled sources, in memory and below ``folder`` (the user's cache folder if ``None``)."""
+    """Compiled sources, in memory and below ``folder`` (the user's cache folder if ``None``).
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder if folder is not None else cache_dir() / f"kernels-{SCHEMA}"
+    ``shared``: folders to look into first, which are never written (those of ``LOWBIT_CACHE_READONLY`` if ``None``).
+    ``keeps``: whether what is compiled is written to ``folder``. ``lock_seconds``: how long to wait for another process
+    that compiles the same.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        shared: Sequence[Path] | None = None,
+        keeps: bool = True,
+        lock_seconds: float = LOCK_SECONDS,
+    ) -> None:
+        self.own = OwnStore(folder, lock_seconds, tells=keeps)
+        self.shared: tuple[Path, ...] = ()
+        try:
+            self.shared = readonly_cache_dirs() if shared is None else tuple(shared)
+        except InvalidArgumentError as error:
+            _log.warning("no shared kernels are read: %s", error)
+        self._keeps = keeps
         self._memory: dict[str, Compiled] = {}
         self._locks: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
+        _caches.add(self)
+
+    @property
+    def folder(self) -> Path | None:
+        """This user's own folder, ``None`` if there is none; `OwnStore.usable` says whether it can be used."""
+        return self.own.folder
 
     def get(self, source: Source, options: Options) -> Compiled:
         """The compiled source: from memory, from disk, or made now (one log line).
 
         Raises:
             CaptureError: while a CUDA graph is being captured, if it is not in memory.
-            CompileError, MissingExtraError: as `compile_source`.
+            KernelUnavailableError: it can neither be read nor compiled (`compile_source`).
         """
         made: list[Source] = []
         began = time.perf_counter()
@@ -74,30 +93,49 @@ class KernelCache:
     def get_all(self, jobs: Iterable[tuple[Source, Options]], workers: int | None = None) -> list[Compiled]:
         """`get` for several, side by side (NVRTC runs outside Python's lock); as many at once as there are cores."""
         jobs = list(jobs)
-        for source, options in jobs:  # (here: in the threads no stream is being captured)
-            if cache_key(source, options) not in self._memory:
-                _refuse_during_capture(source, options)
+        missing = [job for job in jobs if cache_key(job[0], job[1]) not in self._memory]
+        for source, options in missing:  # (here: in the threads no stream is being captured)
+            _refuse_during_capture(source, options)
         made: list[Source] = []
         began = time.perf_counter()
-        with ThreadPoolExecutor(max_workers=workers or os.cpu_count()) as pool:
-            found = list(pool.map(lambda job: self._get(job[0], job[1], made), jobs))
+        if len(missing) > 1:
+            # RuntimeError: no thread can be started, at the interpreter's exit say; then one after the other
+            with contextlib.suppress(RuntimeError), ThreadPoolExecutor(max_workers=workers or os.cpu_count()) as pool:
+                list(pool.map(lambda job: self._get(job[0], job[1], made), missing))
+        found = [self._get(source, options, made) for source, options in jobs]
         _say(made, time.perf_counter() - began)
         return found
 
     def _from_disk_or_made(self, key: str, source: Source, options: Options, made: list[Source]) -> Compiled:
-        path = self.folder / key[:2] / f"{key}.bin"
-        if found := _read(path):
+        if found := find_shared(self.shared, key) or self.own.find(key):
             return found
-        with _one_process_at_a_time(path):
-            if found := _read(path):  # another process has made it meanwhile
+        if not self._keeps:
+            made.append(source)
+            return compile_source(source, options)
+        with self.own.one_process_at_a_time(key, source.name):
+            if found := self.own.find(key):  # another process has made it meanwhile
                 return found
             compiled = compile_source(source, options)
             made.append(source)
-            try:
-                _write(path, compiled)
-            except OSError as error:
-                _log.warning("kernels are kept in memory only: %s", error)
+            self.own.keep(key, made_of(source, options), compiled)
             return compiled
+
+    def _renew_locks(self) -> None:
+        """In the child of a fork: threads that are not there any more may have held some."""
+        self._guard, self._locks = threading.Lock(), {}
+        self.own.renew_locks()
+
+
+_caches: weakref.WeakSet[KernelCache] = weakref.WeakSet()
+
+
+def _renew_all_locks() -> None:
+    for cache in list(_caches):
+        cache._renew_locks()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_all_locks)
 
 
 def _say(made: list[Source], seconds: float) -> None:
@@ -112,55 +150,3 @@ def _refuse_during_capture(source: Source, options: Options) -> None:
             f"{source.name} for {options.arch} is not loaded yet and a CUDA graph is being captured: "
             "run the call once before the capture"
         )
-
-
-@contextlib.contextmanager
-def _one_process_at_a_time(path: Path) -> Iterator[None]:
-    """A lock beside the entry; none where the folder cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_suffix(".lock"))
-        lock.acquire()
-    except OSError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _write(path: Path, compiled: Compiled) -> None:
-    """Whole or not at all, also if the machine stops in between."""
-    about = {
-        "sha256": hashlib.sha256(compiled.cubin).hexdigest(),
-        "resources": {name: asdict(r) for name, r in compiled.resources.items()},
-        "remarks": compiled.remarks,
-    }
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(_MAGIC + json.dumps(about).encode() + b"\n" + compiled.cubin)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-def _read(path: Path) -> Compiled | None:
-    """The entry, ``None`` if it is not there or damaged."""
-    try:
-        content = path.read_bytes()
-        if not content.startswith(_MAGIC):
-            return None
-        header, cubin = content[len(_MAGIC) :].split(b"\n", 1)
-        about = json.loads(header)
-        if hashlib.sha256(cubin).hexdigest() != about["sha256"]:
-            return None
-        resources = {name: Resources(**values) for name, values in about["resources"].items()}
-        return Compiled(cubin, resources, tuple(about["remarks"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

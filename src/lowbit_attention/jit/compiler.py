@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import importlib
 import io
 import json
+import os
 import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import metadata
 from typing import Any
 
-from ..errors import InvalidArgumentError, LowbitError, MissingExtraError
+from ..errors import InvalidArgumentError, KernelUnavailableError
+from .bindings import broken, import_bindings, installed_nvrtc, no_fork_meanwhile, one_line
 from .source import Source
 
-SCHEMA = 1
+SCHEMA = 2
 """Raise it when the same key would now give other machine code, or a cache entry another form."""
 
 MIN_NVRTC = (12, 8)
@@ -26,15 +25,27 @@ MIN_NVRTC = (12, 8)
 _CACHES = (12, 9)
 """Older compilers know neither a cache of their own nor the option that turns it off."""
 
-NVRTC_WHEELS = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
-"""The packages that bring NVRTC, of CUDA 13 and of CUDA 12."""
-
-_importing = threading.Lock()
 _ARCH = re.compile(r"sm_\d{2,3}[af]?")
 
 
-class CompileError(LowbitError):
-    """NVRTC refused a source; the message holds its diagnostics."""
+_running: set[int] = set()
+"""Threads that NVRTC compiles for."""
+_forked_meanwhile = False
+
+
+def _after_fork_in_child() -> None:
+    """NVRTC has locks of its own: where a thread held one when this process was forked, it would wait for ever."""
+    global _forked_meanwhile
+    _forked_meanwhile = _forked_meanwhile or bool(_running)
+    _running.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+class CompileError(KernelUnavailableError):
+    """NVRTC refused a source; ``details`` holds its diagnostics."""
 
 
 @dataclass(frozen=True)
@@ -82,21 +93,18 @@ def nvrtc_version() -> tuple[int, int]:
     """NVRTC's version.
 
     Raises:
-        MissingExtraError: the run-time compiler is not installed.
+        CompilerMissingError: the run-time compiler is not installed.
+        CompilerBrokenError: it is, and its library cannot be loaded.
     """
-    result, major, minor = import_bindings("cuda.bindings.nvrtc").nvrtcVersion()
+    nvrtc = import_bindings("cuda.bindings.nvrtc")
+    try:
+        with no_fork_meanwhile():
+            result, major, minor = nvrtc.nvrtcVersion()  # the first call loads the library
+    except Exception as error:
+        raise broken("NVRTC's library cannot be loaded", error) from None
     if int(result) != 0:
-        raise CompileError(f"NVRTC does not say its version: {result}")
+        raise broken("NVRTC does not work", RuntimeError(f"it does not say its version: {result}"))
     return int(major), int(minor)
-
-
-def installed_nvrtc() -> dict[str, str]:
-    """Versions of the installed packages that bring NVRTC."""
-    found = {}
-    for name in NVRTC_WHEELS:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
 
 
 @lru_cache(maxsize=1)
@@ -104,7 +112,7 @@ def compiler_identity() -> tuple[str, ...]:
     """Which compiler this is, for the cache key. A package that says spares loading it, a third of a second.
 
     Raises:
-        MissingExtraError: the run-time compiler is not installed.
+        CompilerMissingError, CompilerBrokenError: as `nvrtc_version`, which is asked where no package says.
     """
     if packages := installed_nvrtc():
         return tuple(f"{name} {version}" for name, version in packages.items())
@@ -113,16 +121,19 @@ def compiler_identity() -> tuple[str, ...]:
 
 def cache_key(source: Source, options: Options) -> str:
     """A name (64 hexadecimal digits) that is another as soon as the machine code could be."""
-    everything = {
+    everything = {**made_of(source, options), "text": source.text, "headers": source.headers}
+    return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
+
+
+def made_of(source: Source, options: Options) -> dict[str, Any]:
+    """What a key is made of, without the source's text: an entry holds it for people to read."""
+    return {
         "schema": SCHEMA,
         "compiler": compiler_identity(),
         "arch": options.arch,
         "defines": options.defines,
         "name": source.name,
-        "text": source.text,
-        "headers": source.headers,
     }
-    return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
 
 def compile_source(source: Source, options: Options) -> Compiled:
@@ -130,31 +141,44 @@ def compile_source(source: Source, options: Options) -> Compiled:
 
     Raises:
         CompileError: with NVRTC's diagnostics, or for an NVRTC below `MIN_NVRTC`.
-        MissingExtraError: the run-time compiler is not installed.
+        CompilerMissingError: the run-time compiler is not installed.
+        CompilerBrokenError: it is, and does not work.
     """
+    if _forked_meanwhile:
+        from .fresh import compile_elsewhere
+
+        return compile_elsewhere(source, options)
     core = _core()
     if nvrtc_version() < MIN_NVRTC:
         raise CompileError(
-            f"NVRTC {_dotted(nvrtc_version())} is older than {_dotted(MIN_NVRTC)}, which the FP8 kernels need: "
-            "pip install -U nvidia-cuda-nvrtc (or nvidia-cuda-nvrtc-cu12)"
+            f"NVRTC {_dotted(nvrtc_version())} is older than {_dotted(MIN_NVRTC)}, which the FP8 kernels need",
+            "pip install -U nvidia-cuda-nvrtc (or nvidia-cuda-nvrtc-cu12)",
         )
     log = io.StringIO()
-    program_options = core.ProgramOptions(
-        name=source.name,
-        arch=options.arch,
-        std="c++17",
-        define_macro=[*options.defines] or None,
-        include_path=None if source.root is None else str(source.root),
-        ptxas_options=["-v"],  # its report of registers and spills
+    program_options = {
+        "name": source.name,
+        "arch": options.arch,
+        "std": "c++17",
+        "define_macro": [*options.defines] or None,
+        "include_path": None if source.root is None else str(source.root),
+        "ptxas_options": ["-v"],  # its report of registers and spills
         # NVRTC's own cache, where there is a driver, gives the code without that report; older ones have none
-        no_cache=True if nvrtc_version() >= _CACHES else None,
-    )
+        "no_cache": True if nvrtc_version() >= _CACHES else None,
+    }
+    _running.add(threading.get_ident())
     try:
-        code = core.Program(source.text, "c++", program_options).compile("cubin", logs=log)
-    except Exception as error:  # cuda-core raises its own private types
-        raise CompileError(f"{source.name} does not compile for {options.arch}: {error}\n{log.getvalue()}") from None
+        program = core.Program(source.text, "c++", core.ProgramOptions(**program_options))
+        cubin = bytes(program.compile("cubin", logs=log).code)
+    except Exception as error:  # cuda-core raises its own private types, and others where its libraries are damaged
+        raise CompileError(
+            f"{source.name} does not compile for {options.arch} ({one_line(error)})",
+            "`lowbit doctor` tells whether the compiler works here",
+            f"{error}\n{log.getvalue()}".replace("\0", "").strip(),
+        ) from None
+    finally:
+        _running.discard(threading.get_ident())
     resources, remarks = read_report(log.getvalue().replace("\0", ""))  # (NVRTC ends its texts as C does)
-    return Compiled(bytes(code.code), resources, remarks)
+    return Compiled(cubin, resources, remarks)
 
 
 def read_report(text: str) -> tuple[dict[str, Resources], tuple[str, ...]]:
@@ -182,12 +206,3 @@ def _dotted(version: tuple[int, int]) -> str:
 
 def _core() -> Any:
     return import_bindings("cuda.core")
-
-
-def import_bindings(name: str) -> Any:
-    """A module of the run-time compiler's packages; threads that come together wait until it is whole."""
-    with _importing:
-        try:
-            return importlib.import_module(name)
-        except ImportError as error:
-            raise MissingExtraError("compiling kernels", "cuda13", error.name or name) from None

@@ -6,9 +6,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, KernelUnavailableError
 
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
+
+
+class SourceError(KernelUnavailableError, InvalidArgumentError):
+    """A source file is missing or cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ def read_source(root: Path, entry: str) -> Source:
     """The file ``entry`` below ``root`` and the headers it includes; ``#include "…"`` paths are relative to ``root``.
 
     Raises:
-        InvalidArgumentError: a file that is missing, with the line that asks for it.
+        SourceError: a file that is missing, with the line that asks for it.
     """
     headers: dict[str, str] = {}
     text = _read(root, entry, None)
@@ -48,6 +52,7 @@ def read_source(root: Path, entry: str) -> Source:
 def _read(root: Path, name: str, asked_by: str | None) -> str:
     try:
         return (root / name).read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         where = f" (included at {asked_by})" if asked_by else ""
-        raise InvalidArgumentError(f"cannot read {root / name}{where}: {error.strerror}") from None
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise SourceError(f"cannot read {root / name}{where}: {why}") from None

@@ -179,3 +179,16 @@ def test_several_compilations_are_one_line(tmp_path, made, caplog):
         cache.get_all([(source, OPTIONS) for source in sources])
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("compiled a.cu, b.cu, c.cu in ")
+
+
+def test_where_no_thread_can_be_started_they_are_made_one_by_one(tmp_path, made, monkeypatch):
+    """At the interpreter's exit, say."""
+
+    class NoPool:
+        def __init__(self, **_):
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(cache_module, "ThreadPoolExecutor", NoPool)
+    sources = [Source(f"{name}.cu", name) for name in "abc"]
+    assert len({c.cubin for c in KernelCache(tmp_path).get_all([(s, OPTIONS) for s in sources])}) == 3
+    assert len(made) == 3
