@@ -26,6 +26,7 @@ from .formats import truncate_fraction
 
 FP16_MMA_DEPTH = 16
 FP16_MMA_ALIGN_BITS = 25
+FP8_MMA_ALIGN_BITS = 13
 
 E4M3_MIN_EXPONENT = -6
 """Exponent of E4M3's subnormals; FP16's and E5M2's is −14."""
@@ -33,10 +34,11 @@ FP16_MIN_EXPONENT = -14
 
 _EXACT_INT_KEYS = 512
 """Keys whose integer sum float32 holds exactly: 512 · 255 · 127 < 2^24."""
-_CHUNK_ELEMENTS = 1 << 23
-"""Products held at once by the instruction fidelity: 64 MiB of float64."""
-_NO_EXPONENT = -(1 << 14)
-"""Below every exponent: that of a zero."""
+_CHUNK_ELEMENTS = 1 << 19
+_CHUNK_ELEMENTS_CUDA = 1 << 27
+"""Products held at once by the instruction fidelity: what a core's cache holds; on a GPU 1 GiB of float64."""
+_SMALLEST_POWER = 2.0**-100
+"""Of the terms' largest exponent: no product is below 2^-48, and an accumulator there has nothing left to tell."""
 
 
 def accumulate(
@@ -125,29 +127,38 @@ def _fp16_mma(acc: Tensor, p: Tensor, v: Tensor, f16: bool, min_exponent: int) -
 
 
 def _aligned_sum(acc: Tensor, p: Tensor, v: Tensor, align_bits: int, min_exponent: int) -> Tensor:
-    """``acc + p @ v`` in float64, every term truncated toward zero at ``2^(e_max − align_bits)``; ``[S, R, Dv]``."""
+    """``acc + p @ v`` in float64, every term truncated toward zero at ``2^(e_max − align_bits)``; ``[S, R, Dv]``.
+
+    Products of 8-bit floats and the few bits of their aligned sums are exact in float32, others in float64.
+    """
+    dtype = torch.float32 if align_bits <= FP8_MMA_ALIGN_BITS else torch.float64
     out = torch.empty(acc.shape, dtype=torch.float64, device=acc.device)
-    p_exponent, v_exponent = _exponent(p, min_exponent), _exponent(v, min_exponent)
-    acc_exponent = _exponent(acc, None)
-    rows = max(1, _CHUNK_ELEMENTS // max(1, v.shape[-2] * v.shape[-1]))
-    for s in range(acc.shape[0]):
+    p_power, v_power = _power(p, min_exponent, dtype), _power(v, min_exponent, dtype)
+    acc_power = _power(acc, None, dtype)
+    p, v = p.to(dtype), v.to(dtype)
+    elements = _CHUNK_ELEMENTS_CUDA if acc.is_cuda else _CHUNK_ELEMENTS
+    rows = max(1, elements // max(1, v.shape[-2] * v.shape[-1]))
+    slices = max(1, rows // max(1, acc.shape[1]))
+    for s in range(0, acc.shape[0], slices):
+        of_v = slice(s, s + slices)
         for start in range(0, acc.shape[1], rows):
-            part = slice(start, start + rows)
-            products = p[s, part, :, None].double() * v[s].double()
-            exponents = (p_exponent[s, part, :, None] + v_exponent[s]).amax(dim=1)
-            exponents = torch.maximum(exponents, acc_exponent[s, part]).clamp_(min=-1000)  # (all terms are zero)
-            quantum = torch.ldexp(torch.ones_like(out[s, part]), exponents - align_bits)
-            total = torch.trunc(products.div_(quantum[:, None])).sum(dim=1)
-            out[s, part] = (total + torch.trunc(acc[s, part].double() / quantum)) * quantum
+            part = (of_v, slice(start, start + rows))
+            largest = (p_power[part][..., None] * v_power[of_v, None]).amax(dim=2)
+            largest = torch.maximum(largest, acc_power[part]).clamp_(min=_SMALLEST_POWER)  # (all terms are zero)
+            quantum = largest.mul_(2.0**-align_bits)
+            inverse = quantum.reciprocal()
+            products = (p[part][..., None] * v[of_v, None]).mul_(inverse[:, :, None]).trunc_()
+            total = products.sum(dim=2).add_(acc[part].to(dtype).mul_(inverse).trunc_())
+            out[part] = total.mul_(quantum)
     return out
 
 
-def _exponent(x: Tensor, min_exponent: int | None) -> Tensor:
-    """``⌊log2 |x|⌋``, at least ``min_exponent``; far below every exponent for zeros."""
+def _power(x: Tensor, min_exponent: int | None, dtype: torch.dtype) -> Tensor:
+    """``2^⌊log2 |x|⌋``, the exponent at least ``min_exponent``; 0 for zeros."""
     exponent = torch.frexp(x).exponent - 1
     if min_exponent is not None:
         exponent = exponent.clamp(min=min_exponent)
-    return torch.where(x == 0, _NO_EXPONENT, exponent)
+    return torch.where(x == 0, 0.0, torch.ldexp(torch.ones_like(x, dtype=dtype), exponent))
 
 
 def _to_fp16(x: Tensor) -> Tensor:
