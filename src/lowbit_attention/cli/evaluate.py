@@ -18,7 +18,7 @@ from ..machine import resolve_machine
 from ..metrics import Metrics
 from ..recipe import Recipe
 from ..report.files import Row, write_csv, write_json
-from ..synthetic import FAMILIES
+from ..synthetic import CHANNEL_FAMILIES, FAMILIES
 from .common import LIKE_HELP, RECIPE_HELP, check_outputs, console, new_table, parse_like, parse_recipes, progress, show
 
 METRICS = ("l1", "cos_sim", "rmse", "max_error")
@@ -32,7 +32,11 @@ def command(
     ] = None,
     families: Annotated[
         list[str] | None,
-        typer.Option("--family", "-f", help=f"A synthetic family, repeatable, or `all`: {', '.join(FAMILIES)}."),
+        typer.Option(
+            "--family",
+            "-f",
+            help=f"A synthetic family, repeatable, `channels` (the first ten) or `all`: {', '.join(FAMILIES)}.",
+        ),
     ] = None,
     recipes: Annotated[list[str] | None, typer.Option("--recipe", "-r", help=RECIPE_HELP)] = None,
     table: Annotated[
@@ -141,7 +145,11 @@ def _inputs(
         raise InvalidArgumentError(f"--head-dim {setting['head_dim']}: synthetic inputs need an even one")
     if dtype is not None and dtype not in DTYPES:
         raise InvalidArgumentError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    names = list(FAMILIES) if families and "all" in families else families or ["normal", "qkv_bias", "sink"]
+    names = [
+        name
+        for asked in families or ["normal", "qkv_bias", "sink"]
+        for name in {"all": tuple(FAMILIES), "channels": CHANNEL_FAMILIES}.get(asked, (asked,))
+    ]
     return [from_family(name, **setting, dtype=DTYPES[dtype or "float32"]) for name in dict.fromkeys(names)]
 
 

@@ -38,7 +38,8 @@ _CHUNK_ELEMENTS = 1 << 19
 _CHUNK_ELEMENTS_CUDA = 1 << 27
 """Products held at once by the instruction fidelity: what a core's cache holds; on a GPU 1 GiB of float64."""
 _SMALLEST_POWER = 2.0**-100
-"""Of the terms' largest exponent: no product is below 2^-48, and an accumulator there has nothing left to tell."""
+"""Least of the terms' largest exponents, and its inverse the most: all terms are zero, or the accumulator is infinite.
+(No product is below 2^-48; an accumulator below 2^-100 has nothing left to tell.)"""
 
 
 def accumulate(
@@ -127,15 +128,15 @@ def _fp16_mma(acc: Tensor, p: Tensor, v: Tensor, f16: bool, min_exponent: int) -
 
 
 def _aligned_sum(acc: Tensor, p: Tensor, v: Tensor, align_bits: int, min_exponent: int) -> Tensor:
-    """``acc + p @ v`` in float64, every term truncated toward zero at ``2^(e_max − align_bits)``; ``[S, R, Dv]``.
+    """``acc + p @ v``, exactly, every term truncated toward zero at ``2^(e_max − align_bits)``; ``[S, R, Dv]``.
 
     Products of 8-bit floats and the few bits of their aligned sums are exact in float32, others in float64.
     """
     dtype = torch.float32 if align_bits <= FP8_MMA_ALIGN_BITS else torch.float64
-    out = torch.empty(acc.shape, dtype=torch.float64, device=acc.device)
-    p_power, v_power = _power(p, min_exponent, dtype), _power(v, min_exponent, dtype)
-    acc_power = _power(acc, None, dtype)
-    p, v = p.to(dtype), v.to(dtype)
+    out = torch.empty(acc.shape, dtype=dtype, device=acc.device)
+    p_power, v_power = (torch.where(x == 0, 0.0, _power(x).clamp_(min=2.0**min_exponent)).to(dtype) for x in (p, v))
+    acc_power = _power(acc).to(dtype)
+    p, v, acc = p.to(dtype), v.to(dtype), acc.to(dtype)
     elements = _CHUNK_ELEMENTS_CUDA if acc.is_cuda else _CHUNK_ELEMENTS
     rows = max(1, elements // max(1, v.shape[-2] * v.shape[-1]))
     slices = max(1, rows // max(1, acc.shape[1]))
@@ -144,32 +145,33 @@ def _aligned_sum(acc: Tensor, p: Tensor, v: Tensor, align_bits: int, min_exponen
         for start in range(0, acc.shape[1], rows):
             part = (of_v, slice(start, start + rows))
             largest = (p_power[part][..., None] * v_power[of_v, None]).amax(dim=2)
-            largest = torch.maximum(largest, acc_power[part]).clamp_(min=_SMALLEST_POWER)  # (all terms are zero)
+            largest = torch.maximum(largest, acc_power[part]).clamp_(_SMALLEST_POWER, 1 / _SMALLEST_POWER)
             quantum = largest.mul_(2.0**-align_bits)
             inverse = quantum.reciprocal()
             products = (p[part][..., None] * v[of_v, None]).mul_(inverse[:, :, None]).trunc_()
-            total = products.sum(dim=2).add_(acc[part].to(dtype).mul_(inverse).trunc_())
-            out[part] = total.mul_(quantum)
+            total = products.sum(dim=2).add_((acc[part] * inverse).trunc_())
+            torch.mul(total, quantum, out=out[part])
     return out
 
 
-def _power(x: Tensor, min_exponent: int | None, dtype: torch.dtype) -> Tensor:
-    """``2^⌊log2 |x|⌋``, the exponent at least ``min_exponent``; 0 for zeros."""
-    exponent = torch.frexp(x).exponent - 1
-    if min_exponent is not None:
-        exponent = exponent.clamp(min=min_exponent)
-    return torch.where(x == 0, 0.0, torch.ldexp(torch.ones_like(x, dtype=dtype), exponent))
+def _power(x: Tensor) -> Tensor:
+    """``2^⌊log2 |x|⌋`` of float32 numbers, 0 of zeros and subnormal ones."""
+    return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
 def _to_fp16(x: Tensor) -> Tensor:
-    """float64 to the nearest FP16 number, ties to even, as float32. (torch's own cast rounds to float32 on the way.)"""
+    """Float32 or float64 to the nearest FP16 number, ties to even, as float32."""
+    if x.dtype == torch.float32:
+        return x.half().float()
+    # (torch's own cast of float64 rounds to float32 on the way)
     exponent = (torch.frexp(x).exponent - 1).clamp(min=FP16_MIN_EXPONENT)
     quantum = torch.ldexp(torch.ones_like(x), exponent - 10)
     return (torch.round(x / quantum) * quantum).half().float()
 
 
 def _truncate(x: Tensor, fraction_bits: int) -> Tensor:
-    """float64 to float32 that keeps ``fraction_bits``, truncated toward zero."""
-    mantissa, exponent = torch.frexp(x)  # ½ ≤ |mantissa| < 1: one bit more than the fraction's
-    bits = fraction_bits + 1
-    return torch.ldexp(torch.trunc(torch.ldexp(mantissa, torch.full_like(exponent, bits))), exponent - bits).float()
+    """Float32 or float64 to float32 that keeps ``fraction_bits``, truncated toward zero."""
+    if x.dtype == torch.float32:
+        truncate_fraction(x, fraction_bits)
+        return x
+    return (x.view(torch.int64) & -(1 << (52 - fraction_bits))).view(torch.float64).float()
