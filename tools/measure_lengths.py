@@ -132,20 +132,21 @@ def measure(
     families: Sequence[str], grid: Grid, length: int, recipes: dict[str, Recipe], machine: Machine,
     options: argparse.Namespace,
 ) -> list[Row]:  # fmt: skip
-    """The rows of a group of families; halves of it where the device's memory does not hold it all."""
-    try:
+    """The rows of a group of families; of its halves where the device's memory does not hold it all."""
+
+    def together() -> list[Row]:  # (a function of its own: when it fails nothing keeps its tensors)
         case = grid.case(families, length, machine, options.device)
         return rows_of(run(case, grid, families, recipes, options.kernel), grid, length, machine, options)
+
+    try:
+        return together()
     except torch.cuda.OutOfMemoryError:
         if len(families) == 1:
             raise
     torch.cuda.empty_cache()
     half = len(families) // 2
-    return [
-        row
-        for part in (families[:half], families[half:])
-        for row in measure(part, grid, length, recipes, machine, options)
-    ]
+    parts = (families[:half], families[half:])
+    return [row for part in parts for row in measure(part, grid, length, recipes, machine, options)]
 
 
 def parse() -> argparse.Namespace:
