@@ -58,8 +58,8 @@ def measured() -> Errors:
 def outside_reasons(recipe: Recipe, kv_len: int | None = None, errors: Errors | None = None) -> tuple[str, ...]:
     """Why ``auto`` may not run ``recipe`` on so many keys (``None``: on all lengths); empty if it may.
 
-    The measured lengths next to ``kv_len`` on both sides decide, beyond the longest that one. A family on which the
-    recipe errs too much is a reason for each machine, with its worst length.
+    The measured lengths next to ``kv_len`` on both sides decide, beyond the longest that one. There is one reason for
+    each machine, with every family on which the recipe errs too much, the worst first.
     """
     if recipe.is_exact:
         return ()
@@ -71,16 +71,16 @@ def outside_reasons(recipe: Recipe, kv_len: int | None = None, errors: Errors | 
     for machine, by_recipe in (errors or measured()).items():
         if recipe.name not in by_recipe:
             return (f"its errors were not measured on {machine}",)
+        found: list[tuple[float, str, int]] = []
         for family, yardstick in by_recipe[YARDSTICK].items():
             l1 = by_recipe[recipe.name].get(family, {})
-            ratios = {n: l1[n] / yardstick[n] for n in _beside(yardstick.keys() & l1.keys(), kv_len)}
-            if not ratios:
-                reasons.append(f"its errors were not measured on {family} inputs (like {machine})")
-                continue
-            worst = max(ratios, key=ratios.__getitem__)
-            if ratios[worst] > SLACK:
-                times = f"{ratios[worst]:.2f} × {YARDSTICK}'s"
-                reasons.append(f"on {family} inputs of {worst} tokens its L1 is {times} (like {machine})")
+            lengths = _beside(yardstick.keys() & l1.keys(), kv_len)
+            if not lengths:
+                return (f"its errors were not measured on {family} inputs (like {machine})",)
+            found.append(max((l1[n] / yardstick[n], family, n) for n in lengths))
+        if above := sorted((f for f in found if f[0] > SLACK), reverse=True):
+            told = ", ".join(f"{family} ({ratio:.2f} × at {n} tokens)" for ratio, family, n in above)
+            reasons.append(f"its L1 is above {SLACK} × {YARDSTICK}'s (like {machine}) on {told}")
     return tuple(reasons)
 
 
