@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -144,29 +145,34 @@ def lengths_picture() -> None:
         if row["machine"] == PICTURED and all(row[name] == value for name, value in budget.MEASURED_AS.items())
     ]  # fmt: skip
     names = [budget.YARDSTICK, *_COMPARED]
+    lengths = sorted({int(row["length"]) for row in shown if row["recipe"] in names})
     columns = 6
     lines = -(-len(FAMILIES) // columns)
-    fig, panels = plots.figure(14, 2.3 * lines, nrows=lines, ncols=columns, sharex=True, sharey=True, squeeze=False)
-    for number, family in enumerate(FAMILIES):
-        axes = panels[number // columns][number % columns]
+    fig, panels = plots.figure(14, 2.2 * lines, nrows=lines, ncols=columns, sharex=True, squeeze=False)
+    for axes, family in zip(panels.flat, FAMILIES, strict=False):
+        drawn = [row for row in shown if row["family"] == family and row["recipe"] in names]
         for name in names:
-            points = sorted(
-                (int(r["length"]), float(r["l1"]), float(r["standard_error"] or 0))
-                for r in shown
-                if r["family"] == family and r["recipe"] == name
-            )
-            axes.errorbar(*zip(*([n, l1, se] for n, l1, se in points), strict=True), marker=".", label=name, capsize=2)
-        axes.set_title(family, fontsize=9)
-        axes.set(xscale="log", yscale="log")
+            rows = sorted((r for r in drawn if r["recipe"] == name), key=lambda r: int(r["length"]))
+            axes.errorbar(
+                [int(r["length"]) for r in rows],
+                [float(r["l1"]) for r in rows],
+                [float(r["standard_error"] or 0) for r in rows],
+                marker=".", capsize=2, label=name,
+            )  # fmt: skip
+        errors = [float(r["l1"]) for r in drawn]
+        middle, reach = math.sqrt(min(errors) * max(errors)), math.sqrt(max(errors) / min(errors))
+        reach = max(1.3 * reach, 2.0)  # (panels of nearly equal errors look so)
+        axes.set(title=family, xscale="log", yscale="log", ylim=(middle / reach, middle * reach))
+        axes.set_xticks(lengths, [f"{n / 1000:.0f}K" for n in lengths])
+        axes.tick_params(labelsize=8)
+        axes.minorticks_off()
+        axes.yaxis.set_major_locator(plots.log_ticks())
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
-    for panel in panels.flat[len(FAMILIES) :]:
-        panel.axis("off")
-    for line in panels:
-        line[0].set_ylabel("relative L1")
-    for panel in panels[-1]:
-        panel.set_xlabel("tokens")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=len(names))
+    for axes in panels.flat[len(FAMILIES) :]:
+        axes.axis("off")
+    fig.supylabel("relative L1")
+    fig.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
     plots.save(DOCS / "images/error-by-length.png", fig)
 
 
