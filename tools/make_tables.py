@@ -163,7 +163,7 @@ def lengths_picture() -> None:
         middle, reach = math.sqrt(min(errors) * max(errors)), math.sqrt(max(errors) / min(errors))
         reach = max(1.3 * reach, 2.0)  # (panels of nearly equal errors look so)
         axes.set(title=family, xscale="log", yscale="log", ylim=(middle / reach, middle * reach))
-        axes.set_xticks(lengths, [f"{n / 1000:.0f}K" for n in lengths])
+        axes.set_xticks(lengths, [f"{n // 1024}K" if n % 1024 == 0 else f"{n / 1000:g}K" for n in lengths])
         axes.tick_params(labelsize=8)
         axes.minorticks_off()
         axes.yaxis.set_major_locator(plots.log_ticks())
