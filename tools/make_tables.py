@@ -1,12 +1,14 @@
-"""Regenerates every generated file: the measured error budget, the tables in docs/, and their pictures.
+"""Regenerates every generated file: the error budget, the tables in docs/, and their pictures.
 
 Run by ``make tables`` (about ten minutes on two cores); ``--only NAME`` does one of them. Results are committed.
+The budget's errors come from benchmarks/results/errors.csv, which tools/measure_lengths.py writes (minutes on a GPU).
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,6 +27,7 @@ from lowbit_attention.cuda.speeds import from_rows
 from lowbit_attention.demo import study
 from lowbit_attention.demo.minilm import MiniLM
 from lowbit_attention.demo.text import passages
+from lowbit_attention.evaluation import Case
 from lowbit_attention.machine import ACCUMULATOR_MODELS, DEFAULT_MACHINE, MACHINES
 from lowbit_attention.recipes import recipe
 from lowbit_attention.reference.attention import emulate
@@ -32,7 +35,7 @@ from lowbit_attention.reference.exact import exact as exact_attention
 from lowbit_attention.reference.quantize import pack
 from lowbit_attention.report import plots
 from lowbit_attention.report.files import write_json
-from lowbit_attention.synthetic import FAMILIES, make
+from lowbit_attention.synthetic import CHANNEL_FAMILIES, FAMILIES, make
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -52,16 +55,19 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def error_budget() -> None:
-    """data/family_errors.json: relative L1 of every recipe on every family."""
-    quantising = [name for name, r in RECIPES.items() if not r.is_exact]
-    errors: budget.Errors = {machine: {name: {} for name in quantising} for machine in budget.MACHINE_NAMES}
-    for family in track(list(FAMILIES), "error budget"):
-        part = budget.measure([family], quantising, list(budget.MACHINE_NAMES), budget.SETTING["length"])
-        for machine, by_recipe in part.items():
-            for name, by_family in by_recipe.items():
-                errors[machine][name][family] = round(by_family[family], 6)
-    write_json(ERRORS_FILE, {"setting": budget.SETTING, "l1": errors})
+    """data/family_errors.json: what tools/measure_lengths.py measured of named recipes."""
+    write_json(ERRORS_FILE, {"setting": budget.MEASURED_AS, "l1": budget.from_rows(read_errors())})
     budget.measured.cache_clear()
+
+
+def read_errors() -> list[dict[str, str]]:
+    """The rows of benchmarks/results/errors.csv."""
+    with (ROOT / "benchmarks/results/errors.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+_SHOWN_LENGTH = 4096
+"""Of the table of all recipes on all families."""
 
 
 def recipes_text() -> str:
@@ -72,25 +78,102 @@ def recipes_text() -> str:
     options = ("Q·K", "Q scales", "K scales", "smoothed", "rotated", "P·V", "P_r, V_r", "sums", "FP32 every")
     text = "# The recipes\n\n" + NOTE + markdown(("recipe", "what it is", *options), rows)
     text += "\n`lowbit recipes NAME` shows every option of one; `NAME:option=value,…` changes some.\n"
-    text += (
-        "\n## Error by input family\n\nRelative L1 of the output against exact attention (float64), "
-        f"1 × {budget.SETTING['heads']} heads × {budget.SETTING['length']} × {budget.SETTING['head_dim']}, emulated. "
-        f"*auto* may use a recipe that is at most {budget.SLACK} × `{budget.YARDSTICK}` on every family of both "
-        "machines and not 4-bit.\n"
-    )
     errors = budget.measured()
+    text += (
+        f"\n## Error by input family\n\nRelative L1 of the output against exact attention (float64) at {_SHOWN_LENGTH} "
+        "tokens, head dimension 128, bfloat16 inputs, emulated in `instruction` fidelity on a query tile of each head "
+        "([what was measured](../benchmarks/results/errors.csv)).\n"
+    )
     for machine, by_recipe in errors.items():
         body = [
-            [
-                f"`{name}`",
-                *(f"{by_family[f]:.4f}" for f in FAMILIES),
-                "no" if budget.outside_reasons(RECIPES[name]) else "yes",
-            ]
-            for name, by_family in by_recipe.items()
+            [family, *(_cell(by_family.get(family, {}).get(_SHOWN_LENGTH)) for by_family in by_recipe.values())]
+            for family in FAMILIES
         ]
-        text += f"\nLike {MACHINES[machine]}:\n\n" + markdown(("recipe", *FAMILIES, "auto"), body)
+        text += f"\nLike {MACHINES[machine]}:\n\n" + markdown(("family", *(f"`{n}`" for n in by_recipe)), body)
     text += "\n" + markdown(("family", "what it is"), [[f.name, f.summary] for f in FAMILIES.values()])
+    text += (
+        "\n## Error against length\n\nA sum over 1K keys and one over 300K are not rounded alike, and real tokens have "
+        "neighbours that are like them: an error that does not cancel grows beside an output that does.\n\n"
+        "![Relative L1 against length, a panel for each family](images/error-by-length.png)\n\n"
+        f"*Relative L1 against the number of tokens, like {PICTURED}; bars are standard errors over heads and seeds.* "
+        "`python tools/measure_lengths.py --device cuda` measures it (minutes on a GPU), and `lowbit evaluate -f drift "
+        "--length 131072 --query-rows 64 --dtype bfloat16 --fidelity instruction --like sm_90a` one family.\n"
+    )
+    text += _by_length(errors)
+    text += (
+        f"\n## What *auto* may use\n\nA recipe that is not 4-bit and errs at most {budget.SLACK} × as much as "
+        f"`{budget.YARDSTICK}` on every family of all machines, at the measured lengths on both sides of the call's "
+        "number of keys.\n\n"
+    )
+    lengths = sorted({n for m in errors.values() for f in m[budget.YARDSTICK].values() for n in f})
+    body = []
+    for name, r in RECIPES.items():
+        if not r.is_exact:
+            verdicts = [budget.outside_reasons(r, n) for n in lengths]
+            body.append([f"`{name}`", *("no" if reasons else "yes" for reasons in verdicts)])
+    return text + markdown(("recipe", *(f"{n} tokens" for n in lengths)), body)
+
+
+PICTURED = "sm_90a"
+_COMPARED = ("sage2pp_8b", "fast_8b")
+
+
+def _cell(l1: float | None) -> str:
+    return "–" if l1 is None else f"{l1:.4f}"
+
+
+def _by_length(errors: budget.Errors) -> str:
+    """Tables of how many times the yardstick's errors each of `_COMPARED` has, by family and length."""
+    by_recipe = errors[PICTURED]
+    lengths = sorted({n for by_length in by_recipe[budget.YARDSTICK].values() for n in by_length})
+    text = ""
+    for name in _COMPARED:
+        body = []
+        for family in FAMILIES:
+            yardstick, l1 = by_recipe[budget.YARDSTICK].get(family, {}), by_recipe[name].get(family, {})
+            cells = [f"{l1[n] / yardstick[n]:.2f}" if n in yardstick and n in l1 else "–" for n in lengths]
+            body.append([family, *cells])
+        text += f"\n`{name}`'s L1 over `{budget.YARDSTICK}`'s, like {PICTURED}:\n\n"
+        text += markdown(("family", *(f"{n} tokens" for n in lengths)), body)
     return text
+
+
+def lengths_picture() -> None:
+    """docs/images/error-by-length.png: a panel for each family."""
+    shown = [
+        row for row in read_errors()
+        if row["machine"] == PICTURED and all(row[name] == value for name, value in budget.MEASURED_AS.items())
+    ]  # fmt: skip
+    names = [budget.YARDSTICK, *_COMPARED]
+    lengths = sorted({int(row["length"]) for row in shown if row["recipe"] in names})
+    columns = 6
+    lines = -(-len(FAMILIES) // columns)
+    fig, panels = plots.figure(14, 2.2 * lines, nrows=lines, ncols=columns, sharex=True, squeeze=False)
+    for axes, family in zip(panels.flat, FAMILIES, strict=False):
+        drawn = [row for row in shown if row["family"] == family and row["recipe"] in names]
+        for name in names:
+            rows = sorted((r for r in drawn if r["recipe"] == name), key=lambda r: int(r["length"]))
+            axes.errorbar(
+                [int(r["length"]) for r in rows],
+                [float(r["l1"]) for r in rows],
+                [float(r["standard_error"] or 0) for r in rows],
+                marker=".", capsize=2, label=name,
+            )  # fmt: skip
+        errors = [float(r["l1"]) for r in drawn]
+        middle, reach = math.sqrt(min(errors) * max(errors)), math.sqrt(max(errors) / min(errors))
+        reach = max(1.3 * reach, 2.0)  # (panels of nearly equal errors look so)
+        axes.set(title=family, xscale="log", yscale="log", ylim=(middle / reach, middle * reach))
+        axes.set_xticks(lengths, [f"{n // 1024}K" if n % 1024 == 0 else f"{n / 1000:g}K" for n in lengths])
+        axes.tick_params(labelsize=8)
+        axes.minorticks_off()
+        axes.yaxis.set_major_locator(plots.log_ticks())
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.3)
+    for axes in panels.flat[len(FAMILIES) :]:
+        axes.axis("off")
+    fig.supylabel("relative L1")
+    fig.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
+    plots.save(DOCS / "images/error-by-length.png", fig)
 
 
 def recipes_page() -> None:
@@ -124,11 +207,11 @@ def ablations_page() -> None:
     text = "# Ablations\n\n" + NOTE
     text += (
         f"Relative L1 against exact attention (float64), 1 × {heads} heads × {length} × 128, emulated like sm_89. "
-        f"`lowbit evaluate --family all --table NAME --length {length} --heads {heads}` prints the same. The papers' "
-        "figures come from real CogVideoX tensors, so the orders can be compared and the numbers cannot.\n"
+        f"`lowbit evaluate --family channels --table NAME --length {length} --heads {heads}` prints the same. The "
+        "papers' figures come from real CogVideoX tensors, so the orders can be compared and the numbers cannot.\n"
     )
     results: dict[tuple[str, str, str], float] = {}
-    for family in track(list(FAMILIES), "ablations"):
+    for family in track(CHANNEL_FAMILIES, "ablations"):
         q, k, v = make(family, heads=heads, length=length)
         exact = attention(q.double(), k.double(), v.double(), recipe="exact")
         for name, table in ABLATIONS.items():
@@ -137,8 +220,8 @@ def ablations_page() -> None:
                     results[name, label, family] = compare(exact, attention(q, k, v, recipe=r)).l1
     for name, table in ABLATIONS.items():
         if name not in _OWN_PAGES:
-            rows = [[label, *(f"{results[name, label, f]:.4f}" for f in FAMILIES)] for label in table.rows]
-            text += f"\n## {table.title} (`{name}`)\n\n" + markdown(("", *FAMILIES), rows)
+            rows = [[label, *(f"{results[name, label, f]:.4f}" for f in CHANNEL_FAMILIES)] for label in table.rows]
+            text += f"\n## {table.title} (`{name}`)\n\n" + markdown(("", *CHANNEL_FAMILIES), rows)
     (DOCS / "ablations.md").write_text(text, encoding="utf-8")
 
 
@@ -173,7 +256,7 @@ def remedies_page() -> None:
     for bits, name in ((4, "sage2_4b"), (8, "sage2_8b")):
         methods[f"{bits} bits, 1 token in {_APART} of K and V apart"] = partial(apart, r=RECIPES[name])
     methods = {label: methods[label] for label in sorted(methods, key=lambda label: label[0])}
-    inputs = {family: make(family, heads=4, length=2048) for family in FAMILIES}
+    inputs = {family: make(family, heads=4, length=2048) for family in CHANNEL_FAMILIES}
     inputs |= {f"MiniLM {n}": qkv for n, qkv in enumerate(_minilm_tensors())}
     errors: dict[tuple[str, str], float] = {}
     for name, (q, k, v) in track(inputs.items(), "remedies"):
@@ -183,12 +266,12 @@ def remedies_page() -> None:
     text = "# Remedies for layers that stay bad\n\n" + NOTE
     text += (
         "Relative L1 against exact attention (float64), emulated like sm_89. "
-        "`lowbit evaluate --family all --table remedies --length 2048` prints the first table but its rows with tokens "
-        "kept apart, which are no recipe: the outlying tokens' attention is exact and joined by the log-sum-exps.\n"
+        "`lowbit evaluate --family channels --table remedies --length 2048` prints the first table but its rows with "
+        "tokens kept apart, which are no recipe: the outlying tokens are attended to exactly, joined by log-sum-exps.\n"
     )
     groups = (
-        ("1 × 4 heads × 2048 × 128, synthetic", list(FAMILIES)),
-        ("MiniLM's layers, a chunk of 512 tokens", [n for n in inputs if n not in FAMILIES]),
+        ("1 × 4 heads × 2048 × 128, synthetic", CHANNEL_FAMILIES),
+        ("MiniLM's layers, a chunk of 512 tokens", [n for n in inputs if n not in CHANNEL_FAMILIES]),
     )
     for title, names in groups:
         rows = [[label, *(f"{errors[label, name]:.4f}" for name in names)] for label in methods]
@@ -227,22 +310,18 @@ def fidelity_page() -> None:
         "\n"
         "`step` multiplies 32 keys at a time exactly and then truncates or rounds the running sum; `instruction` also "
         "truncates every product where the card aligns it. Relative L1 between the two outputs, and for comparison "
-        "the recipe's own L1 against exact attention; 1 × 1 head × 512 × 64.\n"
+        "the recipe's own L1 (in `step`) against exact attention; one head of 4096 × 64, a query tile of it.\n"
     )
     for machine_name in ("sm_89", "sm_90a"):
         rows = []
+        machines = {f: replace(MACHINES[machine_name], fidelity=f) for f in ("step", "instruction")}
         for family in track(list(FAMILIES), f"fidelity {machine_name}"):
-            q, k, v = make(family, heads=1, length=512, head_dim=64)
-            exact = attention(q.double(), k.double(), v.double(), recipe="exact")
+            q, k, v = make(family, heads=1, length=4096, head_dim=64)
+            cases = [Case(q, k, v, machine, query_rows=64) for machine in machines.values()]
             cells = []
             for name in ("sage2_8b", "sage2pp_8b", "fast_8b", "sage2_v1_4b"):
-                step, instruction = (
-                    emulate(
-                        q, k, v, RECIPES[name], sm_scale=0.125, machine=replace(MACHINES[machine_name], fidelity=f)
-                    ).out
-                    for f in ("step", "instruction")
-                )
-                cells.append(f"{compare(step, instruction).l1:.5f} ({compare(exact, step).l1:.4f})")
+                step, instruction = (case.emulated(RECIPES[name]) for case in cases)
+                cells.append(f"{compare(step, instruction).l1:.5f} ({cases[0].metrics(step).l1:.4f})")
             rows.append([family, *cells])
         headings = ("family", "`sage2_8b`", "`sage2pp_8b`", "`fast_8b`", "`sage2_v1_4b`")
         text += f"\nLike {MACHINES[machine_name]}:\n\n" + markdown(headings, rows)
@@ -355,6 +434,7 @@ def _int4_logits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, r: Recipe) -
 PARTS: dict[str, Callable[[], None]] = {
     "budget": error_budget,
     "recipes": recipes_page,
+    "lengths": lengths_picture,
     "ablations": ablations_page,
     "fidelity": fidelity_page,
     "remedies": remedies_page,

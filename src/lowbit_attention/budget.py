@@ -1,45 +1,44 @@
-"""The default error budget: which recipes ``auto`` may run.
+"""The default error budget: which recipes ``auto`` may run at a length.
 
 A recipe is within it if its relative L1 on every synthetic family is at most `SLACK` times that of `YARDSTICK`, and
-it does not quantise Q·K to 4 bits (those are only run when asked for, or by a policy). The errors are measured by
-``make tables`` and kept in ``data/family_errors.json``.
+it does not quantise Q·K to 4 bits (those are only run when asked for, or by a policy). ``tools/measure_lengths.py``
+measures the errors, by length; ``make tables`` keeps them in ``data/family_errors.json``.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from importlib import resources
 
-from .machine import MACHINES
-from .metrics import compare
 from .recipe import Recipe
 from .recipes import RECIPES
-from .reference.attention import emulate
-from .reference.exact import exact
-from .synthetic import make
 
 YARDSTICK = "sage2_8b"
 SLACK = 1.1
-SETTING = {"batch": 1, "heads": 24, "length": 2048, "head_dim": 128, "seed": 0}
-"""Many heads: on sinks the error is the luck of rounding one token's V, ± 10 % with four of them."""
-MACHINE_NAMES = ("sm_89", "sm_90a")
 
-Errors = dict[str, dict[str, dict[str, float]]]
-"""Relative L1 by machine, recipe and family."""
+MEASURED_AS = {
+    "by": "emulation",
+    "fidelity": "instruction",  # what truncation takes from sums of one sign does not show in `step`
+    "dtype": "bfloat16",  # its grid is what a mean that is subtracted moves V off
+    "causal": "False",
+    "head_dim": "128",
+    "same_mean": "False",
+}
+"""Which of the measured rows count."""
+
+Errors = dict[str, dict[str, dict[str, dict[int, float]]]]
+"""Relative L1 by machine, recipe, family and length (queries and keys)."""
 
 
-def measure(families: list[str], recipes: list[str], machines: list[str], length: int) -> Errors:
-    """Relative L1 of recipes on synthetic families against exact attention in float64."""
-    errors: Errors = {machine: {name: {} for name in recipes} for machine in machines}
-    for family in families:
-        q, k, v = make(family, **{**SETTING, "length": length})
-        sm_scale = q.shape[-1] ** -0.5
-        target, _ = exact(q, k, v, sm_scale=sm_scale)
-        for machine in machines:
-            for name in recipes:
-                out = emulate(q, k, v, RECIPES[name], sm_scale=sm_scale, machine=MACHINES[machine]).out
-                errors[machine][name][family] = compare(target, out).l1
+def from_rows(rows: Iterable[Mapping[str, str]]) -> Errors:
+    """The errors among the rows that ``tools/measure_lengths.py`` writes: named recipes, `MEASURED_AS`."""
+    errors: Errors = {}
+    for row in rows:
+        if row["recipe"] in RECIPES and all(row[name] == value for name, value in MEASURED_AS.items()):
+            by_family = errors.setdefault(row["machine"], {}).setdefault(row["recipe"], {})
+            by_family.setdefault(row["family"], {})[int(row["length"])] = float(row["l1"])
     return errors
 
 
@@ -47,12 +46,21 @@ def measure(families: list[str], recipes: list[str], machines: list[str], length
 def measured() -> Errors:
     """The errors of ``data/family_errors.json``."""
     text = resources.files("lowbit_attention").joinpath("data/family_errors.json").read_text(encoding="utf-8")
-    errors: Errors = json.loads(text)["l1"]
-    return errors
+    return {
+        machine: {
+            name: {family: {int(n): l1 for n, l1 in by_length.items()} for family, by_length in by_family.items()}
+            for name, by_family in by_recipe.items()
+        }
+        for machine, by_recipe in json.loads(text)["l1"].items()
+    }
 
 
-def outside_reasons(recipe: Recipe, errors: Errors | None = None) -> tuple[str, ...]:
-    """Why ``auto`` may not run ``recipe``: every family and machine where it errs too much; empty if it may."""
+def outside_reasons(recipe: Recipe, kv_len: int | None = None, errors: Errors | None = None) -> tuple[str, ...]:
+    """Why ``auto`` may not run ``recipe`` on so many keys (``None``: on all lengths); empty if it may.
+
+    The measured lengths next to ``kv_len`` on both sides decide, beyond the longest that one. There is one reason for
+    each machine, with every family on which the recipe errs too much, the worst first.
+    """
     if recipe.is_exact:
         return ()
     if recipe.qk_bits == 4:
@@ -63,8 +71,23 @@ def outside_reasons(recipe: Recipe, errors: Errors | None = None) -> tuple[str, 
     for machine, by_recipe in (errors or measured()).items():
         if recipe.name not in by_recipe:
             return (f"its errors were not measured on {machine}",)
+        found: list[tuple[float, str, int]] = []
         for family, yardstick in by_recipe[YARDSTICK].items():
-            ratio = by_recipe[recipe.name][family] / yardstick
-            if ratio > SLACK:
-                reasons.append(f"on {family} inputs its L1 is {ratio:.2f} × {YARDSTICK}'s (like {machine})")
+            l1 = by_recipe[recipe.name].get(family, {})
+            lengths = _beside(yardstick.keys() & l1.keys(), kv_len)
+            if not lengths:
+                return (f"its errors were not measured on {family} inputs (like {machine})",)
+            found.append(max((l1[n] / yardstick[n], family, n) for n in lengths))
+        if above := sorted((f for f in found if f[0] > SLACK), reverse=True):
+            told = ", ".join(f"{family} ({ratio:.2f} × at {n} tokens)" for ratio, family, n in above)
+            reasons.append(f"its L1 is above {SLACK} × {YARDSTICK}'s (like {machine}) on {told}")
     return tuple(reasons)
+
+
+def _beside(lengths: Iterable[int], wanted: int | None) -> set[int]:
+    """The nearest of ``lengths`` at or below ``wanted`` and at or above it, if there are; all for ``None``."""
+    known = set(lengths)
+    if wanted is None:
+        return known
+    below, above = [n for n in known if n <= wanted], [n for n in known if n >= wanted]
+    return {*([max(below)] if below else []), *([min(above)] if above else [])}

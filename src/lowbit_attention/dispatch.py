@@ -176,7 +176,7 @@ def _fastest_kernel(request: Request) -> tuple[Choice | None, list[Verdict]]:
             if reasons := (
                 *kernel.not_supported_reasons(request, recipe),
                 *kernel.not_worth_reasons(request),
-                *outside_reasons(recipe),
+                *outside_reasons(recipe, request.kv_len),
             ):
                 against.append(Verdict(kernel.name, recipe.name, False, reasons))
                 continue

@@ -29,9 +29,19 @@ class Inputs:
     v: Tensor
 
 
-def from_family(family: str, *, batch: int, heads: int, length: int, head_dim: int, seed: int) -> Inputs:
-    """A synthetic family as float32 tensors."""
-    return Inputs(family, *make(family, batch=batch, heads=heads, length=length, head_dim=head_dim, seed=seed))
+def from_family(
+    family: str,
+    *,
+    batch: int,
+    heads: int,
+    length: int,
+    head_dim: int,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+) -> Inputs:
+    """A synthetic family, rounded to ``dtype``."""
+    made = make(family, batch=batch, heads=heads, length=length, head_dim=head_dim, seed=seed)
+    return Inputs(family, *(t.to(dtype) for t in made))
 
 
 def from_file(path: Path, layout: str = "HND") -> list[Inputs]:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from lowbit_attention import Recipe, __version__, cli, recipe
 from lowbit_attention.ablations import ABLATIONS
+from lowbit_attention.synthetic import CHANNEL_FAMILIES
 
 
 def run(capsys, *arguments):
@@ -46,6 +47,10 @@ SMALL = ("--length", "128", "--heads", "1", "--head-dim", "32")
         (["evaluate", "--seed", "-1"], "--seed"),
         (["evaluate", "x.pt", "--length", "5", "-f", "sink"], "--family, --length does nothing"),
         (["evaluate", "-f", "normal", "--layout", "NHD"], "--layout NHD"),
+        (["evaluate", "-f", "normal", "--query-rows", "0"], "--query-rows"),
+        (["evaluate", "-f", "normal", "--dtype", "int8"], "--dtype 'int8' is not one of float32, bfloat16, float16"),
+        (["evaluate", "-f", "normal", "--fidelity", "bit"], "--fidelity 'bit' is not one of step, instruction"),
+        (["evaluate", "x.pt", "--dtype", "bfloat16"], "--dtype does nothing"),
         (["evaluate", "-r", "sage2_8b:name=x"], "name is no option"),
         (["frobnicate"], "No such command 'frobnicate'"),
         (["doctor", "--frobnicate"], "No such option: --frobnicate"),
@@ -135,6 +140,30 @@ def test_evaluate_writes_what_it_shows(capsys, tmp_path):
     assert document["recipes"]["int8_fp16"]["pv_format"] == "fp16"
     assert [float(r["rmse"]) for r in rows] == [r["rmse"] for r in document["rows"]]
     assert paths["png"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_a_few_rows_of_a_long_sequence(capsys, tmp_path):
+    """In bfloat16 and instruction fidelity a drifting V shows what FP16 sums over 1024 keys lose."""
+    common = ("evaluate", "-f", "drift", "-r", "fast_8b", "--length", "4096", "--query-rows", "64", "--heads", "2")
+    found = {}
+    for fidelity in ("step", "instruction"):
+        options = ("--dtype", "bfloat16", "--like", "sm_90a", "--fidelity", fidelity)
+        code, _, _ = run(
+            capsys, *common, *options, "--csv", str(tmp_path / "a.csv"), "--json", str(tmp_path / "a.json")
+        )
+        assert code == 0
+        (row,) = csv.DictReader((tmp_path / "a.csv").open())
+        assert row["shape"] == "1x2x4096x128"
+        found[fidelity] = float(row["l1"])
+        (same,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+        assert 0 < same["l1_standard_error"] == float(row["l1_standard_error"]) < 0.5 * same["l1"]
+    assert found["instruction"] > 1.4 * found["step"]  # measured: .0137 and .0070
+
+
+def test_evaluate_groups_of_families(capsys, tmp_path):
+    arguments = ("-f", "channels", "-f", "sink", "-r", "sage2_8b", *SMALL, "--csv", str(tmp_path / "a.csv"))
+    assert run(capsys, "evaluate", *arguments)[0] == 0
+    assert [row["input"] for row in csv.DictReader((tmp_path / "a.csv").open())] == list(CHANNEL_FAMILIES)
 
 
 @pytest.mark.parametrize("table", ABLATIONS)

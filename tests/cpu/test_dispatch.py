@@ -64,10 +64,15 @@ class FakeKernel(Implementation):
         return out, torch.zeros(q.shape[:3]) if request.return_lse else None
 
 
+def _l1(**by_family: float) -> dict[str, dict[int, float]]:
+    """Errors that were measured at one length, which so stands for all."""
+    return {family: {4096: l1} for family, l1 in by_family.items()}
+
+
 @pytest.fixture(autouse=True)
-def errors(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, dict[str, float]]]:
+def errors(monkeypatch: pytest.MonkeyPatch) -> budget.Errors:
     """In place of the measured errors, from which ``auto`` learns who is in its budget: here both recipes are."""
-    table = {"sm_89": {name: {"normal": 0.04, "sink": 0.02} for name in ("fast_8b", "sage2_8b", "int8_u8")}}
+    table = {"sm_89": {name: _l1(normal=0.04, sink=0.02) for name in ("fast_8b", "sage2_8b", "int8_u8")}}
     monkeypatch.setattr(budget, "measured", lambda: table)
     return table
 
@@ -241,18 +246,28 @@ def test_auto_leaves_a_kernel_that_cannot(kernel: FakeKernel) -> None:
     assert why(told, "fake_kernel") == "not on Tuesdays"
 
 
-def test_auto_keeps_the_error_budget(kernel: FakeKernel, errors: dict[str, dict[str, dict[str, float]]]) -> None:
+def test_auto_keeps_the_error_budget(kernel: FakeKernel, errors: budget.Errors) -> None:
     """L1 at most 1.1 times sage2_8b's, on every family and machine; every excess is told. .022 / .02 is within."""
     kernel.speedups = {"fast_8b": 9.0}
-    errors["sm_89"]["fast_8b"] = {"normal": 0.01, "sink": 0.0219}
+    errors["sm_89"]["fast_8b"] = _l1(normal=0.01, sink=0.0219)
     assert explain(*tokens(4)).implementation == "fake_kernel"
-    errors["sm_90a"] = {"sage2_8b": {"normal": 0.04, "sink": 0.02}, "fast_8b": {"normal": 0.06, "sink": 0.03}}
+    errors["sm_90a"] = {"sage2_8b": _l1(normal=0.04, sink=0.02), "fast_8b": _l1(normal=0.06, sink=0.03)}
     told = explain(*tokens(4))
     assert told.implementation == "torch_sdpa"
     for part in ("normal", "sink", "1.50", "sm_90a"):
         assert part in why(told, "fake_kernel")
     assert "sm_89" not in why(told, "fake_kernel")
     assert explain(*tokens(4), recipe="fast_8b").implementation == "fake_kernel"  # asked for by name
+
+
+def test_the_budget_is_that_of_the_length(kernel: FakeKernel, errors: budget.Errors) -> None:
+    """Of the keys: a recipe that errs too much on long sequences still runs the short ones."""
+    kernel.speedups = {"fast_8b": 9.0}
+    errors["sm_89"] = {name: {"drift": {64: 0.01, 128: l1}} for name, l1 in (("sage2_8b", 0.01), ("fast_8b", 0.02))}
+    assert explain(*tokens(64)).implementation == "fake_kernel"
+    told = explain(*tokens(65))
+    assert told.implementation == "torch_sdpa"
+    assert "drift (2.00 × at 128 tokens)" in why(told, "fake_kernel")
 
 
 @pytest.mark.parametrize("name", ["sage2_4b", "rotated_4b", "sage2_8b:smooth_v=true"])

@@ -203,7 +203,7 @@ def test_every_reason_is_told_at_once(card: Any) -> None:
 )
 def test_auto_by_card(card: Any, monkeypatch: pytest.MonkeyPatch, arch: str, runs: str | None, says: str) -> None:
     """INT8 and FP16 P·V where there is no FP8, FP8 with FP16 sums on Ada and consumer Blackwell, nothing elsewhere."""
-    errors = {"sm_89": {name: {"normal": 0.04} for name in ("sage2_8b", "sage2pp_8b", "int8_fp16", "fast_8b")}}
+    errors = {"sm_89": {name: {"normal": {4096: 0.04}} for name in ("sage2_8b", "sage2pp_8b", "int8_fp16", "fast_8b")}}
     monkeypatch.setattr(budget, "measured", lambda: errors)
     card(CARDS[arch])
     told = explain_request(request(q_len=AUTO_MIN_LENGTH, kv_len=AUTO_MIN_LENGTH))

@@ -180,11 +180,11 @@ def test_the_integers_of_q(dtype, head_dim, name, sign):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_errs_no_more_than_the_method(family, r, causal, head_dim):
     """Against float64: 5 % more than the emulation, which the kernel's rounding of logits and ex2 may cost at most, and
-    the rounding of the output."""
+    the rounding of the output. (In `step` fidelity a drifting V errs half as much as on the card.)"""
     q, k, v = inputs(family, lengths=(1500, 1500), head_dims=(head_dim, head_dim))
     offset = 0 if causal else None
     out, lse = run(q, k, v, r, is_causal=causal)
-    ref = reference(q, k, v, r, causal_offset=offset)
+    ref = reference(q, k, v, r, causal_offset=offset, fidelity="instruction")
     true, true_lse = exact(q, k, v, sm_scale=1 / math.sqrt(head_dim), masking=Masking(offset))
     rounding = compare(true, true.to(q.dtype)).l1
     assert compare(true, out).l1 <= 1.05 * compare(true, ref.out).l1 + rounding

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from lowbit_attention import RECIPES, attention, compare, doctor, explain
-from lowbit_attention.machine import MACHINES
+from lowbit_attention.evaluation import Grid
+from lowbit_attention.machine import MACHINES, resolve_machine
 from lowbit_attention.reference.formats import round_e4m3, round_e5m2
 from lowbit_attention.reference.quantize import pack
-from lowbit_attention.synthetic import make
+from lowbit_attention.synthetic import FAMILIES, make
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -46,6 +47,19 @@ def test_output_is_the_cpus_to_rounding(name, machine):
     # another order of float32 sums and another exp2 (2 ulp) flip single roundings of P to a neighbour; each flip moves
     # one of ~400 terms by at most the recipe's own rounding error, so the difference is far below that error
     assert compare(ours, gpu).l1 < 0.05 * compare(exact, ours).l1
+
+
+def test_errors_by_length_are_the_cpus_and_go_on_beyond():
+    """Up to 8192 tokens the same inputs; longer ones, drawn on the card, keep the property of their family."""
+    machine, grid = resolve_machine("sm_90a", "instruction"), Grid(heads=4, seeds=1)
+    recipes = {name: RECIPES[name] for name in ("sage2_8b", "fast_8b")}
+    here, there = (grid.measure(["normal", "sinks"], 1024, recipes, machine, device) for device in ("cuda", "cpu"))
+    for key, errors in here.items():
+        assert errors.l1 == pytest.approx(there[key].l1, rel=0.02)
+    longer = grid.measure(list(FAMILIES), 16_384, recipes, machine, "cuda")
+    assert all(0 < errors.l1 < 1 for errors in longer.values())
+    assert 0.03 < longer["normal", "sage2_8b"].l1 < 0.045
+    assert longer["v_mean", "sage2_8b"].l1 < 0.005
 
 
 def test_auto_on_a_card_without_kernels_is_torch():

@@ -9,21 +9,21 @@ from typing import Annotated
 import torch
 import typer
 from rich.table import Table
-from torch import Tensor
 
 from .. import ablations
-from ..api import attention
 from ..errors import InvalidArgumentError
+from ..evaluation import Case, HeadErrors
 from ..inputs import Inputs, from_family, from_file
-from ..machine import Machine
-from ..metrics import Metrics, compare
+from ..machine import resolve_machine
+from ..metrics import Metrics
 from ..recipe import Recipe
 from ..report.files import Row, write_csv, write_json
-from ..synthetic import FAMILIES
+from ..synthetic import CHANNEL_FAMILIES, FAMILIES
 from .common import LIKE_HELP, RECIPE_HELP, check_outputs, console, new_table, parse_like, parse_recipes, progress, show
 
 METRICS = ("l1", "cos_sim", "rmse", "max_error")
 DEFAULTS = {"length": 1024, "heads": 4, "head_dim": 128, "batch": 1, "seed": 0}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def command(
@@ -32,7 +32,11 @@ def command(
     ] = None,
     families: Annotated[
         list[str] | None,
-        typer.Option("--family", "-f", help=f"A synthetic family, repeatable, or `all`: {', '.join(FAMILIES)}."),
+        typer.Option(
+            "--family",
+            "-f",
+            help=f"A synthetic family, repeatable, `channels` (the first ten) or `all`: {', '.join(FAMILIES)}.",
+        ),
     ] = None,
     recipes: Annotated[list[str] | None, typer.Option("--recipe", "-r", help=RECIPE_HELP)] = None,
     table: Annotated[
@@ -47,6 +51,17 @@ def command(
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Batch of a synthetic input (1).")] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of a synthetic input (0).")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help=f"What a synthetic input is rounded to first: {', '.join(DTYPES)} (float32).")
+    ] = None,
+    query_rows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Measure so many query rows, in whole tiles spread evenly; all keys count. All rows."),
+    ] = None,
+    fidelity: Annotated[
+        str,
+        typer.Option(help="`step`, or `instruction`: every product truncated as the tensor core does it; slower."),
+    ] = "step",
     layout: Annotated[
         str | None, typer.Option(help="Layout of the file's tensors: HND ([B,H,N,D], the default) or NHD.")
     ] = None,
@@ -60,6 +75,8 @@ def command(
 
     * `lowbit evaluate -f all -t recipes` — every recipe on every family
     * `lowbit evaluate -f qk_bias -t smoothing` — SageAttention2's smoothing ablation
+    * `lowbit evaluate -f drift --length 131072 --query-rows 64 --dtype bfloat16 --fidelity instruction --like sm_90a` —
+      a long sequence
     * `lowbit evaluate qkv.safetensors -r sage2_8b -r int8_fp16` — your own Q, K and V
     """
     if metric not in METRICS:
@@ -71,26 +88,31 @@ def command(
         if table is not None
         else {r.name: r for r in parse_recipes(recipes, list(ablations.ABLATIONS["recipes"].rows))}
     )
-    machine = parse_like(like)
+    if fidelity not in ("step", "instruction"):
+        raise InvalidArgumentError(f"--fidelity {fidelity!r} is not one of step, instruction")
+    machine = resolve_machine(parse_like(like), "instruction" if fidelity == "instruction" else "step")
     check_outputs(csv, json, plot)
     synthetic = {"length": length, "heads": heads, "head_dim": head_dim, "batch": batch, "seed": seed}
-    inputs = _inputs(file, layout, families, {name: value for name, value in synthetic.items() if value is not None})
+    inputs = _inputs(
+        file, layout, families, {name: value for name, value in synthetic.items() if value is not None}, dtype
+    )
     with progress() as bar:
         task = bar.add_task("exact attention", total=len(inputs) * (len(chosen) + 1))
         results: dict[tuple[str, str], Metrics] = {}
+        by_head: dict[tuple[str, str], HeadErrors] = {}
         for one in inputs:
             bar.update(task, description=f"{one.name}: exact")
-            q, k, v = (t.double() for t in (one.q, one.k, one.v))
-            exact = attention(q, k, v, recipe="exact", is_causal=causal)
+            case = Case(one.q, one.k, one.v, machine, is_causal=causal, query_rows=query_rows)
             bar.advance(task)
             for label, recipe in chosen.items():
                 bar.update(task, description=f"{one.name}: {label}")
-                results[label, one.name] = _measure(one, recipe, exact, causal, machine)
+                out = case.emulated(recipe)
+                results[label, one.name], by_head[label, one.name] = case.metrics(out), case.by_head(out)
                 bar.advance(task)
     title = ablations.ABLATIONS[table].title if table is not None else "recipes"
     for shown in _tables(title, metric, list(chosen), [i.name for i in inputs], results):
         console.print(shown)
-    rows = _rows(chosen, inputs, results)
+    rows = _rows(chosen, inputs, results, by_head)
     if csv:
         write_csv(csv, rows)
     if json:
@@ -106,11 +128,12 @@ def command(
 
 
 def _inputs(
-    file: Path | None, layout: str | None, families: list[str] | None, synthetic: dict[str, int]
+    file: Path | None, layout: str | None, families: list[str] | None, synthetic: dict[str, int], dtype: str | None
 ) -> list[Inputs]:
     """The file's tensors or the synthetic ones; options that belong to the other are refused."""
     if file is not None:
-        if idle := ["--family"] * bool(families) + [f"--{name.replace('_', '-')}" for name in synthetic]:
+        idle = ["--family"] * bool(families) + ["--dtype"] * bool(dtype)
+        if idle := idle + [f"--{name.replace('_', '-')}" for name in synthetic]:
             raise InvalidArgumentError(
                 f"a file's tensors are taken as they are: {', '.join(idle)} does nothing beside it"
             )
@@ -120,23 +143,26 @@ def _inputs(
     setting = DEFAULTS | synthetic
     if setting["head_dim"] % 2:
         raise InvalidArgumentError(f"--head-dim {setting['head_dim']}: synthetic inputs need an even one")
-    names = list(FAMILIES) if families and "all" in families else families or ["normal", "qkv_bias", "sink"]
-    return [from_family(name, **setting) for name in dict.fromkeys(names)]
+    if dtype is not None and dtype not in DTYPES:
+        raise InvalidArgumentError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    names = [
+        name
+        for asked in families or ["normal", "qkv_bias", "sink"]
+        for name in {"all": tuple(FAMILIES), "channels": CHANNEL_FAMILIES}.get(asked, (asked,))
+    ]
+    return [from_family(name, **setting, dtype=DTYPES[dtype or "float32"]) for name in dict.fromkeys(names)]
 
 
-def _measure(one: Inputs, recipe: Recipe, exact: Tensor, causal: bool, machine: Machine | None) -> Metrics:
-    out = attention(
-        one.q.float(), one.k.float(), one.v.float(), recipe=recipe, is_causal=causal,
-        like=None if recipe.is_exact else machine,
-    )  # fmt: skip
-    hidden = max(0, one.q.shape[2] - one.k.shape[2]) if causal else 0  # the first rows see no key
-    return compare(exact, out, torch.arange(one.q.shape[2], dtype=torch.int64, device="cpu") >= hidden)
-
-
-def _rows(chosen: dict[str, Recipe], inputs: list[Inputs], results: dict[tuple[str, str], Metrics]) -> list[Row]:
+def _rows(
+    chosen: dict[str, Recipe],
+    inputs: list[Inputs],
+    results: dict[tuple[str, str], Metrics],
+    by_head: dict[tuple[str, str], HeadErrors],
+) -> list[Row]:
     return [
         {"input": one.name, "shape": "x".join(map(str, one.q.shape)), "label": label, "recipe": recipe.name}
         | results[label, one.name].as_dict()
+        | {"l1_standard_error": by_head[label, one.name].standard_error}
         for one in inputs
         for label, recipe in chosen.items()
     ]

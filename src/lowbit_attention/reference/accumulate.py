@@ -27,6 +27,7 @@ from .formats import power_of_two, truncate_fraction
 
 FP16_MMA_DEPTH = 16
 FP16_MMA_ALIGN_BITS = 25
+FP8_MMA_ALIGN_BITS = 13
 
 E4M3_MIN_EXPONENT = -6
 """Exponent of E4M3's subnormals; FP16's and E5M2's is −14."""
@@ -34,10 +35,12 @@ FP16_MIN_EXPONENT = -14
 
 _EXACT_INT_KEYS = 512
 """Keys whose integer sum float32 holds exactly: 512 · 255 · 127 < 2^24."""
-_CHUNK_ELEMENTS = 1 << 23
-"""Products held at once by the instruction fidelity: 64 MiB of float64."""
-_NO_EXPONENT = -(1 << 14)
-"""Below every exponent: that of a zero."""
+_CHUNK_ELEMENTS = 1 << 19
+_CHUNK_ELEMENTS_CUDA = 1 << 27
+"""Products held at once by the instruction fidelity: what a core's cache holds; on a GPU 1 GiB of float64."""
+_SMALLEST_POWER = 2.0**-100
+"""Least of the terms' largest exponents, and its inverse the most: all terms are zero, or the accumulator is infinite.
+(No product is below 2^-48; an accumulator below 2^-100 has nothing left to tell.)"""
 
 
 def accumulate(
@@ -135,40 +138,50 @@ def _fp16_mma(acc: Tensor, p: Tensor, v: Tensor, f16: bool, min_exponent: int) -
 
 
 def _aligned_sum(acc: Tensor, p: Tensor, v: Tensor, align_bits: int, min_exponent: int) -> Tensor:
-    """``acc + p @ v`` in float64, every term truncated toward zero at ``2^(e_max − align_bits)``; ``[S, R, Dv]``."""
-    out = torch.empty(acc.shape, dtype=torch.float64, device=acc.device)
-    p_exponent, v_exponent = _exponent(p, min_exponent), _exponent(v, min_exponent)
-    acc_exponent = _exponent(acc, None)
-    rows = max(1, _CHUNK_ELEMENTS // max(1, v.shape[-2] * v.shape[-1]))
-    for s in range(acc.shape[0]):
+    """``acc + p @ v``, exactly, every term truncated toward zero at ``2^(e_max − align_bits)``; ``[S, R, Dv]``.
+
+    Products of 8-bit floats and the few bits of their aligned sums are exact in float32, others in float64.
+    """
+    dtype = torch.float32 if align_bits <= FP8_MMA_ALIGN_BITS else torch.float64
+    out = torch.empty(acc.shape, dtype=dtype, device=acc.device)
+    p_power, v_power = (torch.where(x == 0, 0.0, _power(x).clamp_(min=2.0**min_exponent)).to(dtype) for x in (p, v))
+    acc_power = _power(acc).to(dtype)
+    p, v, acc = p.to(dtype), v.to(dtype), acc.to(dtype)
+    elements = _CHUNK_ELEMENTS_CUDA if acc.is_cuda else _CHUNK_ELEMENTS
+    rows = max(1, elements // max(1, v.shape[-2] * v.shape[-1]))
+    slices = max(1, rows // max(1, acc.shape[1]))
+    for s in range(0, acc.shape[0], slices):
+        of_v = slice(s, s + slices)
         for start in range(0, acc.shape[1], rows):
-            part = slice(start, start + rows)
-            products = p[s, part, :, None].double() * v[s].double()
-            exponents = (p_exponent[s, part, :, None] + v_exponent[s]).amax(dim=1)
-            exponents = torch.maximum(exponents, acc_exponent[s, part])
-            quantum = power_of_two(exponents.clamp_(min=-990) - align_bits)
-            total = torch.trunc(products.div_(quantum[:, None])).sum(dim=1)
-            out[s, part] = (total + torch.trunc(acc[s, part].double() / quantum)) * quantum
+            part = (of_v, slice(start, start + rows))
+            largest = (p_power[part][..., None] * v_power[of_v, None]).amax(dim=2)
+            largest = torch.maximum(largest, acc_power[part]).clamp_(_SMALLEST_POWER, 1 / _SMALLEST_POWER)
+            quantum = largest.mul_(2.0**-align_bits)
+            inverse = quantum.reciprocal()
+            products = (p[part][..., None] * v[of_v, None]).mul_(inverse[:, :, None]).trunc_()
+            total = products.sum(dim=2).add_((acc[part] * inverse).trunc_())
+            torch.mul(total, quantum, out=out[part])
     return out
 
 
-def _exponent(x: Tensor, min_exponent: int | None) -> Tensor:
-    """``⌊log2 |x|⌋``, at least ``min_exponent``; far below every exponent for zeros."""
-    exponent = torch.frexp(x).exponent - 1
-    if min_exponent is not None:
-        exponent = exponent.clamp(min=min_exponent)
-    return torch.where(x == 0, _NO_EXPONENT, exponent)
+def _power(x: Tensor) -> Tensor:
+    """``2^⌊log2 |x|⌋`` of float32 numbers, 0 of zeros and subnormal ones."""
+    return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
 def _to_fp16(x: Tensor) -> Tensor:
-    """float64 to the nearest FP16 number, ties to even, as float32. (torch's own cast rounds to float32 on the way.)"""
+    """Float32 or float64 to the nearest FP16 number, ties to even, as float32."""
+    if x.dtype == torch.float32:
+        return x.half().float()
+    # (torch's own cast of float64 rounds to float32 on the way)
     exponent = (torch.frexp(x).exponent - 1).clamp(min=FP16_MIN_EXPONENT)
     quantum = power_of_two(exponent - 10)
     return (torch.round(x / quantum) * quantum).half().float()
 
 
 def _truncate(x: Tensor, fraction_bits: int) -> Tensor:
-    """float64 to float32 that keeps ``fraction_bits``, truncated toward zero."""
-    mantissa, exponent = torch.frexp(x)  # ½ ≤ |mantissa| < 1: one bit more than the fraction's
-    bits = fraction_bits + 1
-    return (torch.trunc(mantissa * 2.0**bits) * power_of_two(exponent - bits)).float()
+    """Float32 or float64 to float32 that keeps ``fraction_bits``, truncated toward zero."""
+    if x.dtype == torch.float32:
+        truncate_fraction(x, fraction_bits)
+        return x
+    return (x.view(torch.int64) & -(1 << (52 - fraction_bits))).view(torch.float64).float()

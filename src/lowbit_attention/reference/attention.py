@@ -43,6 +43,7 @@ def emulate(
     machine: Machine = DEFAULT_MACHINE,
     means: Means | None = None,
     key_splits: int = 1,
+    rows: Tensor | None = None,
 ) -> Result:
     """Quantised attention as a kernel of ``machine``'s kind computes it.
 
@@ -52,10 +53,13 @@ def emulate(
         means: a kernel's own means, to be used instead of the reference's.
         key_splits: in how many parts the key tiles are summed up by themselves, as a kernel does that shares a block of
             rows out between multiprocessors: part i begins with tile ``⌊tiles · i / key_splits⌋``.
+        rows: the query rows to compute, int64 ``[R]`` (``None``: all): whole query tiles in their order, of which the
+            last may be cut. Nq in the result is then R; the numbers are those of all rows (up to the order of float32
+            sums): means and scales are still taken over all of Q, K and V.
     """
     recipe.check_geometry(machine.geometry)
     with without_autocast(q.device):
-        return _emulate(q, k, v, recipe, sm_scale, masking, machine, means, key_splits)
+        return _emulate(q, k, v, recipe, sm_scale, masking, machine, means, key_splits, rows)
 
 
 def _emulate(
@@ -68,10 +72,13 @@ def _emulate(
     machine: Machine,
     means: Means | None,
     key_splits: int,
+    some: Tensor | None,
 ) -> Result:
     # contiguous: the order of a mean's additions, and so its last bit, must not depend on the caller's strides
     q, k, v = q.float().contiguous(), k.float().contiguous(), v.float().contiguous()
     packed = pack(q, k, v, recipe, machine.geometry, valid_keys(masking, q, k), means)
+    if some is not None:
+        q, packed, masking = q[:, :, some], packed.of_rows(some, machine.geometry), masking.of_rows(some)
     batch, heads, rows = q.shape[:3]
     out = q.new_zeros(batch * heads, rows, v.shape[3])
     lse = q.new_full((batch * heads, rows), -math.inf)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,12 +25,24 @@ class Masking:
 
     causal_offset: int | None = None
     mask: Tensor | None = None
+    positions: tuple[int, ...] | None = None
+    """Where the query rows stand, ascending, if they are some of a longer Q (`of_rows`)."""
+
+    def of_rows(self, rows: Tensor) -> Masking:
+        """The same for some of the query rows, int64 ``[R]``, ascending."""
+        mask = self.mask if self.mask is None or self.mask.shape[2] == 1 else self.mask[:, :, rows.to(self.mask.device)]
+        return replace(self, mask=mask, positions=tuple(rows.tolist()))
 
     def first_row(self, first_key: int, tile: int) -> int:
         """The first query row, rounded down to its tile, that causality lets see ``first_key`` or a later key."""
         if self.causal_offset is None:
             return 0
-        return max(0, first_key - self.causal_offset) // tile * tile
+        first = max(0, first_key - self.causal_offset)
+        if self.positions is not None:
+            first = bisect_left(self.positions, first)
+            if first == len(self.positions):
+                return first
+        return first // tile * tile
 
     def hide(self, x: Tensor, heads: tuple[Tensor, Tensor], rows: slice, keys: slice, unit: float = LOG2E) -> Tensor:
         """Logits ``x`` ``[S, rows, keys]`` with the mask added (times ``unit``) and −inf where a key is hidden.
@@ -46,8 +59,12 @@ class Masking:
                 shifted = x + (bias * unit).clamp(-limit, limit)
                 finite = x.isfinite() & bias.isfinite()
                 x = torch.where(finite, shifted.clamp(-limit, limit), x + bias)
-        if self.causal_offset is not None and keys.stop - 1 > rows.start + self.causal_offset:
-            i = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=x.device)[:, None]
+        first = rows.start if self.positions is None else self.positions[rows.start]
+        if self.causal_offset is not None and keys.stop - 1 > first + self.causal_offset:
+            if self.positions is None:
+                i = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=x.device)[:, None]
+            else:
+                i = torch.tensor(self.positions[rows], dtype=torch.int64, device=x.device)[:, None]
             j = torch.arange(keys.start, keys.stop, dtype=torch.int64, device=x.device)
             x = x.masked_fill(j > i + self.causal_offset, -math.inf)
         return x

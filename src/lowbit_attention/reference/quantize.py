@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,6 +57,11 @@ class Packed:
     k_smooth: Tensor | None
     k_mean: Tensor | None
     v_mean: Tensor | None
+
+    def of_rows(self, rows: Tensor, geometry: Geometry) -> Packed:
+        """The same with some of Q's rows, int64 ``[R]``: whole query tiles of it (the last may be cut)."""
+        q_mean = None if self.q_mean is None else self.q_mean[:, :, rows[:: geometry.b_q] // geometry.b_q]
+        return replace(self, q=self.q[:, :, rows], q_group=self.q_group[rows], q_mean=q_mean)
 
 
 def pack(

@@ -35,6 +35,13 @@ def figure(width: float, height: float, **options: Any) -> tuple[Any, Any]:
     return fig, axes
 
 
+def log_ticks() -> Any:
+    """Ticks at 1, 2 and 5 times the powers of ten, for a logarithmic axis of few decades."""
+    from matplotlib.ticker import LogLocator
+
+    return LogLocator(subs=(1.0, 2.0, 5.0))
+
+
 def save(path: Path, fig: Any) -> None:
     """Write a figure (the ending decides: .png, .svg, .pdf) and close it."""
     from matplotlib import pyplot
