@@ -7,7 +7,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-
 from ..console import plain, rendered
 
 if TYPE_CHECKING:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 Expectation = Callable[[Callable[[], Any]], None]
 """Runs what it is given, and asserts."""
 
@@ -58,16 +60,12 @@ def refused(error: type[BaseException], *words: str, lines: int | None = 1) -> E
     """It raises exactly this kind of error, whose text holds all the words, in ``lines`` lines (``None``: any)."""
 
     def check(run: Callable[[], Any]) -> None:
-        try:
-            found = run()
-        except BaseException as raised:
-            assert isinstance(raised, error), f"raised {type(raised).__name__}: {raised}"
-            text = str(raised)
-            missing = [word for word in words if word not in text]
-            assert not missing, f"{text!r} does not say {missing}"
-            assert lines is None or len(text.strip().splitlines()) <= lines, f"more than {lines} line(s): {text!r}"
-        else:
-            raise AssertionError(f"gave {found!r} where {error.__name__} was due")
+        with pytest.raises(error) as caught:
+            print("gave", run())
+        text = str(caught.value)
+        missing = [word for word in words if word not in text]
+        assert not missing, f"{text!r} does not say {missing}"
+        assert lines is None or len(text.strip().splitlines()) <= lines, f"more than {lines} line(s): {text!r}"
 
     return check
 
