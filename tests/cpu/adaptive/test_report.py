@@ -196,7 +196,9 @@ def test_in_a_browser(choice, page, tmp_path, width):
 
 
 HOSTILE = ("__proto__", "constructor", "toString", "hasOwnProperty", "%%DATA%%", "</script>", "$&", "\\u003c")
-"""Names that every JavaScript object has, or that filling in a page could take for something else (T24, T37)."""
+"""Names that every JavaScript object has, or that filling in a page could take for something else.
+
+Cases T24 and T37 of the shared list."""
 
 
 def hostile(folder):
