@@ -5,15 +5,51 @@ Each message carries the offending values and, where there is one, the way out.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
+from typing import Any
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 120
+
+
+def shown(value: Any) -> str:
+    """A value in an error's text, in one line, however large it is.
+
+    >>> shown(10**5000), shown("a" * 1000)[:6]
+    ('an integer of 16610 bits', "'aaaaa")
+    """
+    if isinstance(value, int) and value.bit_length() > 200:  # (Python refuses to print those of many thousand digits)
+        return f"an integer of {value.bit_length()} bits"
+    return " ".join(_short.repr(value).split())
 
 
 class LowbitError(Exception):
-    """Base class of all errors raised on purpose by this library."""
+    """Base class of all errors raised on purpose by this library.
+
+    Each survives `pickle` and `copy` with its text and its fields, so that a worker process may raise it.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Python's own way calls the class with the text alone, which is not what a class with fields takes
+        return _made_again, (type(self), self.args, dict(self.__dict__))
+
+
+def _made_again(cls: type[LowbitError], args: tuple[Any, ...], fields: dict[str, Any]) -> LowbitError:
+    """An error as it was, without its class's own ``__init__``."""
+    error = cls.__new__(cls, *args)
+    base: Any = next(c for c in cls.__mro__ if c.__module__ == "builtins")
+    base.__init__(error, *args)  # (an ImportError keeps its text in a field of its own)
+    error.__dict__.update(fields)
+    return error
 
 
 class InvalidArgumentError(LowbitError, ValueError):
     """An argument has a wrong value, shape, dtype or device."""
+
+
+class SaveError(LowbitError, OSError):
+    """A file could not be written."""
 
 
 class InvalidRecipeError(InvalidArgumentError):

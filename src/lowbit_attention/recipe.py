@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .errors import InvalidRecipeError
+from .errors import InvalidRecipeError, shown
 from .granularity import (
     TOKEN_GRANULARITIES,
     VALUE_GRANULARITIES,
@@ -37,6 +37,10 @@ from .recipe_rules import contradictions, range_reasons
 
 SCHEMA_VERSION = 1
 """Version of the JSON form of a recipe."""
+_MOST_JSON = 1 << 16
+"""Characters of a recipe's JSON: some sixty times what one takes."""
+_MOST_TEXT = 4096
+"""Characters of a name, a summary or an option: eight times what changing every option makes of a recipe's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +105,8 @@ class Recipe:
     row_sum: RowSum = "unrounded"
 
     def __post_init__(self) -> None:
-        if reasons := contradictions(self):
-            raise InvalidRecipeError(f"recipe {self.name!r}", reasons)
+        if reasons := _size_reasons(self) or contradictions(self):
+            raise InvalidRecipeError(f"recipe {shown(self.name)}", reasons)
         # Written now, because torch.compile cannot trace the writing, and the operator takes text.
         data = {"schema": SCHEMA_VERSION, "name": self.name, "summary": self.summary, **self.options()}
         object.__setattr__(self, "_json", json.dumps(data))
@@ -158,8 +162,7 @@ class Recipe:
         sage2_4b:smooth_q=false
         """
         if changes and "name" not in changes:
-            base, _, before = self.name.partition(":")
-            texts = dict(text.split("=", 1) for text in before.split(",")) if before else {}
+            base, texts = _changes_in(self.name)
             texts |= {option: _encode_text(value) for option, value in changes.items()}
             changes |= {"name": f"{base}:" + ",".join(f"{k}={v}" for k, v in texts.items()), "summary": ""}
         return dataclasses.replace(self, **changes)
@@ -180,15 +183,18 @@ class Recipe:
         Raises:
             InvalidRecipeError: if the text is no JSON object, of another schema, or holds an unknown or bad option.
         """
+        if not isinstance(text, str) or len(text) > _MOST_JSON:
+            what = f"{len(text)} characters, more than {_MOST_JSON}" if isinstance(text, str) else type(text).__name__
+            raise InvalidRecipeError("recipe JSON", [f"expected a text, got {what}"])
         try:
             data = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidRecipeError("recipe JSON", [str(error)]) from None
         if not isinstance(data, dict):
             raise InvalidRecipeError("recipe JSON", [f"expected an object, got {type(data).__name__}"])
         schema = data.pop("schema", None)
         if type(schema) is not int or schema != SCHEMA_VERSION:
-            raise InvalidRecipeError("recipe JSON", [f"schema {schema!r}; this version reads {SCHEMA_VERSION}"])
+            raise InvalidRecipeError("recipe JSON", [f"schema {shown(schema)}; this version reads {SCHEMA_VERSION}"])
         return cls(**decode_options(data, "recipe JSON"))
 
     def __str__(self) -> str:
@@ -198,7 +204,9 @@ class Recipe:
 def decode_options(data: dict[str, Any], subject: str) -> dict[str, Any]:
     """JSON or command-line values to `Recipe` arguments; every unknown name and bad value is reported."""
     known = {f.name for f in dataclasses.fields(Recipe)}
-    reasons = [f"unknown option {name!r} (known: {', '.join(sorted(known))})" for name in data if name not in known]
+    reasons = [
+        f"unknown option {shown(name)} (known: {', '.join(sorted(known))})" for name in data if name not in known
+    ]
     decoded = {}
     for name, value in data.items():
         try:
@@ -210,13 +218,42 @@ def decode_options(data: dict[str, Any], subject: str) -> dict[str, Any]:
     return decoded
 
 
+def _size_reasons(r: Recipe) -> list[str]:
+    """Options that are too large to compute with, or even to show; before anything else looks at them."""
+    reasons = []
+    for f in dataclasses.fields(r):
+        value = getattr(r, f.name)
+        if isinstance(value, list | tuple | dict | set):
+            reasons.append(f"{f.name}={shown(value)} has the wrong type")
+        elif isinstance(value, int) and value.bit_length() > 31:
+            reasons.append(f"{f.name}={shown(value)} is beyond ±2³¹")
+        elif isinstance(value, str) and len(value) > _MOST_TEXT:
+            reasons.append(f"{f.name} has {len(value)} characters, more than {_MOST_TEXT}")
+    return reasons
+
+
+def _changes_in(name: str) -> tuple[str, dict[str, str]]:
+    """A recipe's name without the changes at its end, and these by option.
+
+    A user's own name may hold a colon, too: only what is ``option=value,option=value`` behind the last one is changes.
+    """
+    base, colon, end = name.rpartition(":")
+    pairs = [text.partition("=") for text in end.split(",")]
+    known = {f.name for f in dataclasses.fields(Recipe)}
+    if not colon or not base or any(option not in known or not value for option, _, value in pairs):
+        return name, {}
+    return base, {option: value for option, _, value in pairs}
+
+
 def _encode(value: Any) -> Any:
     plain = value is None or isinstance(value, bool | int | float | str)
     return value if plain else str(value)
 
 
 def _encode_text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) or value is None else str(_encode(value))
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    return shown(value) if isinstance(value, int) else str(_encode(value))
 
 
 def _lookup(table: dict[str, Any]) -> Any:

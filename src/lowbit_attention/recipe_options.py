@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Literal
 
-from .errors import InvalidArgumentError
+from .errors import InvalidArgumentError, shown
 
 Rotation = Literal["none", "hadamard"]
 PVFormat = Literal["e4m3", "e5m2", "int8", "u8", "fp16", "fp32"]
 Accumulator = Literal["fp32", "fp8_f32", "fp8_f16", "fp16", "int32"]
 RowSum = Literal["unrounded", "rounded", "accumulator"]
+
+MOST_SAMPLED = 1 << 16
+"""Tokens of a sample, which are held at once: 64 times what a kernel takes, and all of most sequences."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,18 @@ class RestartedMax:
     headroom: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.headroom) and 0 <= self.headroom <= self.slack):
-            raise InvalidArgumentError(f"headroom={self.headroom}: a base-2 exponent in [0, slack={self.slack}]")
-        if not (math.isfinite(self.slack) and 0 < self.slack <= 60):
-            raise InvalidArgumentError(f"slack={self.slack}: a base-2 exponent in (0, 60], or sums leave FP32's range")
+        for name in ("slack", "headroom"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise InvalidArgumentError(f"{name}={shown(value)} is no number")
+        if not 0 <= self.headroom <= self.slack:
+            raise InvalidArgumentError(
+                f"headroom={shown(self.headroom)}: a base-2 exponent in [0, slack={shown(self.slack)}]"
+            )
+        if not 0 < self.slack <= 60:
+            raise InvalidArgumentError(
+                f"slack={shown(self.slack)}: a base-2 exponent in (0, 60], or sums leave FP32's range"
+            )
 
     def __str__(self) -> str:
         numbers = (self.slack, self.headroom) if self.headroom else (self.slack,)
@@ -89,8 +99,10 @@ class SampledTokens:
     count: int = 32
 
     def __post_init__(self) -> None:
-        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
-            raise InvalidArgumentError(f"count={self.count!r}: a positive number of tokens")
+        if isinstance(self.count, bool) or not isinstance(self.count, int) or not 1 <= self.count <= MOST_SAMPLED:
+            raise InvalidArgumentError(
+                f"count={shown(self.count)}: a positive number of tokens, at most {MOST_SAMPLED}"
+            )
 
     def __str__(self) -> str:
         return f"sampled({self.count})"
@@ -103,6 +115,6 @@ def parse_token_sample(text: str) -> TokenSample:
     """``all``, ``sampled`` or ``sampled(32)``."""
     if text == "all":
         return AllTokens()
-    if match := re.fullmatch(r"sampled(?:\(([0-9]+)\))?", text):
+    if match := re.fullmatch(r"sampled(?:\(([0-9]{1,99})\))?", text):
         return SampledTokens(int(match[1])) if match[1] else SampledTokens()
     raise InvalidArgumentError(f"{text!r} is no token sample: 'all' or 'sampled(32)'")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .errors import InvalidRecipeError
+from .errors import InvalidRecipeError, shown
 from .granularity import PerBlock, PerThread, PerWarp
 from .recipe import Recipe, decode_options
 from .recipe_options import RestartedMax, SampledTokens, TileMax
@@ -138,6 +138,9 @@ RECIPES: dict[str, Recipe] = {entry.name: entry for entry in _ENTRIES}
 
 EXACT = RECIPES["exact"]
 
+_MOST_TEXT = 2048
+"""Characters of a recipe's name with changes: every option's, and some."""
+
 
 def recipe(spec: str | Recipe) -> Recipe:
     """The recipe that ``spec`` names, with options changed after a colon.
@@ -156,7 +159,9 @@ def recipe(spec: str | Recipe) -> Recipe:
     if isinstance(spec, Recipe):
         return spec
     if not isinstance(spec, str):
-        raise InvalidRecipeError(f"recipe {spec!r}", ["neither a Recipe nor a recipe's name"])
+        raise InvalidRecipeError(f"recipe {shown(spec)}", ["neither a Recipe nor a recipe's name"])
+    if len(spec) > _MOST_TEXT:
+        raise InvalidRecipeError(f"recipe {shown(spec)}", [f"{len(spec)} characters, more than {_MOST_TEXT}"])
     name, _, changes = spec.partition(":")
     if name not in RECIPES:
         raise InvalidRecipeError(f"recipe {name!r}", [f"unknown name; known: {', '.join(RECIPES)}"])

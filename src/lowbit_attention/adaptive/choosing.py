@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+import sys
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from ..console import fitting
-from ..errors import InvalidArgumentError
+from ..console import fitting, visible
+from ..errors import InvalidArgumentError, shown
 from .clock import CallKey
 from .costs import CostTable, cost_table
 from .optimise import Option, Solution, frontier, minimise_time
@@ -124,7 +125,8 @@ class Choice:
         if not math.isnan(self.bound):
             away = (self.seconds - self.bound) / self.seconds if self.seconds else 0.0
             lines.append("proved optimal" if self.optimal else f"at most {100 * away:.2g} % slower than the optimum")
-        return fitting("\n".join([*lines, *(f"note: {note}" for note in self.notes)]))
+        # (to be printed: on any console, and whatever stands in the names of modules)
+        return fitting("\n".join([*lines, *(f"note: {visible(note)}" for note in self.notes)]))
 
 
 def _ms(seconds: float) -> str:
@@ -168,13 +170,14 @@ def choose(
         raise InvalidArgumentError(f"give one of fraction, threshold and budget, got {', '.join(given) or 'none'}")
     if mode not in MODES or metric not in METRICS:
         raise InvalidArgumentError(
-            f"mode={mode!r} is one of {', '.join(MODES)}; metric={metric!r} of {', '.join(METRICS)}"
+            f"mode={shown(mode)} is one of {', '.join(MODES)}; metric={shown(metric)} of {', '.join(METRICS)}"
         )
     ((rule, value),) = given.items()
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise InvalidArgumentError(f"{rule}={value!r} is no number from 0")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= sys.float_info.max:  # (an integer may be beyond any float)
+        raise InvalidArgumentError(f"{rule}={shown(value)} is no number from 0")
     if rule != "budget" and value > 1:
-        raise InvalidArgumentError(f"{rule}={value!r} is above 1")
+        raise InvalidArgumentError(f"{rule}={shown(value)} is above 1")
     table = cost_table(cost)
     chosen = Chooser(observations, table, mode, metric, _as_list(effects), recipes, pair=rule == "fraction")
     if rule == "fraction":
@@ -201,6 +204,37 @@ def _as_list(effects: Sequence[Sensitivity] | Sensitivity) -> list[Sensitivity]:
     return list(effects) if isinstance(effects, Sequence) else [effects]
 
 
+def offered(
+    known: Collection[str], table: CostTable, recipes: Sequence[str] | None, pair: bool = False
+) -> tuple[list[str], list[str]]:
+    """What may be chosen of the candidates ``known``, and notes on what may not; to be asked before they are scored.
+
+    ``recipes``, ``table``: as in `choose`; ``pair``: for ``fraction``, the cheap one and the accurate one.
+
+    Raises:
+        InvalidArgumentError: recipes that are no candidates or have no price; no pair.
+    """
+    notes = []
+    wanted = list(dict.fromkeys(recipes if recipes is not None else known))
+    if unknown := [name for name in wanted if name != EXACT and name not in known]:
+        raise InvalidArgumentError(f"{', '.join(unknown)}: not observed; observed were {', '.join(known)}")
+    unpriced = [name for name in wanted if not table.prices(name)]
+    if unpriced and (recipes is not None or len(unpriced) == len(wanted)):
+        why = "; ".join(f"{name}: {table.why_not(name)}" for name in unpriced)
+        raise InvalidArgumentError(f"cost table {table.name!r} has no price for {why}")
+    if unpriced:
+        notes.append(f"not offered, as {table.name} has no price for them: {', '.join(unpriced)}")
+    found = [name for name in wanted if table.prices(name)]
+    if idle := [] if pair else [name for name in found if not table.saves(name)]:
+        notes += [f"{name} is not chosen: {table.provenance(name)}" for name in idle]
+        found = [name for name in found if name not in idle]
+    if pair:
+        if len(found) != 2:
+            raise InvalidArgumentError(f"fraction= needs recipes=(cheap, accurate), got {', '.join(found)}")
+        return found, notes
+    return [*found, *([EXACT] if EXACT not in found and table.prices(EXACT) else [])], notes
+
+
 class Chooser:
     """What the rules share: the calls in groups, the recipes that may be chosen, and every group's options."""
 
@@ -223,7 +257,8 @@ class Chooser:
         self.observations, self.table, self.mode, self.metric = observations, table, mode, metric
         self.records = scored
         self.notes: list[str] = []
-        self.offered = self._offered(recipes, pair)
+        self.offered, notes = offered(observations.candidates, table, recipes, pair)
+        self.notes += notes
         self.groups = _groups(list(scored), mode)
         self.effects = effects
         self._factors = {name: self._effect_errors(name) for name in self.offered} if effects else {}
@@ -232,27 +267,6 @@ class Chooser:
             self.notes.append(f"{len(problems)} calls are not in the choice, as no candidate runs them all: {first}")
         if unscored := len(everything) - len(scored) - len(problems):
             self.notes.append(f"{unscored} calls are not in the choice, as no row of theirs counts")
-
-    def _offered(self, recipes: Sequence[str] | None, pair: bool) -> list[str]:
-        known = self.observations.candidates
-        wanted = list(dict.fromkeys(recipes if recipes is not None else known))
-        if unknown := [name for name in wanted if name != EXACT and name not in known]:
-            raise InvalidArgumentError(f"{', '.join(unknown)}: not observed; observed were {', '.join(known)}")
-        unpriced = [name for name in wanted if not self.table.prices(name)]
-        if unpriced and (recipes is not None or len(unpriced) == len(wanted)):
-            why = "; ".join(f"{name}: {self.table.why_not(name)}" for name in unpriced)
-            raise InvalidArgumentError(f"cost table {self.table.name!r} has no price for {why}")
-        if unpriced:
-            self.notes.append(f"not offered, as {self.table.name} has no price for them: {', '.join(unpriced)}")
-        offered = [name for name in wanted if self.table.prices(name)]
-        if idle := [] if pair else [name for name in offered if not self.table.saves(name)]:
-            self.notes += [f"{name} is not chosen: {self.table.provenance(name)}" for name in idle]
-            offered = [name for name in offered if name not in idle]
-        if pair:
-            if len(offered) != 2:
-                raise InvalidArgumentError(f"fraction= needs recipes=(cheap, accurate), got {', '.join(offered)}")
-            return offered
-        return [*offered, *([EXACT] if EXACT not in offered and self.table.prices(EXACT) else [])]
 
     def _effect_errors(self, recipe: str) -> dict[CallKey, float]:
         """Each call's part of the measured effects: its layer's effect by its part of the layer's L1, and so on."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, shown
 
 FORWARDS = "forwards"
 """``timesteps="forwards"``: every forward of the model is the next step."""
@@ -90,8 +90,9 @@ class Clock:
 def _number(value: Any) -> float:
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-        raise InvalidArgumentError(f"a timestep is a number, got {value!r}")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= sys.float_info.max:  # (an integer may be beyond any float)
+        raise InvalidArgumentError(f"a timestep is a number that is finite, got {shown(value)}")
     return float(value)
 
 

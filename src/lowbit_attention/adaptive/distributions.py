@@ -12,9 +12,12 @@ from torch import Tensor
 from ..errors import InvalidArgumentError
 from ..reference.rotation import rotate
 from ..reference.smoothing import tile_mean, token_mean
+from .documents import count_of, list_of, number_of
 from .scoring import Call, spread
 
 BINS = 192
+_MOST_CHANNELS = 1 << 16
+"""Of a summary in a file: more than any head has."""
 _LINEAR, _LARGEST = 0.01, 500.0
 _EDGE = math.asinh(_LARGEST / _LINEAR)
 """Bins are equally wide in asinh(x / 0.01): about 12 % of x above 0.01; what is beyond ±500 falls in the last ones."""
@@ -84,21 +87,26 @@ class Summary:
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Summary:
+    def from_json(cls, data: Any) -> Summary:
         """What `to_json` gave.
 
         Raises:
             InvalidArgumentError: not that.
         """
         try:
-            first, inner = int(data["first_bin"]), [int(c) for c in data["counts"]]
-            counts = [0] * first + inner + [0] * (BINS - first - len(inner))
-            if len(counts) != BINS:
-                raise ValueError(f"{len(counts)} bins instead of {BINS}")
-            channels = [float(c) for c in data["channels"]]
-            return cls(counts, channels, int(data["tokens"]), float(data["crest_sum"]))
+            inner = list_of(data["counts"], "counts")
+            first = count_of(data["first_bin"], "first_bin", BINS)
+            if first + len(inner) > BINS:
+                raise ValueError(f"{len(inner)} counts from bin {first}, and there are {BINS} bins")
+            counts = [0] * first + [count_of(c, "a count") for c in inner] + [0] * (BINS - first - len(inner))
+            largest = list_of(data["channels"], "channels")
+            if len(largest) > _MOST_CHANNELS:
+                raise ValueError(f"{len(largest)} channels, more than {_MOST_CHANNELS}")
+            channels = [number_of(c, "a channel", 0.0) for c in largest]
+            crest_sum = number_of(data["crest_sum"], "crest_sum", 0.0)
+            return cls(counts, channels, count_of(data["tokens"], "tokens"), crest_sum)
         except (KeyError, TypeError, ValueError) as error:
-            raise InvalidArgumentError(f"no histogram: {error!r}") from None
+            raise InvalidArgumentError(f"no histogram: {error}") from None
 
 
 Distribution = dict[str, dict[str, Summary]]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, shown
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,17 @@ class Fingerprint:
     def of(cls, model: torch.nn.Module) -> Fingerprint:
         """The fingerprint of a model, compiled or not.
 
+        Raises:
+            InvalidArgumentError: no module.
+
         >>> a, b = (torch.nn.Sequential(torch.nn.Linear(4, n)) for n in (4, 5))
         >>> Fingerprint.of(a) == Fingerprint.of(torch.nn.Sequential(torch.nn.Linear(4, 4)))
         True
         >>> Fingerprint.of(a).differences(Fingerprint.of(b))
         ['parameters: 20, here 25', 'structure (names, classes and shapes of the modules) differs']
         """
+        if not isinstance(model, torch.nn.Module):
+            raise InvalidArgumentError(f"model is a {type(model).__name__}, not a torch.nn.Module")
         digest = hashlib.sha256()
         modules = parameters = 0
         inner = model
@@ -76,7 +81,7 @@ class Fingerprint:
         """
         kinds = {"model": str, "modules": int, "parameters": int, "structure": str, "config": str}
         if not isinstance(data, dict) or {n: type(v) for n, v in data.items()} != kinds:
-            raise InvalidArgumentError(f"a model's fingerprint has {', '.join(kinds)}; got {data!r}")
+            raise InvalidArgumentError(f"a model's fingerprint has {', '.join(kinds)}; got {shown(data)}")
         return cls(**data)
 
 

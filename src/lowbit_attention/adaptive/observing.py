@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..bench.shapes import Shape
+from ..console import console, visible
 from ..errors import InvalidArgumentError, UnsupportedError
 from ..integrations.intercept import intercepted
 from ..machine import Machine, resolve_machine
@@ -98,7 +99,7 @@ class Observer:
             distribution = seen.distributions.setdefault(key.name, new_distribution())
             add_call(distribution, sampled.call, self._tile, self._sample.tokens, turn)
         if self._progress is not None:
-            self._progress.update(self._task, advance=1, description=f"observing {key}")
+            self._progress.update(self._task, advance=1, description=f"observing {visible(key)}")
 
 
 @contextmanager
@@ -169,11 +170,12 @@ def observe(
 
 
 def _bar() -> Any:
-    from rich.console import Console
     from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-    columns = TextColumn("{task.description}"), TextColumn("{task.completed:g} calls"), TimeElapsedColumn()
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    # (names of modules are shown as they are, not read as markup)
+    what = TextColumn("{task.description}", markup=False)
+    columns = what, TextColumn("{task.completed:g} calls"), TimeElapsedColumn()
+    return Progress(*columns, console=console(stderr=True), transient=True)
 
 
 def _now(args: tuple[Any, ...]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,13 +14,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._version import __version__
-from ..errors import InvalidArgumentError
+from ..checks import check_flag
+from ..errors import InvalidArgumentError, shown
 from ..recipe import Recipe
 from ..recipes import RECIPES
 from ..recipes import recipe as find_recipe
 from .clock import CallKey
+from .documents import (
+    DAMAGE,
+    check_plain,
+    list_of,
+    number_of,
+    object_of,
+    read_document,
+    text_of,
+    write_lines,
+)
 from .fingerprint import Fingerprint
-from .records import read_document, write_lines
+from .records import key_of, recipes_of
 
 if TYPE_CHECKING:
     from ..machine import Machine
@@ -51,7 +63,11 @@ class Policy:
 
     routes: recipe names by call. recipes: what those names mean. default: what unknown calls run; a call known at other
     timesteps only runs the recipe of the nearest one. scores: of every candidate on every call (``CosSim · (1 − L1)``).
-    about: how it was chosen, for people.
+    about: how it was chosen, for people: what JSON can hold.
+
+    Raises:
+        InvalidArgumentError: a value of another type, a call's recipe or the default that is none of ``recipes``, or an
+            ``about`` that JSON cannot hold (NaN, an object).
     """
 
     routes: Mapping[CallKey, str]
@@ -63,6 +79,9 @@ class Policy:
     library: str = __version__
 
     def __post_init__(self) -> None:
+        if reasons := _type_reasons(self):
+            raise InvalidArgumentError(reasons[0])
+        check_plain(self.about, "about")
         used = {*self.routes.values(), self.default}
         if missing := sorted(used - {*self.recipes}):
             raise InvalidArgumentError(f"the policy uses {', '.join(missing)}, which is none of its recipes")
@@ -84,10 +103,11 @@ class Policy:
             strict: refuse another model than the policy was made for; ``False`` warns.
 
         Raises:
-            PolicyMismatchError: another model.
+            PolicyMismatchError: another model. InvalidArgumentError: no model at all, or an option of a wrong type.
         """
         from .routing import Applied
 
+        check_flag("strict", strict)
         self._check(model, strict)
         return Applied(self, model, timesteps, like)
 
@@ -146,8 +166,15 @@ class Policy:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON, a line for each call. The same policy gives the same bytes."""
-        write_lines(Path(path), self.to_json())
+        """Write it as JSON, a line for each call. The same policy gives the same bytes.
+
+        It is written whole or not at all, whoever else writes there (`lowbit_attention.report.saving`). A path that is
+        a symbolic link is written at its target; another user's link, a folder, a device and a pipe are refused.
+
+        Raises:
+            InvalidArgumentError: the path is no file's. SaveError: it cannot be written.
+        """
+        write_lines(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Policy:
@@ -156,28 +183,31 @@ class Policy:
         Raises:
             InvalidArgumentError: no such file, another format or version, or something that is no policy.
         """
-        data = read_document(Path(path), FORMAT, SCHEMA)
+        data = read_document(path, FORMAT, SCHEMA)
         try:
-            recipes = [Recipe.from_json(json.dumps(r)) for r in data["recipes"]]
             routes: dict[CallKey, str] = {}
             scores: dict[CallKey, dict[str, float]] = {}
-            for call in data["calls"]:
-                key = CallKey(str(call["name"]), int(call["index"]), float(call["timestep"]))
+            for entry in list_of(data["calls"], "calls"):
+                call = object_of(entry, "a call")
+                key = key_of(call)
                 if key in routes:
                     raise ValueError(f"{key} is there twice")
-                routes[key] = str(call["recipe"])
-                scores[key] = {str(n): float(s) for n, s in call["scores"].items()}
+                routes[key] = text_of(call["recipe"], "recipe")
+                given = object_of(call["scores"], "scores")
+                scores[key] = {
+                    n: math.nan if s is None else number_of(s, f"the score of {n}") for n, s in given.items()
+                }
             policy = cls(
                 routes=routes,
-                recipes={r.name: r for r in recipes},
-                default=str(data["default"]),
+                recipes=recipes_of(data["recipes"]),
+                default=text_of(data["default"], "default"),
                 model=None if data["model"] is None else Fingerprint.from_json(data["model"]),
                 scores=scores,
-                about=dict(data["about"]),
-                library=str(data["library"]),
+                about=object_of(data["about"], "about"),
+                library=text_of(data["library"], "library"),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InvalidArgumentError(f"{path} is no policy: {error}") from None
+        except DAMAGE as error:
+            raise InvalidArgumentError(f"{path} is no policy: {' '.join(str(error).split())}") from None
         for name, recipe in policy.recipes.items():
             if name in RECIPES and RECIPES[name] != recipe:
                 warnings.warn(
@@ -187,6 +217,43 @@ class Policy:
                     stacklevel=2,
                 )
         return policy
+
+
+def _type_reasons(p: Policy) -> list[str]:
+    """Values of another type than they should be, and numbers that no file could hold."""
+    mappings = ("routes", "recipes", "scores", "about")
+    if wrong := [name for name in mappings if not isinstance(getattr(p, name), Mapping)]:
+        return [f"{name} is a {type(getattr(p, name)).__name__}, not a mapping" for name in wrong]
+    reasons = [
+        f"{name}={shown(getattr(p, name))} is no text"
+        for name in ("default", "library")
+        if not isinstance(getattr(p, name), str)
+    ]
+    model: Any = p.model
+    if not isinstance(model, Fingerprint | None):
+        reasons.append(f"model is a {type(model).__name__}, not a Fingerprint")
+    for name, recipe in p.recipes.items():
+        if not isinstance(recipe, Recipe) or recipe.name != name:
+            reasons.append(f"recipes[{shown(name)}] is {shown(recipe)}, not the Recipe of that name")
+    try:
+        for key, route in p.routes.items():
+            _check_key(key)
+            text_of(route, f"the recipe of {key}")
+        for key, scores in p.scores.items():
+            _check_key(key)
+            for name, score in scores.items():
+                if not (isinstance(score, float) and not math.isfinite(score)):  # (``null`` in a file)
+                    number_of(score, f"the score of {text_of(name, 'a name')}")
+    except (ValueError, AttributeError) as error:
+        reasons.append(str(error))
+    return reasons
+
+
+def _check_key(key: Any) -> None:
+    """Whether a call's key can be written and read. ValueError: it cannot."""
+    if not isinstance(key, CallKey):
+        raise ValueError(f"{shown(key)} is no CallKey")
+    key_of(key.as_dict())
 
 
 def make_policy(choice: Choice, model: torch.nn.Module | None, default: str) -> Policy:

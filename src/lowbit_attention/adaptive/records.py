@@ -11,16 +11,29 @@ from typing import Any
 
 from .._version import __version__
 from ..bench.shapes import Shape, parse_shape
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, shown
 from ..metrics import Metrics
 from ..recipe import Recipe
 from .clock import CallKey
 from .distributions import Distribution, Summary, new_distribution
+from .documents import (
+    DAMAGE,
+    count_of,
+    list_of,
+    number_of,
+    object_of,
+    read_document,
+    text_of,
+    write_lines,
+)
 from .fingerprint import Fingerprint
 
 SCHEMA = 1
 FORMAT = "lowbit-attention observations"
 METRICS = ("cos_sim", "l1", "rmse", "score")
+_COLUMNS = ["count", *METRICS, "worst"]
+_WORST = {"cos_sim": -1.0, "l1": math.inf, "rmse": math.inf, "score": -math.inf, "worst": math.inf}
+"""What ``null`` stands for in a file: a number that was not finite."""
 
 
 @dataclass
@@ -168,7 +181,7 @@ class Observations:
             "attention_seconds": round(self.attention_seconds, 4),
             "scoring_seconds": round(self.scoring_seconds, 4),
             "recipes": [json.loads(r.to_json()) for r in self.candidates.values()],
-            "columns": ["count", *METRICS, "worst"],
+            "columns": _COLUMNS,
             "calls": [
                 {
                     **key.as_dict(), "shape": r.shape.label, "dtype": r.dtype, "mask": r.mask, "count": r.count,
@@ -184,39 +197,70 @@ class Observations:
         }  # fmt: skip
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON, a line for each call."""
-        write_lines(Path(path), self.to_json())
+        """Write it as JSON, a line for each call; whole or not at all (`lowbit_attention.report.saving`).
+
+        A number that is not finite, such as the error of a recipe that gave NaN, is ``null`` there.
+
+        Raises:
+            InvalidArgumentError: the path is no file's. SaveError: it cannot be written.
+        """
+        write_lines(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Observations:
-        """What `save` wrote.
+        """What `save` wrote. It is read as plain data, every value of its type and within its bounds.
 
         Raises:
             InvalidArgumentError: no such file, or something else is in it.
         """
-        data = read_document(Path(path), FORMAT, SCHEMA)
+        data = read_document(path, FORMAT, SCHEMA)
         try:
-            recipes = [Recipe.from_json(json.dumps(r)) for r in data["recipes"]]
+            if data["columns"] != _COLUMNS:
+                raise ValueError(f"its columns are {shown(data['columns'])}, not {', '.join(_COLUMNS)}")
             found = cls(
-                candidates={r.name: r for r in recipes},
-                like=data["like"],
+                candidates=recipes_of(data["recipes"]),
+                like=None if data["like"] is None else text_of(data["like"], "like"),
                 model=None if data["model"] is None else Fingerprint.from_json(data["model"]),
-                runs=int(data["runs"]),
-                attention_seconds=float(data["attention_seconds"]),
-                scoring_seconds=float(data["scoring_seconds"]),
-                library=str(data["library"]),
+                runs=count_of(data["runs"], "runs"),
+                attention_seconds=number_of(data["attention_seconds"], "attention_seconds", 0.0),
+                scoring_seconds=number_of(data["scoring_seconds"], "scoring_seconds", 0.0),
+                library=text_of(data["library"], "library"),
             )
-            for call in data["calls"]:
-                record = _record(call, found.candidates)
+            for call in list_of(data["calls"], "calls"):
+                record = _record(object_of(call, "a call"), found.candidates)
+                if record.key in found.records:
+                    raise ValueError(f"{record.key} is there twice")
                 found.records[record.key] = record
-            for name, d in data["distributions"].items():
+            for name, d in object_of(data["distributions"], "distributions").items():
                 mine = found.distributions.setdefault(name, new_distribution())
                 for tensor, stages in mine.items():
                     for stage in stages:
                         stages[stage] = Summary.from_json(d[tensor][stage])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InvalidArgumentError(f"{path} is damaged: {error!r}") from None
+        except DAMAGE as error:
+            raise InvalidArgumentError(f"{path} is damaged: {_why(error)}") from None
         return found
+
+
+def _why(error: BaseException) -> str:
+    """A damage in one line; a missing key's text is the key alone."""
+    return " ".join((str(error) if isinstance(error, ValueError) else repr(error)).split())
+
+
+def recipes_of(entries: Any) -> dict[str, Recipe]:
+    """The recipes of a document, by name. ValueError: something else, or a name defined twice."""
+    found: dict[str, Recipe] = {}
+    for entry in list_of(entries, "recipes"):
+        recipe = Recipe.from_json(json.dumps(object_of(entry, "a recipe")))
+        if recipe.name in found:
+            raise ValueError(f"the recipe {shown(recipe.name)} is defined twice")
+        found[recipe.name] = recipe
+    return found
+
+
+def key_of(call: dict[str, Any]) -> CallKey:
+    """The key of a document's call. ValueError: something else."""
+    index, timestep = count_of(call["index"], "index"), number_of(call["timestep"], "timestep")
+    return CallKey(text_of(call["name"], "name"), index, timestep)
 
 
 def _copy(record: Record) -> Record:
@@ -226,53 +270,19 @@ def _copy(record: Record) -> Record:
 
 
 def _record(call: dict[str, Any], recipes: Iterable[str]) -> Record:
-    key = CallKey(str(call["name"]), int(call["index"]), float(call["timestep"]))
-    record = Record(key, parse_shape(call["shape"]), str(call["dtype"]), str(call["mask"]), int(call["count"]))
-    record.problem = str(call.get("problem", ""))
+    key, shape = key_of(call), parse_shape(text_of(call["shape"], "shape"))
+    dtype, mask = text_of(call["dtype"], "dtype"), text_of(call["mask"], "mask")
+    record = Record(key, shape, dtype, mask, count_of(call["count"], "count"))
+    record.problem = text_of(call.get("problem", ""), "problem")
     known = list(recipes)
-    for name, numbers in call["scores"].items():
+    for name, numbers in object_of(call["scores"], "scores").items():
         if name not in known:
-            raise ValueError(f"scores of {name!r}, which is none of its recipes")
+            raise ValueError(f"scores of {shown(name)}, which is none of its recipes")
+        if len(list_of(numbers, f"the score of {name}")) != len(_COLUMNS):
+            raise ValueError(f"{key} has {len(numbers)} numbers of {name}, not {len(_COLUMNS)}")
         count, *values = numbers
-        record.scores[name] = Score(int(count), *(float(v) for v in values))
+        worst = (_WORST[m] if v is None else number_of(v, m) for m, v in zip(_COLUMNS[1:], values, strict=True))
+        record.scores[name] = Score(count_of(count, "count"), *worst)
     if missing := [name for name in known if name not in record.scores]:
         raise ValueError(f"{key} has no score of {', '.join(missing)}")
     return record
-
-
-def read_document(path: Path, form: str, schema: int) -> dict[str, Any]:
-    """A JSON object of our own, as plain data.
-
-    Raises:
-        InvalidArgumentError: no such file, no JSON, another format or version.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InvalidArgumentError(f"no file {path}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InvalidArgumentError(f"{path} is no JSON file: {error}") from None
-    if not isinstance(data, dict) or data.get("format") != form:
-        what = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise InvalidArgumentError(f"{path} holds no {form}: its format is {what!r}")
-    if type(data.get("schema")) is not int or data["schema"] != schema:
-        raise InvalidArgumentError(f"{path} has schema {data.get('schema')!r}; this version reads {schema}")
-    return data
-
-
-def write_lines(path: Path, document: dict[str, Any]) -> None:
-    """JSON in which each entry of a list or object at the top has a line of its own; written whole or not at all."""
-    parts = []
-    for name, value in document.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            inner = ",\n".join("    " + json.dumps(entry, ensure_ascii=False) for entry in value)
-            parts.append(f"  {json.dumps(name)}: [\n{inner}\n  ]")
-        elif isinstance(value, dict) and value and all(isinstance(v, dict) for v in value.values()):
-            rows = (f"    {json.dumps(k, ensure_ascii=False)}: {json.dumps(v)}" for k, v in value.items())
-            parts.append(f"  {json.dumps(name)}: {{\n" + ",\n".join(rows) + "\n  }")
-        else:
-            parts.append(f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(path.name + ".part")
-    half.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
-    half.replace(path)

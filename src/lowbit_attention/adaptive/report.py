@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ..errors import InvalidArgumentError
+from ..report.saving import write_whole
 from .choosing import METRICS, Choice, Metric, pareto
 from .clock import CallKey
 from .distributions import edges
@@ -21,22 +24,20 @@ def write_report(path: str | Path, choice: Choice, *, title: str = "Attention, c
 
     The page holds its data, styles and script, and loads nothing: it opens offline, and its own policy forbids any
     request. Nothing in it but that script is executed; names of modules are shown as text.
+
+    Raises:
+        InvalidArgumentError: the title is no text, or the path no file's. SaveError: it cannot be written.
     """
+    if not isinstance(title, str):
+        raise InvalidArgumentError(f"title is a {type(title).__name__}, not a text")
     folder = resources.files("lowbit_attention.adaptive").joinpath("page")
     page, style, script = (
         folder.joinpath(f"report.{ending}").read_text(encoding="utf-8") for ending in ("html", "css", "js")
     )
     data = json.dumps(report_data(choice, title), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for place, text in (
-        ("TITLE", _escaped(title)),
-        ("STYLE", style),
-        ("SCRIPT", script),
-        ("DATA", data.replace("<", "\\u003c")),  # last: nothing in the data is taken for a place
-    ):
-        page = page.replace(f"%%{place}%%", text)
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page, encoding="utf-8")
+    texts = {"TITLE": _escaped(title), "STYLE": style, "SCRIPT": script, "DATA": data.replace("<", "\\u003c")}
+    # all at once: nothing in what is filled in is taken for a place
+    write_whole(path, re.sub(r"%%([A-Z]+)%%", lambda place: texts[place[1]], page))
 
 
 def _escaped(text: str) -> str:

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import torch
 
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, shown
 from ..metrics import compare
 from .clock import CallKey
+from .documents import DAMAGE, list_of, number_of, object_of, read_document, text_of, write_lines
 from .policy import Policy
-from .records import Observations, read_document, write_lines
+from .records import Observations
 from .routing import Applied
 
 By = Literal["layer", "timestep"]
@@ -50,11 +51,14 @@ class Sensitivity:
             raise InvalidArgumentError(f"no effect of {recipe} in {self.by} {group} was measured") from None
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON."""
+        """Write it as JSON; whole or not at all (`lowbit_attention.report.saving`).
+
+        Raises:
+            InvalidArgumentError: the path is no file's. SaveError: it cannot be written.
+        """
         groups = [{"group": g, **recipes} for g, recipes in self.effects.items()]
         write_lines(
-            Path(path),
-            {"format": FORMAT, "schema": SCHEMA, "by": self.by, "repeated": self.repeated, "effects": groups},
+            path, {"format": FORMAT, "schema": SCHEMA, "by": self.by, "repeated": self.repeated, "effects": groups}
         )
 
     @classmethod
@@ -64,15 +68,20 @@ class Sensitivity:
         Raises:
             InvalidArgumentError: no such file, or something else is in it.
         """
-        data = read_document(Path(path), FORMAT, SCHEMA)
+        data = read_document(path, FORMAT, SCHEMA)
         try:
             if data["by"] not in ("layer", "timestep"):
-                raise ValueError(f"by {data['by']!r}")
-            kind: Any = str if data["by"] == "layer" else float
-            effects = {kind(e.pop("group")): {str(n): float(x) for n, x in e.items()} for e in data["effects"]}
-            return cls(data["by"], effects, float(data["repeated"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InvalidArgumentError(f"{path} is damaged: {error!r}") from None
+                raise ValueError(f"by is {shown(data['by'])}")
+            effects: dict[str | float, dict[str, float]] = {}
+            for entry in list_of(data["effects"], "effects"):
+                given = object_of(entry, "an effect").pop("group")
+                group = text_of(given, "group") if data["by"] == "layer" else number_of(given, "group")
+                if group in effects:
+                    raise ValueError(f"the group {shown(group)} is there twice")
+                effects[group] = {name: number_of(x, f"the effect of {name}", 0.0) for name, x in entry.items()}
+            return cls(data["by"], effects, number_of(data["repeated"], "repeated", 0.0))
+        except DAMAGE as error:
+            raise InvalidArgumentError(f"{path} is damaged: {' '.join(repr(error).split())}") from None
 
 
 def relative_l1(exact: Any, other: Any) -> float:

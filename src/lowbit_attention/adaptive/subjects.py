@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
-from collections.abc import Callable, Sequence
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, LowbitError, shown
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,9 @@ class Subject:
     name: for titles. model: whose attention calls ``torch.nn.functional.scaled_dot_product_attention``. prompts: what
     ``run`` is called with, one after the other; it runs the model once and returns its result. timesteps: what moves
     the steps (``None``, ``"forwards"`` or a scheduler), as in `observe`.
+
+    Raises:
+        InvalidArgumentError: a field of another type, or no prompt.
     """
 
     name: str
@@ -28,6 +35,14 @@ class Subject:
     prompts: Sequence[Any]
     run: Callable[[Any], Any]
     timesteps: Any = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, torch.nn.Module):
+            raise InvalidArgumentError(f"model is a {type(self.model).__name__}, not a torch.nn.Module")
+        if not callable(self.run):
+            raise InvalidArgumentError(f"run is a {type(self.run).__name__}, not a function")
+        if not isinstance(self.prompts, Sequence) or not len(self.prompts):
+            raise InvalidArgumentError(f"prompts is {shown(self.prompts)}, not a list with at least one")
 
 
 def minilm(chunks: int = 3, tokens: int = 512) -> Subject:
@@ -71,8 +86,10 @@ def find_subject(name: str) -> Subject:
     """A subject by its name, or ``module:function``: a function of the user's own that returns a `Subject`.
 
     Raises:
-        InvalidArgumentError: an unknown name, or a function that cannot be found or returns something else.
+        InvalidArgumentError: an unknown name, or a function that cannot be found, raises or returns something else.
     """
+    if not isinstance(name, str):
+        raise InvalidArgumentError(f"subject {shown(name)} is no name")
     if name in SUBJECTS:
         return SUBJECTS[name]()
     module, colon, function = name.partition(":")
@@ -81,14 +98,65 @@ def find_subject(name: str) -> Subject:
             f"subject {name!r} is neither one of {', '.join(SUBJECTS)} nor module:function, a function that returns a "
             "lowbit_attention.adaptive.Subject"
         )
+    if not _NAME.fullmatch(name):
+        raise InvalidArgumentError(
+            f"subject {shown(name)}: module:function are Python's names, from where the command runs (my.module:make)"
+        )
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)  # as python -m does
-    try:
-        make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise InvalidArgumentError(f"subject {name!r}: {error}") from None
-    found = make()
+    with others_code(f"subject {name}: importing {module}"):
+        imported = importlib.import_module(module)
+    make = getattr(imported, function, None)
+    if not callable(make):
+        why = (
+            "is no function" if hasattr(imported, function) else f"is not there: {module} has no attribute {function!r}"
+        )
+        raise InvalidArgumentError(f"subject {name!r}: {function} {why}")
+    with others_code(f"subject {name}: {function}()"):
+        found = make()
     if not isinstance(found, Subject):
         raise InvalidArgumentError(f"subject {name!r}: {function}() returned a {type(found).__name__}, not a Subject")
     return found
+
+
+_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+
+
+@contextmanager
+def others_code(what: str) -> Iterator[None]:
+    """Within the block runs code that is not ours: what it raises, sys.exit included, becomes one line.
+
+    Our own errors pass as they are, and so does Ctrl-C.
+
+    Raises:
+        InvalidArgumentError: something else was raised; that is its cause.
+    """
+    try:
+        yield
+    except LowbitError:
+        raise
+    except SystemExit as error:
+        raise InvalidArgumentError(f"{what} called sys.exit({shown(error.code)}){_where(error)}") from error
+    except Exception as error:
+        text = " ".join(str(error).split())
+        said = f"{type(error).__name__}: {text if len(text) <= _LONGEST else text[:_LONGEST] + '…'}"
+        raise InvalidArgumentError(f"{what} raised {said.removesuffix(': ')}{_where(error)}") from error
+
+
+_LONGEST = 300
+"""Characters of an error's text that are shown."""
+
+
+def _where(error: BaseException) -> str:
+    """The innermost line of code that is neither an installed package's nor ours nor the import machinery's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    installed = (
+        "site-packages",
+        "dist-packages",
+        "<frozen",
+        str(Path(__file__).parents[1]),
+        sysconfig.get_path("stdlib"),
+    )
+    theirs = [f for f in frames if not any(part in f.filename for part in installed)]
+    return f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""

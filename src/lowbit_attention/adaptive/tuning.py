@@ -24,6 +24,19 @@ from .costs import CostTable, Point, Rate
 _LIMITS = Limits(seconds=1.0)
 
 
+def check_device() -> None:
+    """Whether there is a card to time.
+
+    Raises:
+        UnsupportedError: no CUDA device.
+    """
+    if not torch.cuda.is_available():
+        raise UnsupportedError(
+            "timing this machine's kernels needs a CUDA device, and torch finds none here; use cost='sm_89' (claimed) "
+            "or 'sm_90' (measured), or run the calibration on the card that the model will run on"
+        )
+
+
 def tune(
     shapes: Iterable[Shape],
     recipes: Iterable[str | Recipe],
@@ -39,11 +52,8 @@ def tune(
     Raises:
         UnsupportedError: no CUDA device.
     """
-    if device is None and not torch.cuda.is_available():
-        raise UnsupportedError(
-            "timing this machine's kernels needs a CUDA device, and torch finds none here; use cost='sm_89' (claimed) "
-            "or 'sm_90' (measured), or run the calibration on the card that the model will run on"
-        )
+    if device is None:
+        check_device()
     where = torch.device(device or "cuda")
     wanted = {r.name: r for r in map(find_recipe, ["exact", *recipes])}
     found: dict[str, dict[int, list[Point]]] = {}

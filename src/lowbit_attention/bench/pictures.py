@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..report.plots import figure, save
+from ..console import visible
+from ..report.plots import figure, label, save
 from .results import Row
 
 
@@ -40,7 +41,7 @@ def markdown(rows: Sequence[Row]) -> str:
     told = (("", r.gpu), ("driver ", r.driver), ("CUDA ", r.cuda), ("torch ", r.torch), ("commit ", r.commit))
     lines = [
         f"{r.time[:10]}, lowbit-attention {r.lowbit}, "
-        + ", ".join(name + value for name, value in told if value)
+        + ", ".join(name + visible(value) for name, value in told if value)
         + f", {r.dtype}. Cells: µs (TOPS, × the speed of torch's cuDNN).",
         "",
         "| shape | " + " | ".join(f"{provider} {part}" for provider, part in series) + " |",
@@ -70,12 +71,12 @@ def bars(path: Path, rows: Sequence[Row]) -> None:
         at = [i + (place - (len(series) - 1) / 2) * width for i, _ in points]
         colour = f"C{providers.index(provider) % 10}"
         look = {"color": colour} if part == "whole" else {"facecolor": "white", "edgecolor": colour, "hatch": "////"}
-        axes.bar(at, [value for _, value in points], width, label=f"{provider} {part}", **look)
+        axes.bar(at, [value for _, value in points], width, label=label(f"{provider} {part}"), **look)
     axes.set_xticks(
         range(len(shapes)), shapes, rotation=30 if len(shapes) > 6 else 0, ha="right" * (len(shapes) > 6) or "center"
     )
     axes.set_ylabel("TOPS")
-    axes.set_title(f"attention on {rows[0].gpu}" if rows else "attention")
+    axes.set_title(label(f"attention on {rows[0].gpu}") if rows else "attention")
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=7, ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5))
     save(path, fig)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import subprocess
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ from typing import Any, get_type_hints
 import torch
 
 from .. import __version__
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, shown
+from ..report.saving import appending, check_writable
 from .shapes import Shape
 
 CUDNN = "torch_cudnn"
@@ -108,7 +110,9 @@ def _git(folder: Path, *arguments: str) -> str | None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     command = ["git", "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False, env=environment)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=20, check=False, env=environment
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -118,35 +122,45 @@ def check_csv(path: Path) -> None:
     """Whether rows can be appended to this file: it is not there, empty, or has the same columns.
 
     Raises:
-        InvalidArgumentError: other columns.
+        InvalidArgumentError: other columns, or no regular file. SaveError: it cannot be written.
     """
+    check_writable(path)
+    _check_columns(path)
+
+
+def _check_columns(path: Path) -> None:
     if not path.exists() or path.stat().st_size == 0:
         return
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        header = tuple(next(csv.reader(file), []))
+        try:
+            header = tuple(next(csv.reader(file), []))
+        except csv.Error as error:
+            raise InvalidArgumentError(f"{path} is no CSV file: {error}") from None
     if header == COLUMNS:
         return
     missing = [name for name in COLUMNS if name not in header]
     foreign = [name for name in header if name not in COLUMNS]
     why = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has {', '.join(foreign)}"] * bool(foreign)
     raise InvalidArgumentError(
-        f"{path} holds other columns than a benchmark's ({'; '.join(why) or 'in another order'}): name another file"
+        f"{path} holds other columns than a benchmark's ({shown('; '.join(why) or 'in another order')[1:-1]}): name "
+        "another file"
     )
 
 
 def append_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Add rows to a file, which is made if it is not there.
+    """Add rows to a file, which is made if it is not there; of several processes each adds whole rows.
 
     Raises:
-        InvalidArgumentError: the file has other columns.
+        InvalidArgumentError: the file has other columns, or is no regular one. SaveError: it cannot be written.
     """
     check_csv(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if path.stat().st_size == 0:
+    with appending(path) as file:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS)
+        if file.tell() == 0:
             writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
+        file.write(text.getvalue().encode("utf-8", "backslashreplace"))
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -155,14 +169,16 @@ def read_csv(path: Path) -> list[Row]:
     Raises:
         InvalidArgumentError: other columns, or a value that is none.
     """
-    check_csv(path)
+    if not path.is_file():
+        raise InvalidArgumentError(f"no file {path}")
+    _check_columns(path)
     kinds = get_type_hints(Row)
     rows = []
     with path.open(newline="", encoding="utf-8") as file:
         for number, line in enumerate(csv.DictReader(file), start=2):
             try:
                 rows.append(Row(**{name: _value(kinds[name], line[name]) for name in COLUMNS}))
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise InvalidArgumentError(f"{path}, line {number}: {error}") from None
     return rows
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ import torch
 
 from .base import load
 
+_VERSION = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6}){1,3}")
 _QUERY = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 
 
@@ -94,17 +97,20 @@ class NvidiaSmi(Sensors):
             which = str(index)
         self._command = [program, f"--id={which}", "--format=csv,noheader,nounits"]
         version = self._run("driver_version")
-        self.driver = version.stdout.strip().partition("\n")[0] if version.returncode == 0 else ""
+        first = version.stdout.strip().partition("\n")[0]
+        self.driver = first if version.returncode == 0 and _VERSION.fullmatch(first) else ""
         self._running: subprocess.Popen[str] | None = None
 
     def _run(self, what: str) -> subprocess.CompletedProcess[str]:
         command = [*self._command, f"--query-gpu={what}"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=20, check=False)
 
     def start(self) -> None:
         command = [*self._command, f"--query-gpu={','.join(_QUERY)}"]
         with contextlib.suppress(OSError):
-            self._running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            self._running = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8", errors="replace"
+            )
 
     def finish(self) -> Reading | None:
         running, self._running = self._running, None
@@ -120,16 +126,17 @@ class NvidiaSmi(Sensors):
 
 
 def parse_smi(text: str) -> Reading | None:
-    """A line of nvidia-smi's CSV; what it cannot tell it writes as ``[N/A]``."""
+    """A line of nvidia-smi's CSV; what it cannot tell it writes as ``[N/A]``, and what is no number is left out."""
     words = [word.strip() for word in text.strip().partition("\n")[0].split(",")]
     if len(words) != len(_QUERY):
         return None
     values: list[float | None] = []
     for word in words:
         try:
-            values.append(float(word))
+            value = float(word)
         except ValueError:
-            values.append(None)
+            value = math.nan
+        values.append(value if math.isfinite(value) else None)
     return Reading(*values)
 
 

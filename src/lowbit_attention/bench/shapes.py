@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, shown
 
-_TEXT = re.compile(r"(\d+)x(\d+)(?:/(\d+))?x(\d+)(?:,(\d+))?x(\d+)(:causal)?")
+_SIZE = "([0-9]{1,12})"
+_TEXT = re.compile(rf"{_SIZE}x{_SIZE}(?:/{_SIZE})?x{_SIZE}(?:,{_SIZE})?x{_SIZE}(:causal)?")
+_LARGEST_SIZE = 2**31 - 1
+"""Of a dimension: what kernels count tokens in."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,10 @@ class Shape:
 
     def __post_init__(self) -> None:
         sizes = (self.batch, self.q_heads, self.kv_heads, self.q_len, self.kv_len, self.head_dim)
-        if min(sizes) < 1:
-            raise InvalidArgumentError(f"shape {self.name!r}: every size must be at least 1, got {sizes}")
+        if min(sizes) < 1 or max(sizes) > _LARGEST_SIZE:
+            raise InvalidArgumentError(
+                f"shape {shown(self.name)}: every size must be at least 1, and at most {_LARGEST_SIZE}, got {sizes}"
+            )
         if self.q_heads % self.kv_heads:
             raise InvalidArgumentError(
                 f"shape {self.name!r}: {self.q_heads} query heads are not a multiple of {self.kv_heads} key heads"
@@ -69,8 +74,8 @@ def parse_shape(text: str) -> Shape:
     match = _TEXT.fullmatch(text.strip())
     if match is None:
         raise InvalidArgumentError(
-            f"shape {text!r} is not batch x heads x tokens x head_dim, such as 1x24x4608x128; with query/key heads, "
-            f"query,key tokens and causality: 4x32/8x8192x128:causal, 1x40x32760,512x128"
+            f"shape {shown(text)} is not batch x heads x tokens x head_dim, such as 1x24x4608x128; with query/key "
+            f"heads, query,key tokens and causality: 4x32/8x8192x128:causal, 1x40x32760,512x128"
         )
     batch, q_heads, kv_heads, q_len, kv_len, head_dim = (int(n) if n else 0 for n in match.groups()[:6])
     if match[3] is None:

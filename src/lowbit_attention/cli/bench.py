@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from ..bench.pictures import bars, markdown, microseconds, number, tops_text
@@ -17,9 +17,12 @@ from ..bench.results import Row, append_csv, check_csv
 from ..bench.run import DTYPES, Note, Result, Settings, run, split_available
 from ..bench.shapes import SETS, Shape, parse_shape, shape_set
 from ..bench.timing import Limits
+from ..console import plain
 from ..errors import InvalidArgumentError
+from ..memory import check_fits
 from ..report.files import write_json
-from .common import RECIPE_HELP, check_outputs, console, new_table, progress
+from ..report.saving import write_whole
+from .common import RECIPE_HELP, check_outputs, console, new_table, progress, write_results
 
 _SHAPE_HELP = (
     "batch x heads x tokens x head_dim, repeatable: 1x24x4608x128, 4x32/8x8192x128:causal, 1x40x32760,512x128."
@@ -71,10 +74,12 @@ def command(
     where = _device(device)
     if dtype not in DTYPES:
         raise InvalidArgumentError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    for name, value in (("seconds-per-shape", seconds), ("max-seconds", max_seconds)):
+        if value is not None and math.isnan(value):
+            raise InvalidArgumentError(f"--{name} {value} is no number of seconds")
     shapes = _shapes(which, shape, where)
     providers = resolve_providers([*(provider or default_names()), *(f"ours:{name}" for name in recipe or ())])
-    check_outputs(csv, json, plot)
-    check_outputs(table, None, None)
+    check_outputs(csv, json, table, plot=plot)
     if csv:
         check_csv(csv)
     available, notes = split_available(providers)
@@ -83,7 +88,7 @@ def command(
     try:
         with progress() as bar:
             task = bar.add_task("", total=len(shapes))
-            say = lambda s, what: bar.update(task, description=f"{escape(s.name)}: {what}")  # noqa: E731
+            say = lambda s, what: bar.update(task, description=f"{s.name}: {what}")  # noqa: E731
             for result in run(shapes, available, settings, say) if available else ():
                 rows += result.rows
                 notes += result.notes
@@ -95,9 +100,9 @@ def command(
                     bar.start()
                 bar.advance(task)
     finally:  # what was measured is kept, whatever ended the run
-        _report(rows, notes, json, table, plot)
         if csv and rows:
-            console.print(f"appended {len(rows)} rows to {csv}")
+            console.print(f"appended {len(rows)} rows to {plain(csv)}", soft_wrap=True)
+        _report(rows, notes, json, table, plot)
     if not rows:
         raise typer.Exit(1)
 
@@ -126,20 +131,25 @@ def _shapes(which: str | None, texts: list[str] | None, device: torch.device) ->
     if device.type == "cpu" and not texts:
         raise InvalidArgumentError("the sets of shapes are for GPUs; on the CPU give a tiny one: --shape 1x2x256x64")
     chosen = shape_set(which or "quick") if which or not texts else ()
-    return list(dict.fromkeys([*chosen, *map(parse_shape, texts or [])]))
+    found = list(dict.fromkeys([*chosen, *map(parse_shape, texts or [])]))
+    if device.type == "cpu":  # a GPU says so itself when its memory is full, and the other shapes are timed
+        for s in found:
+            numbers = s.batch * s.head_dim * (2 * s.q_heads * s.q_len + 2 * s.kv_heads * s.kv_len)
+            check_fits(f"Q, K, V and the output of {s.label}", 2 * numbers)
+    return found
 
 
 def _table(result: Result) -> Table:
     shape, rows = result.shape, result.rows
     title = shape.name if shape.name == shape.label else f"{shape.name}: {shape.label}"
     columns = ("part", "µs", "p20–p80", "TOPS", "×cuDNN", "host µs", "MiB", "MHz")
-    table = new_table(escape(title), "provider", *columns)
+    table = new_table(title, "provider", *columns)
     table.collapse_padding, table.pad_edge = True, False  # nine columns in a console of 80
     table.columns[1].justify = "left"
     best = max(row.tops for row in rows)
     for row in rows:
         table.add_row(
-            row.provider,
+            plain(row.provider),
             row.part,
             microseconds(row.median_us),
             f"{microseconds(row.p20_us)}–{microseconds(row.p80_us)}",
@@ -149,7 +159,7 @@ def _table(result: Result) -> Table:
             number(row.extra_mib),
             number(row.sm_mhz),
         )
-    table.caption = f"{rows[0].rounds} rounds" + (f"; {result.reading}" if str(result.reading) else "")
+    table.caption = plain(f"{rows[0].rounds} rounds" + (f"; {result.reading}" if str(result.reading) else ""))
     return table
 
 
@@ -160,13 +170,10 @@ def _report(rows: list[Row], notes: list[Note], json: Path | None, table: Path |
         grouped.setdefault((note.provider, note.reason), []).append(note.shape)
     for (who, reason), shapes in grouped.items():
         at = ", ".join(name for name in shapes if name)
-        console.print(f"[yellow]not measured:[/] {escape(who)}{escape(f' at {at}' if at else '')}: {escape(reason)}")
-    if json:
-        write_json(json, {"rows": [asdict(row) for row in rows], "notes": [asdict(note) for note in notes]})
-    if table:
-        table.write_text(markdown(rows), encoding="utf-8")
-    if plot and rows:
-        bars(plot, rows)
-    for path in (json, table, plot if rows else None):
-        if path:
-            console.print(f"wrote {path}")
+        console.print(f"[yellow]not measured:[/] {plain(who + (f' at {at}' if at else ''))}: {plain(reason)}")
+    document = {"rows": [asdict(row) for row in rows], "notes": [asdict(note) for note in notes]}
+    write_results(
+        (json, lambda path: write_json(path, document)),
+        (table, lambda path: write_whole(path, markdown(rows))),
+        (plot if rows else None, lambda path: bars(path, rows)),
+    )

@@ -11,13 +11,14 @@ import typer
 from rich.progress import Progress, TaskID
 
 from ..adaptive import calibrate
-from ..adaptive.calibrate import OBSERVATIONS, REPORT, Rule
+from ..adaptive.calibrate import EFFECTS, OBSERVATIONS, REPORT, Rule
 from ..adaptive.choosing import METRICS, MODES, Choice, Metric, Mode
 from ..adaptive.observing import DEFAULT_CANDIDATES
 from ..adaptive.records import Observations
 from ..adaptive.scoring import Sample
 from ..adaptive.sensitivity import By, Sensitivity
 from ..adaptive.subjects import SUBJECTS, find_subject
+from ..console import plain
 from ..errors import InvalidArgumentError
 from .common import LIKE_HELP, console, new_table, parse_like, progress, shaded
 
@@ -82,28 +83,30 @@ def command(
     """
     rule = _rule(budget, fraction, threshold, recipes, cost, mode, metric)
     kinds = _kinds(effects)
-    _check_folder(out)
-    earlier = Observations.load(out / OBSERVATIONS) if resume else None
+    candidates = recipes or list(DEFAULT_CANDIDATES)
     machine = None if like == "here" else parse_like(like)
+    calibrate.check(out, rule, candidates, machine)
+    earlier = Observations.load(out / OBSERVATIONS) if resume else None
     start = time.perf_counter()
     found = find_subject(subject)
     with progress() as bar:
         observations = calibrate.observe_subject(
-            found, recipes or DEFAULT_CANDIDATES, sample=Sample(heads, tiles), like=machine, resume=earlier,
-            progress=bar,
+            found, candidates, sample=Sample(heads, tiles), like=machine, resume=earlier, progress=bar,
+            keep=lambda seen: seen.save(out / OBSERVATIONS),
         )  # fmt: skip
         measured: list[Sensitivity] = []
         for kind in kinds:
             task = bar.add_task(f"effects by {kind}", total=None)
             tell = partial(_tell, bar, task)
             measured.append(calibrate.measure_effects(found, observations, kind, tell))
+            measured[-1].save(out / EFFECTS.format(kind))
     choice = calibrate.decide(observations, rule, measured)
-    written = calibrate.write_all(out, found, choice, measured)
     _show(choice)
+    written = calibrate.write_all(out, found, choice, measured)
     spent = observations.scoring_seconds / observations.attention_seconds if observations.attention_seconds else 0.0
     console.print(f"{time.perf_counter() - start:.0f} s; scoring took {spent:.1f} × the time of the attention itself")
-    console.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)
-    console.print(f"open {out / REPORT} in a browser", soft_wrap=True)
+    console.print(f"wrote {plain(', '.join(map(str, written)))}", soft_wrap=True)
+    console.print(f"open {plain(out / REPORT)} in a browser", soft_wrap=True)
 
 
 def _tell(bar: Progress, task: TaskID, what: str) -> None:
@@ -145,12 +148,6 @@ def _kinds(effects: list[str] | None) -> list[By]:
     return [known[kind] for kind in dict.fromkeys(effects or [])]
 
 
-def _check_folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise InvalidArgumentError(f"{out} is a file, not a folder")
-    out.mkdir(parents=True, exist_ok=True)
-
-
 def _show(choice: Choice) -> None:
     seen = choice.observations
     table = new_table("mean relative L1 of each layer's calls", "layer", *seen.candidates, "runs")
@@ -160,6 +157,6 @@ def _show(choice: Choice) -> None:
         runs = [choice.recipes[k] for k in keys if k in choice.recipes]
         shares = {r: runs.count(r) for r in dict.fromkeys(runs)}
         what = next(iter(shares), "-") if len(shares) < 2 else ", ".join(f"{n}× {r}" for r, n in shares.items())
-        table.add_row(name, *cells, what)
+        table.add_row(plain(name), *cells, plain(what))
     console.print(table)
     console.print(str(choice), soft_wrap=True, markup=False)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from ..errors import InvalidArgumentError
+from ..console import as_text, plain
+from ..console import console as new_console
+from ..errors import InvalidArgumentError, LowbitError
 from ..machine import MACHINES, Machine, resolve_machine
 from ..recipe import Recipe
 from ..recipes import RECIPES, recipe
 from ..report.plots import check_plot
+from ..report.saving import check_writable
 
-console = Console()
+console = new_console()
 LIKE_HELP = f"Whose numbers to emulate: {', '.join(MACHINES)}. Default: sm_89 (an RTX 4090)."
 RECIPE_HELP = (
     f"A recipe, repeatable: {', '.join(RECIPES)}; with changes: `sage2_4b:smooth_q=false,k_granularity=per_block`."
@@ -38,39 +42,78 @@ def parse_like(like: str | None) -> Machine | None:
     return None if like is None else resolve_machine(like)
 
 
+class _Description(ProgressColumn):
+    """What is being done: names of files, tensors and modules, so nothing in it is markup."""
+
+    def render(self, task: Task) -> Text:
+        return as_text(task.description)
+
+
 def progress() -> Progress:
-    """A progress bar on stderr that disappears when the work is done."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
+    """A progress bar on stderr that disappears when the work is done. Descriptions are plain text."""
+    columns = (_Description(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    stderr = new_console(stderr=True)
+    # (in a file it would leave an empty line)
+    return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
 
 
-def check_outputs(csv: Path | None, json: Path | None, plot: Path | None) -> None:
+def check_outputs(*paths: Path | None, plot: Path | None = None, inputs: Iterable[Path | None] = ()) -> None:
     """Find out before the work, not after it, that a result cannot be written.
 
+    Args:
+        paths: the files that results go to, ``None`` for one that is not asked for; plot: a picture's.
+        inputs: files that are read, which no result may replace.
+
     Raises:
-        InvalidArgumentError: a folder, or a plot's unknown ending. MissingExtraError: a plot without matplotlib.
+        InvalidArgumentError: a folder or another thing that is no file, the same file twice, an input, or a plot's
+            unknown ending. SaveError: it cannot be written. MissingExtraError: a plot without matplotlib.
     """
-    for path in (csv, json, plot):
-        if path is not None:
-            if path.is_dir():
-                raise InvalidArgumentError(f"{path} is a folder, not a file to write")
-            path.parent.mkdir(parents=True, exist_ok=True)
+    taken = {_real(path): "is read, too" for path in inputs if path is not None}
+    for path in (*paths, plot):
+        if path is None:
+            continue
+        if path.is_dir():
+            raise InvalidArgumentError(f"{path} is a folder, not a file to write")
+        if why := taken.get(_real(path)):
+            raise InvalidArgumentError(f"{path} {why}: name another file")
+        taken[_real(path)] = "is named for two results"
     if plot is not None:
         check_plot(plot)
+    for path in (*paths, plot):
+        if path is not None:
+            check_writable(path)
+
+
+def _real(path: Path) -> str:
+    return os.path.normcase(os.path.realpath(path))
+
+
+def write_results(*results: tuple[Path | None, Callable[[Path], None]]) -> None:
+    """Write every file that was asked for; what cannot be written keeps none of the others from it.
+
+    Raises:
+        LowbitError: the first that could not be written.
+    """
+    failed: LowbitError | None = None
+    for path, write in results:
+        if path is None:
+            continue
+        try:
+            write(path)
+        except LowbitError as error:
+            failed = failed or error
+        else:
+            console.print(f"wrote {plain(path)}", soft_wrap=True)
+    if failed is not None:
+        raise failed
 
 
 def new_table(title: str, first: str, *others: str) -> Table:
-    """A table whose first column is left-aligned text and whose others are numbers."""
-    table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
-    table.add_column(first, overflow="fold")
+    """A table whose first column is left-aligned text and whose others are numbers; headings are plain text."""
+    table = Table(title=plain(title), title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
+    table.add_column(plain(first), overflow="fold")
     for heading in others:
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(plain(heading), justify="right", no_wrap=True)
     return table
 
 

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from ..ablations import UNSMOOTHED_4B
+from ..console import plain
 from ..demo import study
 from ..demo.minilm import MiniLM
 from ..demo.study import Study
@@ -27,6 +28,7 @@ from .common import (
     progress,
     shaded,
     show,
+    write_results,
 )
 
 DEFAULT_RECIPES = (
@@ -53,7 +55,7 @@ def command(
     """
     chosen = parse_recipes(recipes, DEFAULT_RECIPES)
     machine = parse_like(like)
-    check_outputs(csv, json, plot)
+    check_outputs(csv, json, plot=plot)
     with progress() as bar:
         task = bar.add_task("loading MiniLM", total=None)
         model = MiniLM()
@@ -62,16 +64,13 @@ def command(
     for metric in ("l1", "cos_sim", "rmse"):
         console.print(_layer_table(result, metric))
     console.print(_summary_table(result))
-    console.print(f"[bold]Verdict:[/] {verdict(result, chosen)}")
-    if csv:
-        write_csv(csv, rows(result))
-    if json:
-        write_json(json, {"recipes": [r.options() | {"name": r.name} for r in chosen], "rows": rows(result)})
-    if plot:
-        _plot(result, plot)
-    for path in (csv, json, plot):
-        if path:
-            console.print(f"wrote {path}")
+    console.print(f"[bold]Verdict:[/] {plain(verdict(result, chosen))}")
+    document = {"recipes": [r.options() | {"name": r.name} for r in chosen], "rows": rows(result)}
+    write_results(
+        (csv, lambda path: write_csv(path, rows(result))),
+        (json, lambda path: write_json(path, document)),
+        (plot, lambda path: _plot(result, path)),
+    )
 
 
 def rows(result: Study) -> list[Row]:
@@ -131,7 +130,7 @@ def _layer_table(result: Study, metric: str) -> Table:
     layers = len(result.of("chunks", result.recipes[0]))
     table = new_table(titles[metric], "recipe", *(f"layer {n}" for n in range(layers)))
     for name in result.recipes:
-        table.add_row(_heading(name), *(show(metric, getattr(m, metric)) for m in result.of("chunks", name)))
+        table.add_row(plain(_heading(name)), *(show(metric, getattr(m, metric)) for m in result.of("chunks", name)))
     return table
 
 
@@ -149,7 +148,7 @@ def _summary_table(result: Study) -> Table:
             for subject in ("chunks", "sentences")
         ]
         embeddings = f"{percent(e.cos_mean, 2)}/{percent(e.cos_min, 2)}"
-        table.add_row(_heading(e.recipe), *cells, embeddings, f"{e.neighbours_changed} of {e.sentences}")
+        table.add_row(plain(_heading(e.recipe)), *cells, embeddings, f"{e.neighbours_changed} of {e.sentences}")
     return table
 
 

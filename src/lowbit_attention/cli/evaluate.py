@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -11,15 +12,27 @@ import typer
 from rich.table import Table
 
 from .. import ablations
-from ..errors import InvalidArgumentError
+from ..console import plain, visible
+from ..errors import InvalidArgumentError, LowbitError
 from ..evaluation import Case, HeadErrors
-from ..inputs import Inputs, from_family, from_file
-from ..machine import resolve_machine
+from ..inputs import Inputs, from_family, from_file, not_finite
+from ..machine import Machine, resolve_machine
 from ..metrics import Metrics
 from ..recipe import Recipe
 from ..report.files import Row, write_csv, write_json
 from ..synthetic import CHANNEL_FAMILIES, FAMILIES
-from .common import LIKE_HELP, RECIPE_HELP, check_outputs, console, new_table, parse_like, parse_recipes, progress, show
+from .common import (
+    LIKE_HELP,
+    RECIPE_HELP,
+    check_outputs,
+    console,
+    new_table,
+    parse_like,
+    parse_recipes,
+    progress,
+    show,
+    write_results,
+)
 
 METRICS = ("l1", "cos_sim", "rmse", "max_error")
 DEFAULTS = {"length": 1024, "heads": 4, "head_dim": 128, "batch": 1, "seed": 0}
@@ -91,40 +104,69 @@ def command(
     if fidelity not in ("step", "instruction"):
         raise InvalidArgumentError(f"--fidelity {fidelity!r} is not one of step, instruction")
     machine = resolve_machine(parse_like(like), "instruction" if fidelity == "instruction" else "step")
-    check_outputs(csv, json, plot)
+    check_outputs(csv, json, plot=plot, inputs=[file])
     synthetic = {"length": length, "heads": heads, "head_dim": head_dim, "batch": batch, "seed": seed}
     inputs = _inputs(
         file, layout, families, {name: value for name, value in synthetic.items() if value is not None}, dtype
     )
-    with progress() as bar:
-        task = bar.add_task("exact attention", total=len(inputs) * (len(chosen) + 1))
-        results: dict[tuple[str, str], Metrics] = {}
-        by_head: dict[tuple[str, str], HeadErrors] = {}
-        for one in inputs:
-            bar.update(task, description=f"{one.name}: exact")
-            case = Case(one.q, one.k, one.v, machine, is_causal=causal, query_rows=query_rows)
-            bar.advance(task)
-            for label, recipe in chosen.items():
-                bar.update(task, description=f"{one.name}: {label}")
-                out = case.emulated(recipe)
-                results[label, one.name], by_head[label, one.name] = case.metrics(out), case.by_head(out)
-                bar.advance(task)
+    results, by_head, failed = _measure_all(inputs, chosen, machine, causal, query_rows)
+    if failed and not results:
+        raise next(iter(failed.values()))
     title = ablations.ABLATIONS[table].title if table is not None else "recipes"
     for shown in _tables(title, metric, list(chosen), [i.name for i in inputs], results):
         console.print(shown)
+    for note in _notes(inputs, failed):
+        console.print(f"[yellow]note:[/] {plain(note)}", soft_wrap=True)
     rows = _rows(chosen, inputs, results, by_head)
-    if csv:
-        write_csv(csv, rows)
-    if json:
-        write_json(json, {"recipes": {label: r.options() for label, r in chosen.items()}, "rows": rows})
-    if plot:
-        from ..report.plots import grouped_bars
+    document = {"recipes": {label: r.options() for label, r in chosen.items()}, "rows": rows}
+    write_results(
+        (csv, lambda path: write_csv(path, rows)),
+        (json, lambda path: write_json(path, document)),
+        (plot, lambda path: _plot(path, title, list(chosen), inputs, results)),
+    )
+    if failed:
+        raise next(iter(failed.values()))
 
-        series = {label: [results[label, i.name].l1 for i in inputs] for label in chosen}
-        grouped_bars(plot, [i.name for i in inputs], series, title, "relative L1")
-    for path in (csv, json, plot):
-        if path:
-            console.print(f"wrote {path}")
+
+Results = dict[tuple[str, str], Metrics]
+"""By a recipe's label and an input's name."""
+
+
+def _measure_all(
+    inputs: list[Inputs], chosen: dict[str, Recipe], machine: Machine, causal: bool, query_rows: int | None
+) -> tuple[Results, dict[tuple[str, str], HeadErrors], dict[tuple[str, str], LowbitError]]:
+    """What was measured, and what a recipe or an input (label ``""``) refused: the others are measured all the same."""
+    results: Results = {}
+    by_head: dict[tuple[str, str], HeadErrors] = {}
+    failed: dict[tuple[str, str], LowbitError] = {}
+    with progress() as bar:
+        task = bar.add_task("exact attention", total=len(inputs) * (len(chosen) + 1))
+        for one in inputs:
+            bar.update(task, description=f"{one.name}: exact", advance=1)
+            try:
+                case = Case(one.q, one.k, one.v, machine, is_causal=causal, query_rows=query_rows)
+            except LowbitError as error:
+                failed["", one.name] = error
+                continue
+            for label, recipe in chosen.items():
+                bar.update(task, description=f"{one.name}: {label}", advance=1)
+                try:
+                    out = case.emulated(recipe)
+                except LowbitError as error:
+                    failed[label, one.name] = error
+                else:
+                    results[label, one.name], by_head[label, one.name] = case.metrics(out), case.by_head(out)
+    return results, by_head, failed
+
+
+def _notes(inputs: list[Inputs], failed: dict[tuple[str, str], LowbitError]) -> Iterator[str]:
+    """What one should know of the numbers: inputs that are none, and what was not measured."""
+    for one in inputs:
+        if counts := not_finite(one):
+            what = ", ".join(f"{count} of {tensor}" for tensor, count in counts.items())
+            yield f"{one.name}: {what} are NaN or infinite, and so is what comes of them (in JSON: null)"
+    for (label, name), error in failed.items():
+        yield f"not measured: {name}{label and f' with {label}'}: {' '.join(str(error).split())}"
 
 
 def _inputs(
@@ -153,10 +195,18 @@ def _inputs(
     return [from_family(name, **setting, dtype=DTYPES[dtype or "float32"]) for name in dict.fromkeys(names)]
 
 
+def _plot(path: Path, title: str, labels: list[str], inputs: list[Inputs], results: Results) -> None:
+    from ..report.plots import grouped_bars
+
+    names = [i.name for i in inputs]
+    found = {label: [results[label, n].l1 if (label, n) in results else math.nan for n in names] for label in labels}
+    grouped_bars(path, names, found, title, "relative L1")
+
+
 def _rows(
     chosen: dict[str, Recipe],
     inputs: list[Inputs],
-    results: dict[tuple[str, str], Metrics],
+    results: Results,
     by_head: dict[tuple[str, str], HeadErrors],
 ) -> list[Row]:
     return [
@@ -165,18 +215,20 @@ def _rows(
         | {"l1_standard_error": by_head[label, one.name].standard_error}
         for one in inputs
         for label, recipe in chosen.items()
+        if (label, one.name) in results
     ]
 
 
-def _tables(
-    title: str, metric: str, labels: list[str], names: list[str], results: dict[tuple[str, str], Metrics]
-) -> Iterator[Table]:
+def _tables(title: str, metric: str, labels: list[str], names: list[str], results: Results) -> Iterator[Table]:
     """As many tables, one below the other, as the inputs need on this console."""
     units = {"l1": "relative L1", "cos_sim": "CosSim, %", "rmse": "RMSE", "max_error": "largest error"}
-    fitting = max(1, (console.width - 2 - min(30, max(map(len, labels)))) // (2 + max(8, *map(len, names))))
+    fitting = max(
+        1, (console.width - 2 - min(30, max(map(len, labels)))) // (2 + max(8, *(len(visible(name)) for name in names)))
+    )
     for first in range(0, len(names), fitting):
         block = names[first : first + fitting]
         table = new_table(f"{title}: {units[metric]}", "", *block)
         for label in labels:
-            table.add_row(label, *(show(metric, getattr(results[label, name], metric)) for name in block))
+            found = [results.get((label, name)) for name in block]
+            table.add_row(plain(label), *("-" if m is None else show(metric, getattr(m, metric)) for m in found))
         yield table

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
-from ..cuda.inspect import Row, inspect
+from ..console import plain
+from ..cuda.inspect import Row, check_runs, inspect
 from ..cuda.instances import HEAD_DIMS, MMA_ARCHS, mma_recipes
+from ..cuda.machine_code import nvdisasm
+from ..recipe import Recipe
 from ..recipes import recipe as find_recipe
 from ..report.files import write_json
-from .common import RECIPE_HELP, check_outputs, console, new_table, progress
+from ..report.saving import write_whole
+from .common import RECIPE_HELP, check_outputs, console, new_table, progress, write_results
 
 
 def command(
@@ -35,9 +41,8 @@ def command(
     An iteration is 64 keys for 32 query rows of a warp; `other` are instructions that are no MMAs. The clocks are a
     multiprocessor's for one warp's iteration, by published rates; the slowest of the three bounds the TOPS.
 
-    [bold]lowbit inspect --arch sm_89 -r sage2pp_8b -r sage2pp_4b[/bold]
+    * `lowbit inspect --arch sm_89 -r sage2pp_8b -r sage2pp_4b`
     """
-    check_outputs(markdown, json, None)
     jobs = []
     for a in arch or ["sm_89"]:
         if a not in MMA_ARCHS:
@@ -46,24 +51,54 @@ def command(
             if d not in HEAD_DIMS:
                 raise typer.BadParameter(f"{d} is none of {HEAD_DIMS}", param_hint="--head-dim")
             jobs += [(find_recipe(r), d, a) for r in recipe or mma_recipes(a)]
-    with progress() as bar, ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        task = bar.add_task("compiling", total=len(jobs))
-        rows = []
-        for row in pool.map(lambda job: inspect(*job), jobs):
-            rows.append(row)
-            bar.advance(task)
+    for job in jobs:
+        check_runs(*job)
+    check_outputs(json, markdown)
+    nvdisasm()  # whether it is there
+    rows = _inspect_all(jobs)
     title = "attention_mma: a main loop's iteration (64 keys × 32 rows of a warp)"
-    table = new_table(title, *_HEAD)
-    for row in rows:
-        table.add_row(*_cells(row))
-    console.print(table)
-    if json is not None:
-        write_json(json, {"rows": [asdict(row) | {"other_per_element": row.other_per_element} for row in rows]})
-    if markdown is not None:
-        markdown.write_text(markdown_table(rows))
-    for path in (json, markdown):
-        if path is not None:
-            console.print(f"wrote {path}")
+    for table in _tables(title, rows, console.width):
+        console.print(table)
+    document = {"rows": [asdict(row) | {"other_per_element": row.other_per_element} for row in rows]}
+    write_results(
+        (json, lambda path: write_json(path, document)),
+        (markdown, lambda path: write_whole(path, markdown_table(rows))),
+    )
+
+
+def _inspect_all(jobs: list[tuple[Recipe, int, str]]) -> list[Row]:
+    """Their rows, in order; compilers run side by side."""
+    rows = []
+    pool = ThreadPoolExecutor(max_workers=os.cpu_count())
+    try:
+        with progress() as bar:
+            task = bar.add_task("compiling", total=len(jobs))
+            for row in pool.map(lambda job: inspect(*job), jobs):
+                rows.append(row)
+                bar.advance(task)
+    finally:  # after Ctrl-C, say, only what is being compiled is waited for
+        pool.shutdown(wait=False, cancel_futures=True)
+    return rows
+
+
+def _tables(title: str, rows: list[Row], width: int) -> Iterator[Table]:
+    """As many tables, one below the other, as the columns need in this width; each tells the recipe, arch and d."""
+    cells = [_cells(row) for row in rows]
+    widths = [max(len(heading), *(len(line[c]) for line in cells)) + 1 for c, heading in enumerate(_HEAD)]
+    room = width - min(widths[0], _WIDEST_RECIPE) - sum(widths[1:_KEYS])
+    blocks: list[list[int]] = [[]]
+    for column in range(_KEYS, len(_HEAD)):
+        if blocks[-1] and sum(widths[c] for c in (*blocks[-1], column)) > room:
+            blocks.append([])
+        blocks[-1].append(column)
+    for number, block in enumerate(blocks):
+        columns = [*range(_KEYS), *block]
+        table = new_table(title if number == 0 else "", *(_HEAD[c] for c in columns))
+        table.collapse_padding, table.pad_edge, table.padding = True, False, (0, 1, 0, 0)
+        table.columns[0].max_width = _WIDEST_RECIPE
+        for line in cells:
+            table.add_row(*(plain(line[c]) for c in columns))
+        yield table
 
 
 def _cells(row: Row) -> list[str]:
@@ -89,3 +124,7 @@ _HEAD = (
     "recipe", "arch", "d", "tile", "regs", "spill", "KiB", "MMA", "other", "per score", "MMA clk", "issue clk",
     "exp clk", "bound, TOPS",
 )  # fmt: skip
+_KEYS = 3
+"""Columns that say which kernel a row is of."""
+_WIDEST_RECIPE = 28
+"""A longer name is folded: half of a narrow console is the numbers'."""

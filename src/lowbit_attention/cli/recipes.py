@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from ..console import plain
 from ..recipes import RECIPES, recipe
 from .common import console
 
@@ -27,16 +28,18 @@ def command(
         table.add_column("name")
         table.add_column("what it is")
         for entry in RECIPES.values():
-            table.add_row(entry.name, entry.summary)
+            table.add_row(plain(entry.name), plain(entry.summary))
         console.print(table)
         return
     chosen = recipe(name)
     if json:
         typer.echo(chosen.to_json(indent=2))
         return
-    table = Table(title=chosen.name, caption=chosen.summary or None, title_justify="left", caption_justify="left")
+    table = Table(
+        title=plain(chosen.name), caption=plain(chosen.summary) or None, title_justify="left", caption_justify="left"
+    )
     table.add_column("option")
     table.add_column("value")
     for option, value in chosen.options().items():
-        table.add_row(option, str(value))
+        table.add_row(option, plain(value))
     console.print(table)

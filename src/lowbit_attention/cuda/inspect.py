@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..errors import UnsupportedError
 from ..jit.compiler import compile_source
 from ..recipe import Recipe
+from ..reference.rotation import hadamard_size
 from .instances import MMA_GEOMETRY, MmaConfig, mma_config
 from .machine_code import Loop, disassemble, loops
+from .mma import MMA_KERNEL, _recipe_reasons
 
 
 @dataclass(frozen=True)
@@ -89,12 +92,27 @@ def main_loop(sass: str, mma: int) -> Loop:
     return min(candidates, key=lambda loop: loop.other)
 
 
+def check_runs(recipe: Recipe, head_dim: int, arch: str) -> None:
+    """Whether there is such a kernel: `attention_mma` runs the recipe on the architecture, in these channels.
+
+    Raises:
+        UnsupportedError: it does not, and every reason.
+    """
+    reasons = list(_recipe_reasons(recipe, arch))
+    if recipe.rotation == "hadamard" and hadamard_size(head_dim) != head_dim:
+        reasons.append(f"it rotates {hadamard_size(head_dim)} channels, not {head_dim}")
+    if reasons:
+        why = {MMA_KERNEL.name: tuple(reasons)}
+        raise UnsupportedError(f"there is no kernel for recipe {recipe} on {arch} to inspect:", why)
+
+
 def inspect(recipe: Recipe, head_dim: int, arch: str) -> Row:
     """Compile `attention_mma` for a recipe and read its main loop.
 
     Raises:
-        CompileError, MissingExtraError: as `compile_source` and `nvdisasm`.
+        UnsupportedError: as `check_runs`. CompileError, MissingExtraError: as `compile_source` and `nvdisasm`.
     """
+    check_runs(recipe, head_dim, arch)
     config = mma_config(recipe, head_dim, arch)
     instance = config.instance()
     compiled = compile_source(instance.source(), instance.options())

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..console import visible
 from ..errors import InvalidArgumentError, MissingExtraError
+from .saving import replacing
 
 _ENDINGS = (".png", ".svg", ".pdf")
 
@@ -22,6 +25,11 @@ def check_plot(path: Path) -> None:
         raise InvalidArgumentError(f"a plot ends in {', '.join(_ENDINGS)}, not {path.suffix!r}: {path}")
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtraError("a plot", "plot", "matplotlib")
+
+
+def label(text: str) -> str:
+    """Text from outside for a picture: matplotlib would read what is between two dollars as a formula."""
+    return visible(text).replace("$", r"\$")
 
 
 def figure(width: float, height: float, **options: Any) -> tuple[Any, Any]:
@@ -46,9 +54,11 @@ def save(path: Path, fig: Any) -> None:
     """Write a figure (the ending decides: .png, .svg, .pdf) and close it."""
     from matplotlib import pyplot
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=150)
-    pyplot.close(fig)
+    try:
+        with replacing(path) as half:
+            fig.savefig(half, dpi=150, format=path.suffix[1:])
+    finally:
+        pyplot.close(fig)
 
 
 def grouped_bars(
@@ -59,11 +69,11 @@ def grouped_bars(
     width = 0.8 / max(1, len(series))
     for number, (name, values) in enumerate(series.items()):
         at = [group + (number - (len(series) - 1) / 2) * width for group in range(len(groups))]
-        axes.bar(at, values, width, label=name)
-    axes.set_xticks(range(len(groups)), groups)
+        axes.bar(at, [v if math.isfinite(v) else math.nan for v in values], width, label=label(name))
+    axes.set_xticks(range(len(groups)), [label(group) for group in groups])
     axes.set_yscale("log")
     axes.set_ylabel(ylabel)
-    axes.set_title(title)
+    axes.set_title(label(title))
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=7, ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5))
     save(path, fig)

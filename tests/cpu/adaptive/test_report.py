@@ -5,15 +5,21 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import cases
 import pytest
 
-from lowbit_attention.adaptive import choose, write_report
+from lowbit_attention import RECIPES
+from lowbit_attention.adaptive import Observations, choose, write_report
 from lowbit_attention.adaptive.report import report_data
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: nothing to open the page with")
+
+
+NODE = shutil.which("node")
+needs_node = pytest.mark.skipif(NODE is None, reason="no Node here: nothing to run the page's script with")
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +193,59 @@ def test_in_a_browser(choice, page, tmp_path, width):
     assert seen["mark"] == 1
     assert seen["overlaps"] == 0
     assert seen["wider"] <= 0
+
+
+HOSTILE = ("__proto__", "constructor", "toString", "hasOwnProperty", "%%DATA%%", "</script>", "$&", "\\u003c")
+"""Names that every JavaScript object has, or that filling in a page could take for something else.
+
+Cases T24 and T37 of the shared list."""
+
+
+def hostile(folder):
+    """The page of a model whose modules have such names, some without distributions; titled by one of them."""
+    seen = Observations({n: RECIPES[n] for n in ("sage2_8b", "sage2_4b")}, like="sm_89", runs=1)
+    for name in HOSTILE:
+        one = cases.made_up(layers=1, steps=1, candidates=("sage2_8b", "sage2_4b"), name=name)
+        if name in ("constructor", "__proto__"):
+            one.distributions.clear()
+        seen.merge(one)
+    write_report(folder / "page.html", choose(seen, threshold=0.5), title="%%DATA%%</script>")
+    return folder / "page.html"
+
+
+def test_names_that_mean_something_to_a_page_are_only_names(tmp_path):
+    text = hostile(tmp_path).read_text(encoding="utf-8")
+    held = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+    assert held["rows"] == list(HOSTILE)
+    assert held["title"] == "%%DATA%%</script>"
+    assert "<title>%%DATA%%&lt;/script&gt;</title>" in text
+    assert text.count("</script>") == 2
+
+
+@needs_node
+def test_such_names_draw_everything(tmp_path):
+    hostile(tmp_path)
+    stub = Path(__file__).with_name("page_stub.js")
+    done = subprocess.run(
+        [NODE, stub, tmp_path / "page.html"], capture_output=True, text=True, timeout=60, check=False, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["ready"] == "yes"
+    assert seen["cells"] == len(HOSTILE) * 2
+    assert seen["layers"] == list(HOSTILE)
+    assert seen["drawn"] == [name not in ("constructor", "__proto__") for name in HOSTILE]
+
+
+@needs_browser
+def test_such_names_in_a_browser(tmp_path):
+    count = WORK[: WORK.index("const first")] + WORK[WORK.index("seen.failed") :]
+    seen, complaints = opened(hostile(tmp_path), tmp_path, 1280, count)
+    assert complaints == []
+    assert seen["failed"] == []
+    assert seen["ready"] == "yes"
+    assert seen["titles"] == ["%%DATA%%</script>"]
+    assert seen["cells"] == len(HOSTILE) * 2
 
 
 @needs_browser

@@ -1,6 +1,8 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
+  // by module name: a name may be "constructor" or "__proto__", which every object has
+  const distributions = new Map(Object.entries(data.distributions));
   const $ = (id) => document.getElementById(id);
   const root = document.documentElement;
   const candidates = data.recipes.slice(1); // recipe 0 is exact
@@ -229,7 +231,7 @@
   const calls = [];
   data.cells.forEach((row, r) => row.forEach((cell, c) => {
     if (cell === null) return;
-    const d = data.distributions[data.names[r]];
+    const d = distributions.get(data.names[r]);
     const peak = (stage) => (d && d.k && d.k[stage] ? d.k[stage].crest : null);
     calls.push({ row: r, column: c, layer: data.rows[r], timestep: data.columns[c], cell,
       error: cell.recipe ? cell.scores[cell.recipe - 1][l1At] : cell.recipe === 0 ? 0 : null, peak: peak("raw"), rotated: peak("rotated") });
@@ -283,7 +285,7 @@
   }
   function drawTensors() {
     const place = clear($("tensors"));
-    const found = data.distributions[data.names[state.layer]];
+    const found = distributions.get(data.names[state.layer]);
     if (!found) { element(place, "p", {}, "No distribution was recorded for this layer."); return; }
     for (const tensor of ["q", "k", "v"]) {
       const panel = element(place, "div");
