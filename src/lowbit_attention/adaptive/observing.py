@@ -14,6 +14,7 @@ from torch import Tensor
 from ..bench.shapes import Shape
 from ..console import console, visible
 from ..errors import InvalidArgumentError, UnsupportedError
+from ..implementations import call_torch
 from ..integrations.intercept import intercepted
 from ..machine import Machine, resolve_machine
 from ..recipe import Recipe
@@ -58,10 +59,16 @@ class Observer:
         """One call: exact attention's output goes back to the model."""
         key = self.clock.key(name)
         begin = _now(args)
-        out: Tensor = original(*args, **kwargs)
+        out = call_torch(original, *args, **kwargs)
         middle = _now(args)
+        try:
+            call = Call.of(*args, **kwargs)
+        except InvalidArgumentError:  # (nested, traced, transformed: what no recipe could run is not scored)
+            return out
+        if call.q.is_meta:
+            return out
         dropout = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
-        self._score(key, Call.of(*args, **kwargs), dropout)
+        self._score(key, call, dropout)
         self.observations.attention_seconds += middle - begin
         self.observations.scoring_seconds += _now(args) - middle
         return out

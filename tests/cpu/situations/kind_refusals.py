@@ -30,6 +30,7 @@ from lowbit_attention import (
     sdpa,
     sdpa_enabled,
 )
+from lowbit_attention.adaptive import observe
 from lowbit_attention.machine import MACHINES
 
 RECIPE = "sage2_8b"
@@ -320,6 +321,20 @@ def jagged_in_a_block(name: str) -> bool:
     return torch.equal(got, want) and report.ran == 0 and report.calls == 1
 
 
+def observed(act: Callable[[], Tensor], scored: int = 0) -> bool:
+    """Whether the answer is torch's, and how many calls were scored."""
+    want = act()
+    with observe(candidates=[RECIPE]) as watch:
+        got = act()
+    same = got.is_meta or torch.equal(got.values() if got.is_nested else got, want.values() if want.is_nested else want)
+    return same and len(watch.observations.records) == scored
+
+
+def under_jvp() -> Tensor:
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        return jvp(lambda *t: F.scaled_dot_product_attention(*t))
+
+
 def refused_as_torch(**options: Any) -> bool:
     q, k, v = qkv()
     errors = []
@@ -360,6 +375,12 @@ def survives(function: Call) -> bool:
 T12 = [
     *(Situation("T12", f"a jagged tensor in a block of {n}", lambda _, n=n: jagged_in_a_block(n), gives(True))
       for n in (RECIPE, "auto")),
+    *(Situation(case, f"observing {n}", lambda _, a=a, s=s: observed(a, s), gives(True))
+      for case, n, a, s in [
+          ("T12+", "a jagged tensor", lambda: F.scaled_dot_product_attention(*[jagged()] * 3), 0),
+          ("T7+", "a jvp", under_jvp, 0),
+          ("T8+", "meta tensors", lambda: F.scaled_dot_product_attention(*(t.to("meta") for t in qkv())), 0),
+          ("T8+", "a plain call", lambda: F.scaled_dot_product_attention(*qkv()), 1)]),
     *(Situation("T12", f"{o}", lambda _, o=o: refused_as_torch(**o), gives(True))
       for o in ({"dropout_p": None}, {"enable_gqa": 1}, {"enable_gqa": "x"}, {"dropout_p": "x"})),
     *(Situation("T12+", f"{o}", lambda _, o=o: refused_as_torch(**o), gives(True))
