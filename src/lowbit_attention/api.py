@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from typing_extensions import Unpack
 
 from . import checks, ops
-from .dispatch import Choice, Explanation, check_possible, choose, explain_request
+from .dispatch import Choice, Explanation, check_possible, explain_request, run_request
 from .errors import InvalidArgumentError
 from .machine import Machine, resolve_machine
 from .recipe import Recipe
@@ -166,8 +166,7 @@ def run_attention(
             if len(_calls) >= _MOST_CALLS:
                 _calls.clear()
             _calls[key] = scale, request
-    choice = choose(request)
-    out, lse = choice.run(q, k, v, mask, scale, request)
+    (out, lse), choice = run_request(q, k, v, mask, scale, request)
     if layout == "NHD":
         out = out.transpose(1, 2)
     out = out.contiguous()
@@ -306,8 +305,7 @@ def attention_varlen(
             one_q, one_k, one_v, None, chosen, machine,
             is_causal=is_causal, bottom_right=causal_alignment != "top_left", return_lse=return_lse,
         )  # fmt: skip
-        choice = choose(request)
-        out, lse = choice.run(one_q, one_k, one_v, None, scale, request)
+        (out, lse), choice = run_request(one_q, one_k, one_v, None, scale, request)
         outs.append(out[0].transpose(0, 1))
         lses += [_promised(lse, choice)[0]] if return_lse else []
     packed = torch.cat(outs)

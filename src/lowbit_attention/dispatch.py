@@ -6,12 +6,15 @@ default error budget and is not slower than what torch would run, and otherwise 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import is_
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from . import failures
 from .budget import outside_reasons
 from .console import fitting
 from .errors import UnsupportedError
@@ -49,6 +52,58 @@ class Choice:
             with torch.autocast(q.device.type, enabled=False):
                 return self.implementation.run(q, k, v, mask, sm_scale, request, self.recipe)
         return self.implementation.run(q, k, v, mask, sm_scale, request, self.recipe)
+
+
+Answer = TypeVar("Answer")
+
+
+def attempt(choice: Choice, request: Request, run: Callable[[], Answer]) -> Answer | str:
+    """What ``run`` gives; or, where the choice is a kernel that failed now or before, why, in one line."""
+    if not choice.implementation.is_kernel:
+        return run()
+    name = choice.implementation.name
+    if (failed := failures.known(name, choice.recipe, request, count=True)) is not None:
+        return failed
+    try:
+        return run()
+    except Exception as error:
+        if not failures.can_go_round(error):
+            raise
+        _known.clear()
+        return failures.note(name, choice.recipe, request, error)
+
+
+def run_request(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sm_scale: float, request: Request) -> Ran:
+    """Run a request by what `choose` says; with ``auto`` a kernel that fails is gone round, with one warning.
+
+    Returns:
+        What it gave, and the choice that did.
+
+    Raises:
+        UnsupportedError: as `choose`.
+    """
+    choice = choose(request)
+    if request.recipe is not None or not choice.implementation.is_kernel:
+        return choice.run(q, k, v, mask, sm_scale, request), choice
+    answer = attempt(choice, request, lambda: choice.run(q, k, v, mask, sm_scale, request))
+    if not isinstance(answer, str):
+        return answer, choice
+    if (again := choose(request)) != choice:
+        return run_request(q, k, v, mask, sm_scale, request)
+    exact = _without_kernels(request, again, answer)  # (it failed for want of memory, and may be tried the next time)
+    return exact.run(q, k, v, mask, sm_scale, request), exact
+
+
+def _without_kernels(request: Request, failed: Choice, why: str) -> Choice:
+    for implementation in IMPLEMENTATIONS:
+        if not implementation.is_kernel and not implementation.not_supported_reasons(request, EXACT):
+            return Choice(implementation, EXACT)
+    raise UnsupportedError(
+        f"{failed.implementation.name} failed ({why}), and nothing else can run the call ({request})"
+    )
+
+
+Ran = tuple[Output, Choice]
 
 
 @dataclass(frozen=True)
@@ -175,6 +230,7 @@ def _fastest_kernel(request: Request) -> tuple[Choice | None, list[Verdict]]:
         for recipe in kernel.auto_recipes_for(request) if kernel.is_kernel else ():
             if reasons := (
                 *kernel.not_supported_reasons(request, recipe),
+                *((failed,) if (failed := failures.known(kernel.name, recipe, request)) is not None else ()),
                 *kernel.not_worth_reasons(request),
                 *outside_reasons(recipe, request.kv_len),
             ):

@@ -100,3 +100,7 @@ class KernelUnavailableError(LowbitError):
     def __str__(self) -> str:
         first = f"{self.reason}: {self.way_out}" if self.way_out else self.reason
         return f"{first}\n{self.details}" if self.details else first
+
+
+class FallbackWarning(UserWarning):
+    """A kernel failed, and something slower runs its calls; said once for each kernel and recipe."""

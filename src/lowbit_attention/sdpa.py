@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import checks, ops
 from .api import Training, for_scale, goes_through_the_op, make_request, resolve_like
-from .dispatch import Choice, check_possible, choose
+from .dispatch import Choice, check_possible, run_request
 from .errors import InvalidArgumentError
 from .machine import Machine
 from .recipe import Recipe
@@ -202,7 +202,8 @@ class RecipeSDPA:
         if goes_through_the_op(call.q, call.k, call.v, call.mask) and not dropout_p:
             check_possible(call.request)
             return call.run_by_op(call.request.recipe, self._like)
-        return call.run(choose(call.request))
+        (out, _), _ = run_request(call.q, call.k, call.v, call.mask, call.sm_scale, call.request)
+        return call.finish(out)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._made_of

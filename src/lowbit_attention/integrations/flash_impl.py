@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..api import resolve_like
-from ..dispatch import choose
+from ..dispatch import attempt, choose
 from ..errors import LowbitError, UnsupportedError
 from ..machine import Machine
 from ..recipe import Recipe
@@ -167,10 +167,14 @@ class _Impl:
                 kind = CallKind(TORCH, "-", in_short(error))
             else:
                 if self.recipe is not None or choice.implementation.is_kernel:
-                    out, lse = call.run_with_lse(choice)
-                    self.report.add(CallKind(choice.implementation.name, choice.recipe.name))
-                    assert lse is not None  # (asked for; dispatch chose what gives it)
-                    return out, lse
-                kind = CallKind(TORCH, "-", why_not_faster(call.request))
+                    ran = attempt(choice, call.request, lambda: call.run_with_lse(choice))
+                    if not isinstance(ran, str):
+                        self.report.add(CallKind(choice.implementation.name, choice.recipe.name))
+                        out, lse = ran
+                        assert lse is not None  # (asked for; dispatch chose what gives it)
+                        return out, lse
+                    kind = CallKind(TORCH, "-", ran)
+                else:
+                    kind = CallKind(TORCH, "-", why_not_faster(call.request))
         self.report.add(kind)
         return None

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import checks
 from ..api import Training, resolve_like
-from ..dispatch import choose, explain_request
+from ..dispatch import attempt, choose, explain_request
 from ..errors import InvalidArgumentError, LowbitError, UnsupportedError
 from ..implementations import call_torch, torch_sdpa
 from ..machine import Machine
@@ -148,10 +148,13 @@ class _Rerouted:
             reason = in_short(error)
         else:
             if self.recipe is not None or choice.implementation.is_kernel:
-                out = call.run(choice)
-                self.report.add(CallKind(choice.implementation.name, choice.recipe.name))
-                return out
-            reason = why_not_faster(call.request)
+                out = call.run(choice) if self.strict else attempt(choice, call.request, lambda: call.run(choice))
+                if not isinstance(out, str):
+                    self.report.add(CallKind(choice.implementation.name, choice.recipe.name))
+                    return out
+                reason = out
+            else:
+                reason = why_not_faster(call.request)
         self.report.add(CallKind(TORCH, "-", reason))
         return call_torch(original, query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
 
