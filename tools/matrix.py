@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from email.parser import HeaderParser
 from pathlib import Path
@@ -32,6 +32,10 @@ JSON = ROOT / "docs" / "versions.json"
 BEGIN, END = "<!-- made by tools/matrix.py -->\n", "<!-- end -->\n"
 INSTALL_LIMIT, PROBE_LIMIT = 1500, 900
 """Seconds: a CUDA build of torch is some 3 GB, and a probe takes about a minute on an idle core."""
+LISTED = (
+    "import json; from importlib import metadata; "
+    "print(json.dumps({d.metadata['Name'].replace('_', '-').lower(): d.version for d in metadata.distributions()}))"
+)
 SHOWN = ("torch", "numpy", "typer", "click", "rich", "packaging", "filelock", "platformdirs", "safetensors",
          "typing_extensions", "cuda-core", "nvidia-cuda-nvrtc")  # fmt: skip
 
@@ -155,7 +159,7 @@ def run_row(row: Row, wheel: Path, work: Path) -> Result:
     with tempfile.TemporaryDirectory(prefix=f"{row.name}-", dir=work, ignore_cleanup_errors=True) as folder:
         try:
             _use(row, wheel, interpreter, Path(folder), result)
-        except StepError as error:
+        except (StepError, ValueError, OSError) as error:  # (one row's trouble is not another's)
             result.failed = str(error)
     result.seconds = round(time.perf_counter() - began)
     return result
@@ -171,9 +175,8 @@ def _use(row: Row, wheel: Path, interpreter: str, folder: Path, result: Result) 
     _say(row, "installing")
     _run([*pip, "install", *requirements(row, wheel)], INSTALL_LIMIT)
     _run([*pip, "check"], 120)
-    listed = json.loads(_run([*pip, "list", "--format", "json"], 120))
+    found = json.loads(_run([str(python), "-c", LISTED], 120))
     names = {name.replace("_", "-").lower(): name for name in SHOWN}
-    found = {package["name"].replace("_", "-").lower(): package["version"] for package in listed}
     result.versions = {name: found[key] for key, name in names.items() if key in found}
     result.python = _run([str(python), "-c", "import platform; print(platform.python_version())"], 60).strip()
     _say(row, "using")
@@ -240,6 +243,8 @@ def table(results: Sequence[Result]) -> Iterator[str]:
 
 def write(results: Sequence[Result]) -> None:
     """Put the table into its page, between its marks, and everything into the JSON file beside it."""
+    order = [row.name for row in ROWS]
+    results = sorted(results, key=lambda r: order.index(r.row))
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
@@ -263,26 +268,25 @@ def main() -> int:
     rows = [row for row in ROWS if not wanted or row.name in wanted]
     if options.no_resolve:
         rows = [Row(**{**asdict(row), "cuda12": None}) for row in rows]
-    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory(dir=options.work) as folder, ThreadPoolExecutor(options.jobs) as pool:
         wheel = build(Path(folder))
-        with ThreadPoolExecutor(options.jobs) as pool:
-            results = list(pool.map(lambda row: run_row(row, wheel, Path(folder)), rows))
-    for result in results:
-        _print(result)
-    if not options.no_table:
-        write(_with_earlier(results) if options.keep else results)
+        for future in as_completed([pool.submit(run_row, row, wheel, Path(folder)) for row in rows]):
+            results.append(future.result())
+            _print(results[-1])
+            if not options.no_table:  # (after each, so that an interrupted run leaves what it has)
+                write(_with_earlier(results) if options.keep else results)
     return int(any(not r.passed and not r.skipped for r in results) or not any(r.passed for r in results))
 
 
 def _with_earlier(results: list[Result]) -> list[Result]:
     earlier = {r["row"]: Result(**r) for r in json.loads(JSON.read_text(encoding="utf-8"))} if JSON.exists() else {}
-    known = earlier | {r.row: r for r in results if not r.skipped}
-    return [known[row.name] for row in ROWS if row.name in known]
+    return list((earlier | {r.row: r for r in results if not r.skipped}).values())
 
 
 def _print(r: Result) -> None:
     verdict = f"skipped ({r.skipped})" if r.skipped else "passed" if r.passed else "FAILED"
-    print(f"{r.row}: {verdict}, {r.seconds:g} s; Python {r.python}, {r.versions}")
+    print(f"{r.row}: {verdict}, {r.seconds:g} s; Python {r.python}, {r.versions}", flush=True)
     if r.failed:
         print(f"  {r.failed}")
     for step in r.steps:
