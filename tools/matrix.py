@@ -58,6 +58,9 @@ class Row:
     cuda12: bool | None = None
 
 
+_LEFT_TO_PIP = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
+"""With these at their floors pip tries every CUDA toolkit there is, for ten minutes, before it finds one that fits."""
+
 ROWS = (
     Row("lowest", torch="lowest", lowest=True, extras=("cuda13",), cuda12=False),
     Row("lowest-3.10", python="3.10", torch="lowest", lowest=True),
@@ -142,7 +145,7 @@ def requirements(row: Row, wheel: Path) -> list[str]:
     """What pip is asked for."""
     extras = f"[{','.join(row.extras)}]" if row.extras else ""
     lowest = floors(wheel, row.extras)
-    pins = {name: version for name, version in lowest.items() if row.lowest and name != "torch"}
+    pins = {name: version for name, version in lowest.items() if row.lowest and name not in ("torch", *_LEFT_TO_PIP)}
     if row.torch:
         pins["torch"] = lowest["torch"] if row.torch == "lowest" else row.torch
     return [f"{wheel}{extras}", *(f"{name}=={version}" for name, version in pins.items()), *row.also]
