@@ -99,15 +99,33 @@ def alias() -> str:
     return ""
 
 
+HELPS = """
+import sys
+from lowbit_attention import cli
+for command in sys.argv[1:]:
+    try:
+        cli.main([command, "--help"])
+    except SystemExit as end:
+        assert not end.code, (command, end.code)
+try:
+    cli.main(["--version"])
+except SystemExit as end:
+    assert not end.code
+cli.main(["nope"])
+"""
+
+
 def helps() -> str:
-    """``--help`` of every command, and one line for a command that there is not."""
+    """``--help`` of every command, and one line for a command that there is not (in one process)."""
     text = lowbit("--help")
     commands = ("demo", "evaluate", "calibrate", "recipes", "doctor", "bench", "warmup", "inspect")
     for command in commands:
         assert command in text, f"--help does not name {command}"
-        assert "Usage" in lowbit(command, "--help")
-    assert "No such command" in lowbit("nope", code=2)
-    assert lowbit("--version").startswith("lowbit-attention ")
+    done = subprocess.run([sys.executable, "-c", HELPS, *commands], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, f"lowbit nope gave {done.returncode}: {done.stderr[-600:]}"
+    assert done.stdout.count("Usage") == len(commands), done.stdout[-600:]
+    assert done.stdout.rstrip().splitlines()[-1].startswith("lowbit-attention ")
+    assert "No such command" in done.stderr
     return f"{len(commands)} commands"
 
 
