@@ -4,6 +4,8 @@
 # make kernels-same REF=commit  which kernels have other machine code than at that commit
 # make lint / make types / make check   style, types, everything CI runs
 # make tables regenerate the generated tables and pictures in docs/
+# make dist   build the sdist and the wheel, and check both
+# make matrix install the wheel beside the oldest and the newest versions of everything, and use it; writes docs/versions.md
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test kernels kernels-all kernels-same lint types check tables setup clean
+.PHONY: demo test kernels kernels-all kernels-same lint types check tables dist matrix matrix-ci setup clean
 
 setup: $(STAMP)
 
@@ -43,11 +45,21 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
-check: lint types kernels test
+check: lint types kernels test dist
 
 tables: $(STAMP)
 	$(BIN)/python tools/make_tables.py
+
+dist: $(STAMP)
+	$(BIN)/python tools/dist.py
+
+matrix: $(STAMP)  # (hours on a slow line: some 20 GB of downloads, 8 GB of disk at a time)
+	$(BIN)/python tools/matrix.py
+
+matrix-ci: $(STAMP)  # (the two ends of it at once, in minutes; nothing is written)
+	$(BIN)/python tools/matrix.py --rows lowest,newest --jobs 2 --no-table --no-resolve
 
 clean:
 	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache

@@ -1,17 +1,29 @@
-"""Quantised attention for inference: an independent implementation of SageAttention2 and SageAttention2++."""
+"""Quantised attention for inference: an independent implementation of SageAttention2 and SageAttention2++.
+
+Importing the package imports nothing else, torch included: each name brings its module when it is first taken. So what
+must run before torch (`lowbit_attention.compat.alias`) can, and what needs only the errors or the version stays quick.
+"""
+
+import importlib
+import re
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .api import attention, attention_varlen, explain
-from .errors import InvalidArgumentError, InvalidRecipeError, LowbitError, MissingExtraError, UnsupportedError
-from .granularity import PerBlock, PerChannel, PerChannelAndKeyTile, PerTensor, PerThread, PerToken, PerWarp
-from .integrations.call_report import CallReport
-from .integrations.torch_sdpa import disable_sdpa, enable_sdpa, sdpa_enabled
-from .machine import AccumulatorModel, Geometry, Machine
-from .metrics import Metrics, compare
-from .recipe import Recipe
-from .recipe_options import AllTokens, RestartedMax, RunningMax, SampledTokens, TileMax
-from .recipes import RECIPES, recipe
-from .sdpa import make_sdpa, sdpa
+
+if TYPE_CHECKING:  # (for type checkers and editors; a test compares it with `_WHERE`)
+    from .api import attention, attention_varlen, explain
+    from .errors import InvalidArgumentError, InvalidRecipeError, LowbitError, MissingExtraError, UnsupportedError
+    from .granularity import PerBlock, PerChannel, PerChannelAndKeyTile, PerTensor, PerThread, PerToken, PerWarp
+    from .integrations.call_report import CallReport
+    from .integrations.torch_sdpa import disable_sdpa, enable_sdpa, sdpa_enabled
+    from .machine import AccumulatorModel, Geometry, Machine
+    from .metrics import Metrics, compare
+    from .recipe import Recipe
+    from .recipe_options import AllTokens, RestartedMax, RunningMax, SampledTokens, TileMax
+    from .recipes import RECIPES, recipe
+    from .sdpa import make_sdpa, sdpa
 
 __all__ = [
     "RECIPES",
@@ -50,3 +62,95 @@ __all__ = [
     "sdpa",
     "sdpa_enabled",
 ]
+
+_NAMES_IN = {
+    "api": ("attention", "attention_varlen", "explain"),
+    "errors": ("InvalidArgumentError", "InvalidRecipeError", "LowbitError", "MissingExtraError", "UnsupportedError"),
+    "granularity": (
+        "PerBlock",
+        "PerChannel",
+        "PerChannelAndKeyTile",
+        "PerTensor",
+        "PerThread",
+        "PerToken",
+        "PerWarp",
+    ),
+    "integrations.call_report": ("CallReport",),
+    "integrations.torch_sdpa": ("disable_sdpa", "enable_sdpa", "sdpa_enabled"),
+    "machine": ("AccumulatorModel", "Geometry", "Machine"),
+    "metrics": ("Metrics", "compare"),
+    "recipe": ("Recipe",),
+    "recipe_options": ("AllTokens", "RestartedMax", "RunningMax", "SampledTokens", "TileMax"),
+    "recipes": ("RECIPES", "recipe"),
+    "sdpa": ("make_sdpa", "sdpa"),
+}
+_WHERE = {name: module for module, names in _NAMES_IN.items() for name in names}
+
+_MIN_TORCH = (2, 5, 1)
+"""As pyproject.toml declares it: 2.4 lacks ``torch.library.register_vmap``, which our operators need."""
+
+
+class _Package(ModuleType):
+    """The package's own class, for one thing: a function keeps its name where a submodule has the same.
+
+    After importing ``lowbit_attention.recipe``, by whomever, Python binds that module to the package's attribute
+    ``recipe``. Here the attribute stays the function, as `__all__` promises.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _WHERE and isinstance(value, ModuleType):
+            return
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+if not TYPE_CHECKING:  # (a checker that saw it would take every misspelt name for one of ours)
+
+    def __getattr__(name: str) -> Any:
+        """A public name, from its module; or a submodule, as if it had been imported."""
+        module = _WHERE.get(name)
+        if module is not None:
+            value = getattr(importlib.import_module(f".{module}", __name__), name)
+            globals()[name] = value
+            return value
+        if not name.startswith("_"):
+            full = f"{__name__}.{name}"
+            try:
+                return importlib.import_module(full)
+            except ModuleNotFoundError as error:
+                if error.name != full:
+                    raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _check_torch() -> None:
+    """Refuse a torch that is too old, in one line and before anything of it is imported.
+
+    Raises:
+        ImportError: naming both versions. (Where there is no torch at all, importing it says so.)
+    """
+    torch = sys.modules.get("torch")
+    found = getattr(torch, "__version__", None)
+    if found is None:
+        from importlib import metadata  # (torch imports it, too)
+
+        try:
+            found = metadata.version("torch")
+        except metadata.PackageNotFoundError:
+            return
+    numbers = tuple(int(n) for n in re.findall(r"\d+", str(found).split("+")[0])[:3])
+    if numbers and numbers < _MIN_TORCH:
+        needed = ".".join(map(str, _MIN_TORCH))
+        raise ImportError(
+            f"lowbit-attention {__version__} needs torch>={needed}, and this is torch {found}: "
+            f'pip install --upgrade "torch>={needed}"'
+        )
+
+
+_check_torch()

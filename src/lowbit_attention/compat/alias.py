@@ -1,37 +1,53 @@
-"""`install_as_sageattention`: ``import sageattention`` finds this library, until it is told otherwise."""
+"""`install_as_sageattention`: ``import sageattention`` finds this library, until it is told otherwise.
+
+Nothing here imports torch before ``sageattention`` is really imported, so the alias can be installed before torch is:
+in ComfyUI's ``prestartup_script.py``, or in ``sitecustomize``.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import Distribution, DistributionFinder
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..errors import LowbitError
-from ..recipe import Recipe
-from ..sdpa import find_recipe_or_auto
-from . import sageattention as functions
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
 
 NAME = "sageattention"
 VERSION = f"2.2.0+lowbit.{__version__}"
 """The release whose functions these are; consumers ask for at least 2.1.1."""
 
 _MODULES = (NAME, f"{NAME}.core")
+_FILE = Path(__file__).with_name("sageattention.py")
+"""Where the functions are; as a path, because importing them imports torch."""
 
 
 class SageAttentionAlias(DistributionFinder):
     """What `install_as_sageattention` returns: ``remove()`` ends it, and so does the end of a ``with`` block."""
 
     def __init__(self, recipe: str | Recipe) -> None:
-        self._sageattn = functions.make_sageattn(recipe)
+        self._recipe = recipe
         self._hidden: dict[str, ModuleType] = {}
+
+    @cached_property
+    def _sageattn(self) -> Callable[..., Any]:
+        """``sageattention.sageattn``: the same function in every module of the alias."""
+        from ..sdpa import find_recipe_or_auto
+        from .sageattention import make_sageattn
+
+        find_recipe_or_auto(self._recipe)
+        return make_sageattn(self._recipe)
 
     def remove(self) -> None:
         """Take the alias away; what ``sageattention`` was before is there again. Twice is as good as once."""
@@ -57,7 +73,7 @@ class SageAttentionAlias(DistributionFinder):
         del path, target
         if fullname not in _MODULES:
             return None
-        return ModuleSpec(fullname, _Loader(self._sageattn), origin=functions.__file__, is_package=fullname == NAME)
+        return ModuleSpec(fullname, _Loader(self), origin=str(_FILE), is_package=fullname == NAME)
 
     def find_distributions(self, context: DistributionFinder.Context = DistributionFinder.Context()) -> Iterable[Any]:  # noqa: B008
         """The alias's metadata, for ``importlib.metadata``."""
@@ -65,18 +81,20 @@ class SageAttentionAlias(DistributionFinder):
 
 
 class _Loader(Loader):
-    def __init__(self, sageattn: Any) -> None:
-        self._sageattn = sageattn
+    def __init__(self, alias: SageAttentionAlias) -> None:
+        self._alias = alias
 
     def create_module(self, spec: ModuleSpec) -> None:
         """The usual module."""
 
     def exec_module(self, module: ModuleType) -> None:
-        """Fill it with the functions."""
+        """Fill it with the functions; this imports torch, if nothing has yet."""
+        from . import sageattention as functions
+
         module.__doc__ = functions.__doc__
         for name in functions.__all__:
             setattr(module, name, getattr(functions, name))
-        module.sageattn = self._sageattn  # type: ignore[attr-defined]
+        module.sageattn = self._alias._sageattn  # type: ignore[attr-defined]
         module.__all__ = list(functions.__all__)  # type: ignore[attr-defined]
         module.__version__ = VERSION  # type: ignore[attr-defined]
 
@@ -93,7 +111,7 @@ class _Distribution(Distribution):
 
     def locate_file(self, path: Any) -> Path:
         """Where a file of the alias would lie."""
-        return Path(functions.__file__).parent / str(path)
+        return _FILE.parent / str(path)
 
 
 def install_as_sageattention(recipe: str | Recipe = "auto", *, force: bool = False) -> SageAttentionAlias:
@@ -103,7 +121,8 @@ def install_as_sageattention(recipe: str | Recipe = "auto", *, force: bool = Fal
     it before the library that is to use it is imported: most look for ``sageattention`` once.
 
     Args:
-        recipe: what ``sageattention.sageattn`` runs.
+        recipe: what ``sageattention.sageattn`` runs. Before torch is imported a name is taken as it is, and an unknown
+            one is refused by ``import sageattention``.
         force: also where the package ``sageattention`` is installed, which is hidden then.
     Returns:
         The alias; its ``remove()``, or the end of a ``with`` block, takes it away.
@@ -117,7 +136,10 @@ def install_as_sageattention(recipe: str | Recipe = "auto", *, force: bool = Fal
         LowbitError: ``sageattention`` is installed or imported, and not ``force``; or the alias is there already.
         InvalidRecipeError: an unknown recipe.
     """
-    find_recipe_or_auto(recipe)
+    if "torch" in sys.modules or not isinstance(recipe, str):  # (finding a recipe imports torch)
+        from ..sdpa import find_recipe_or_auto
+
+        find_recipe_or_auto(recipe)
     if any(isinstance(finder, SageAttentionAlias) for finder in sys.meta_path):
         raise LowbitError("the alias sageattention is installed already; remove() it first")
     alias = SageAttentionAlias(recipe)
