@@ -247,7 +247,7 @@ def pickles() -> str:
 
 def kernel() -> str:
     """NVRTC compiles one kernel, where there is an NVRTC."""
-    from lowbit_attention.jit.compiler import installed_nvrtc
+    from lowbit_attention.jit.bindings import installed_nvrtc
 
     if not installed_nvrtc():
         return "no NVRTC"

@@ -14,7 +14,16 @@ from ._version import __version__
 
 if TYPE_CHECKING:  # (for type checkers and editors; a test compares it with `_WHERE`)
     from .api import attention, attention_varlen, explain
-    from .errors import InvalidArgumentError, InvalidRecipeError, LowbitError, MissingExtraError, UnsupportedError
+    from .errors import (
+        FallbackWarning,
+        InvalidArgumentError,
+        InvalidRecipeError,
+        KernelUnavailableError,
+        LowbitError,
+        MissingExtraError,
+        SaveError,
+        UnsupportedError,
+    )
     from .granularity import PerBlock, PerChannel, PerChannelAndKeyTile, PerTensor, PerThread, PerToken, PerWarp
     from .integrations.call_report import CallReport
     from .integrations.torch_sdpa import disable_sdpa, enable_sdpa, sdpa_enabled
@@ -30,9 +39,11 @@ __all__ = [
     "AccumulatorModel",
     "AllTokens",
     "CallReport",
+    "FallbackWarning",
     "Geometry",
     "InvalidArgumentError",
     "InvalidRecipeError",
+    "KernelUnavailableError",
     "LowbitError",
     "Machine",
     "Metrics",
@@ -48,6 +59,7 @@ __all__ = [
     "RestartedMax",
     "RunningMax",
     "SampledTokens",
+    "SaveError",
     "TileMax",
     "UnsupportedError",
     "__version__",
@@ -65,7 +77,16 @@ __all__ = [
 
 _NAMES_IN = {
     "api": ("attention", "attention_varlen", "explain"),
-    "errors": ("InvalidArgumentError", "InvalidRecipeError", "LowbitError", "MissingExtraError", "UnsupportedError"),
+    "errors": (
+        "FallbackWarning",
+        "InvalidArgumentError",
+        "InvalidRecipeError",
+        "KernelUnavailableError",
+        "LowbitError",
+        "MissingExtraError",
+        "SaveError",
+        "UnsupportedError",
+    ),
     "granularity": (
         "PerBlock",
         "PerChannel",

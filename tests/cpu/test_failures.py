@@ -106,23 +106,17 @@ def test_a_named_recipe_says_what_is_missing(broken: Broken) -> None:
     x = tokens()
     with pytest.raises(type(broken.error)):
         attention(x, x, x, recipe="sage2_8b")
-    with pytest.raises(type(broken.error)):
-        sdpa_strict = sdpa_enabled(recipe="sage2_8b", strict=True)
-        with sdpa_strict:
-            F.scaled_dot_product_attention(x, x, x)
+    with sdpa_enabled(recipe="sage2_8b", strict=True), pytest.raises(type(broken.error)):
+        F.scaled_dot_product_attention(x, x, x)
 
 
 @all_errors
 @pytest.mark.parametrize("asked", ["auto", "sage2_8b"])
 def test_a_lenient_block_falls_back_and_counts(broken: Broken, asked: str) -> None:
     x = tokens()
-    with (
-        torch.no_grad(),
-        sdpa_enabled(recipe=asked) as report,
-        pytest.warns(FallbackWarning, match="broken_kernel") as told,
-    ):
-        for _ in range(3):
-            assert torch.equal(F.scaled_dot_product_attention(x, x, x), sdpa_of_torch(x))
+    with sdpa_enabled(recipe=asked) as report, pytest.warns(FallbackWarning, match="broken_kernel") as told:
+        outs = [F.scaled_dot_product_attention(x, x, x) for _ in range(3)]
+    assert all(torch.equal(out, sdpa_of_torch(x)) for out in outs)
     assert len(told) == 1
     assert report.calls == 3
     assert report.ran == 0
