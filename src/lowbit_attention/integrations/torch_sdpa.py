@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .. import checks
 from ..api import Training, resolve_like
 from ..checks import TRANSFORMED
-from ..dispatch import choose, explain_request
+from ..dispatch import check_possible, choose, explain_request
 from ..errors import InvalidArgumentError, LowbitError, UnsupportedError
 from ..implementations import call_torch, torch_sdpa
 from ..machine import Machine
@@ -79,6 +79,15 @@ class _Rerouted:
                 raise InvalidArgumentError(
                     f"like={self.like.name!r}: inside torch.compile give the machine's name, not the object"
                 )
+            if not compiling:  # no data: the same checks, and then shapes
+                try:
+                    check_possible(make_call(
+                        query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa, self.recipe, self.machine
+                    ).request)  # fmt: skip
+                except LowbitError:
+                    if self.strict:
+                        raise
+                    return _original(original, query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
             query, key, value, attn_mask = as_autocast(query, key, value, attn_mask)
             out: Tensor = torch.ops.lowbit_attention.rerouted_sdpa(
                 query, key, value, attn_mask, is_causal, scale, enable_gqa, self.text, self.like, self.strict, self.slot
