@@ -43,16 +43,18 @@ class CallReport:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counts: Counter[CallKind] = Counter()
+        # (Each thread has its own counts, so there is no lock that an interrupt or a fork could leave closed.)
+        self._by_thread: dict[int, dict[CallKind, int]] = {}
         self.of = ""
         """Which part of a pipeline these are calls of; empty for a module and for the whole process."""
 
     @property
     def counts(self) -> dict[CallKind, int]:
         """Number of calls of each kind, most frequent first."""
-        with self._lock:
-            return dict(self._counts.most_common())
+        found: Counter[CallKind] = Counter()
+        for counts in list(self._by_thread.values()):
+            found.update(dict(counts))
+        return dict(found.most_common())
 
     @property
     def calls(self) -> int:
@@ -78,14 +80,14 @@ class CallReport:
 
     def clear(self) -> None:
         """Count from zero."""
-        with self._lock:
-            self._counts.clear()
+        self._by_thread.clear()
 
     def add(self, kind: CallKind) -> None:
         """Count one call."""
-        with self._lock:
-            known = kind in self._counts or len(self._counts) < _MOST_KINDS
-            self._counts[kind if known else OTHER_REASONS] += 1
+        mine = self._by_thread.setdefault(threading.get_ident(), {})
+        if kind not in mine and len(mine) >= _MOST_KINDS:
+            kind = OTHER_REASONS
+        mine[kind] = mine.get(kind, 0) + 1
 
     def __rich__(self) -> Table:
         from rich.table import Table

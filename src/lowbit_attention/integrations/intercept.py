@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import os
 import sys
-import threading
+import time
 import weakref
 from contextlib import ContextDecorator
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -48,11 +47,12 @@ class _Stood(NamedTuple):
     fastpath: bool
 
 
-_blocks: tuple[weakref.ref[Block], ...] = ()
-"""Those entered, innermost last; replaced as a whole, so that any thread may read it at any time."""
+_blocks: list[weakref.ref[Block]] = []
+"""Those entered, innermost last. (Appending and removing are single steps, which no thread and no interrupt divides.)"""
 _stood: _Stood | None = None
 """``None``: torch is as it was."""
-_lock = threading.RLock()
+_reconciling: dict[str, FrameType] = {}
+"""The frame that does it: a lock that is open as soon as that frame does not run any more, in this process."""
 
 
 class intercepted(ContextDecorator):
@@ -93,13 +93,11 @@ class intercepted(ContextDecorator):
         self.block = Block(handler, model)
 
     def __enter__(self) -> Any:
-        global _blocks
         block = self.block
         if block.entered:
             raise InvalidArgumentError("the block is in force already; make another one")
         block.wanted = True
-        with _lock:
-            _blocks = (*_blocks, weakref.ref(block))
+        _blocks.append(weakref.ref(block))
         reconcile()
         block.entered = True  # (last: a block that could not be entered claims no calls)
         return None
@@ -117,20 +115,39 @@ class intercepted(ContextDecorator):
 
 def reconcile() -> None:
     """Make torch what the blocks in force want it to be. Harmless at any time, and after it was interrupted."""
-    global _blocks
-    with _lock:
-        _blocks = tuple(ref for ref in _blocks if (block := ref()) is not None and block.wanted)
-        blocks = [block for ref in _blocks if (block := ref()) is not None]
-        traced.watching = any(getattr(block.handler, "watches_gradients", False) for block in blocks)
-        if _blocks:
-            _install()
-        elif _stood is not None:
-            _uninstall(_stood)
+    me = sys._getframe()
+    while (other := _reconciling.setdefault("by", me)) is not me:
+        if any(frame is other for frame in frames(me)):  # (the garbage collector came in between)
+            break
+        if not any(frame is other for top in sys._current_frames().values() for frame in frames(top)):
+            _reconciling.pop("by", None)  # it was interrupted, or is another process's
+        time.sleep(1e-4)
+    try:
+        wanted = None
+        while wanted != (wanted := _wanted()):
+            if wanted:
+                _install()
+            elif _stood is not None:
+                _uninstall(_stood)
+    finally:
+        if _reconciling.get("by") is me:
+            del _reconciling["by"]
+
+
+def _wanted() -> bool:
+    """Whether some block wants to be, or become, in force."""
+    for ref in tuple(_blocks):
+        if (block := ref()) is None or not block.wanted:
+            with contextlib.suppress(ValueError):  # (somebody else has removed it)
+                _blocks.remove(ref)
+    handlers = [block.handler for ref in tuple(_blocks) if (block := ref()) is not None]
+    traced.watching = any(getattr(handler, "watches_gradients", False) for handler in handlers)
+    return bool(handlers)
 
 
 def blocks_in_force() -> list[Block]:
     """Innermost last."""
-    return [block for ref in _blocks if (block := ref()) is not None and block.entered]
+    return [block for ref in tuple(_blocks) if (block := ref()) is not None and block.entered]
 
 
 def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
@@ -195,7 +212,7 @@ def _mend() -> None:
         for frame in frames(top)
         if frame.f_code is _ENTERING
     }
-    for ref in _blocks:
+    for ref in tuple(_blocks):
         if (block := ref()) is not None and not block.entered and id(block) not in now_entering:
             block.wanted = False
     reconcile()
@@ -265,17 +282,8 @@ def _every_module() -> list[ModuleType]:
 
 def _end_all() -> None:
     """At the interpreter's exit: what runs later must find torch as it was."""
-    global _blocks
-    _blocks = ()
+    _blocks.clear()
     reconcile()
 
 
-def _after_fork() -> None:
-    """In a child: whoever held the lock is not there."""
-    global _lock
-    _lock = threading.RLock()
-
-
 atexit.register(_end_all)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

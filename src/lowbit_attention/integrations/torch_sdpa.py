@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import checks
 from ..api import Training, resolve_like
-from ..dispatch import attempt, choose, explain_request
+from ..dispatch import attempt, check_possible, choose, explain_request
 from ..errors import InvalidArgumentError, LowbitError, UnsupportedError
 from ..implementations import call_torch, torch_sdpa
 from ..machine import Machine
@@ -121,6 +121,15 @@ class _Rerouted:
         enable_gqa: bool,
     ) -> Tensor:
         """The call as an operator, for tensors without data: a program that is being exported, say."""
+        try:  # (the same checks)
+            call = make_call(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa, self.recipe, self.machine)
+            check_possible(call.request)
+        except LowbitError:
+            if self.strict:
+                raise
+            return call_torch(
+                torch_sdpa, query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
         query, key, value, attn_mask = as_autocast(query, key, value, attn_mask)
         out: Tensor = torch.ops.lowbit_attention.rerouted_sdpa(
             query, key, value, attn_mask, is_causal, scale, enable_gqa, *self.export_options()

@@ -95,7 +95,7 @@ def _emulate(
         out = torch.where(seen, out + packed.v_mean.repeat_interleave(group, dim=1)[:, :, None], out)
     if packed.k_mean is not None:
         k_mean = packed.k_mean.repeat_interleave(group, dim=1).flatten(0, 1)[..., None]
-        lse = lse + (product(q.flatten(0, 1), k_mean) * sm_scale).reshape(lse.shape)
+        lse = lse + (torch.bmm(q.flatten(0, 1).double(), k_mean.double()) * sm_scale).float().reshape(lse.shape)
     return Result(out.clamp(-FP32_MAX, FP32_MAX), lse, packed)
 
 

@@ -75,7 +75,7 @@ def torch_is_left_as_it_was():
     assert vars(F) == everything
     assert F.scaled_dot_product_attention is torchs()
     assert torch.backends.mha.get_fastpath_enabled() == fastpath
-    assert intercept._blocks == ()
+    assert intercept._blocks == []
     assert intercept._stood is None
 
 

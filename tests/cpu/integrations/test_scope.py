@@ -75,12 +75,12 @@ def state():
         F.scaled_dot_product_attention is TORCH["function"],
         F.multi_head_attention_forward is intercept._MHA,
         torch.backends.mha.get_fastpath_enabled(),
-        intercept._blocks,
+        len(intercept._blocks),
         early is None or early.attend is TORCH["function"],
     )
 
 
-CLEAN = (True, True, True, (), True)
+CLEAN = (True, True, True, 0, True)
 
 
 @pytest.fixture(autouse=True)
@@ -403,24 +403,33 @@ def test_a_replica_of_data_parallel_counts_as_the_model():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 @torch.no_grad()
-def test_a_fork_while_another_thread_enters_a_block():
+def test_a_fork_while_another_thread_enters_a_block(monkeypatch):
     held, leave = threading.Event(), threading.Event()
+    plain = intercept._every_module
 
-    def hold():
-        with intercept._lock:
+    def slowly():
+        if threading.current_thread() is not threading.main_thread():
             held.set()
-            leave.wait(30)
+            leave.wait(60)
+        return plain()
 
-    thread = threading.Thread(target=hold)
+    monkeypatch.setattr(intercept, "_every_module", slowly)
+    thread = threading.Thread(target=lambda: sdpa_enabled(recipe="sage2_8b").__enter__())
     thread.start()
-    assert held.wait(30)
-    child = os.fork()
-    if child == 0:
-        with sdpa_enabled(recipe="sage2_8b") as report:
-            F.scaled_dot_product_attention(tokens(), tokens(), tokens())
-        os._exit(0 if report.ran == 1 and F.scaled_dot_product_attention is TORCH["function"] else 1)
-    leave.set()
-    thread.join()
+    try:
+        assert held.wait(30)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                with sdpa_enabled(recipe="sage2_8b") as report:
+                    F.scaled_dot_product_attention(tokens(), tokens(), tokens())
+                code = 0 if report.ran == 1 else 2
+            finally:
+                os._exit(code)
+    finally:
+        leave.set()
+        thread.join()
     for _ in range(600):
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -429,6 +438,35 @@ def test_a_fork_while_another_thread_enters_a_block():
         threading.Event().wait(0.05)
     os.kill(child, signal.SIGKILL)
     pytest.fail("the child hangs")
+
+
+@torch.no_grad()
+def test_many_threads_begin_and_end_blocks_at_once():
+    x, errors = tokens(), []
+
+    def work(seed):
+        rng = random.Random(seed)
+        for _ in range(30):
+            model = net(seed)
+            with sdpa_enabled(model, "sage2_8b") as report:
+                model(x)
+                if rng.random() < 0.5:
+                    gc.collect(0)
+            if report.ran != 2:
+                errors.append(report.counts)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert errors == []
+    assert state() == CLEAN
 
 
 EXIT = """

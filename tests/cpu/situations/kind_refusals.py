@@ -204,11 +204,27 @@ def same_compiled(function: Call, *tensors: Tensor, **options: Any) -> bool:
     return torch.equal(compiled(function, **options)(*tensors), function(*tensors))
 
 
+def in_a_block(kind: str, what: str, strict: bool) -> Any:
+    tensors, options, *_ = wrong(what)
+
+    def call(*tensors: Tensor, **options: Any) -> Tensor:
+        with sdpa_enabled(recipe=RECIPE, strict=strict):
+            return F.scaled_dot_product_attention(*tensors, **options)
+
+    return on(kind, call, *tensors, **options)
+
+
 HOPPER, MINE = MACHINES["sm_90a"], replace(MACHINES["sm_90a"], name="mine")
 T8 = [
     *(refusal(what, door, kind)
       for what in ("unequal lengths", "heads", "head_dim 300", "gradients", "float64", "is_causal=1", "dtypes")
       for door in ("attention", "make_sdpa") for kind in ("real", "meta", "fake", "compiled")),
+    *(Situation("T8", f"{what}, a strict block, {kind}", lambda _, w=what, k=kind: in_a_block(k, w, True),
+                refused(wrong(what)[2], wrong(what)[3], lines=None))
+      for what in ("unequal lengths", "heads", "head_dim 300", "is_causal=1") for kind in ("meta", "fake", "real")),
+    *(Situation("T8", f"{what}, a block, {kind}: torch's error", lambda _, w=what, k=kind: in_a_block(k, w, False),
+                refused(error, lines=None))
+      for what, error in (("heads", RuntimeError), ("is_causal=1", TypeError)) for kind in ("meta", "fake", "real")),
     *(Situation("T8", f"unknown recipe, {kind}", lambda _, kind=kind: unknown_recipe(kind),
                 refused(InvalidRecipeError, "unknown name"))
       for kind in ("real", "meta", "fake", "compiled")),
