@@ -18,6 +18,7 @@ import contextlib
 import sys
 import time
 import weakref
+from collections.abc import Iterable
 from contextlib import ContextDecorator
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -30,6 +31,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ..errors import InvalidArgumentError
 from . import traced
 from .scope import Block, Handler, Place, frames, owner, running
+
+if "_end_all" in globals():  # (importlib.reload runs this again: what the blocks so far have changed is undone first)
+    globals()["_end_all"]()
 
 _TORCH: Handler = torch._C._nn.scaled_dot_product_attention
 _MHA = F.multi_head_attention_forward
@@ -48,11 +52,11 @@ class _Stood(NamedTuple):
 
 
 _blocks: list[weakref.ref[Block]] = []
-"""Those entered, innermost last. (Appending and removing are single steps, which no thread and no interrupt divides.)"""
+"""Those entered, innermost last. (Appending and removing are single steps that no thread and no interrupt divides.)"""
 _stood: _Stood | None = None
 """``None``: torch is as it was."""
-_reconciling: dict[str, FrameType] = {}
-"""The frame that does it: a lock that is open as soon as that frame does not run any more, in this process."""
+_reconciling: dict[str, object] = {}
+"""The token of who does it: a lock that is open as soon as no frame of `reconcile` with that token runs any more."""
 
 
 class intercepted(ContextDecorator):
@@ -115,11 +119,11 @@ class intercepted(ContextDecorator):
 
 def reconcile() -> None:
     """Make torch what the blocks in force want it to be. Harmless at any time, and after it was interrupted."""
-    me = sys._getframe()
-    while (other := _reconciling.setdefault("by", me)) is not me:
-        if any(frame is other for frame in frames(me)):  # (the garbage collector came in between)
+    mine = object()
+    while (other := _reconciling.setdefault("by", mine)) is not mine:
+        if _runs(other, [sys._getframe()]):  # (the garbage collector came in between)
             break
-        if not any(frame is other for top in sys._current_frames().values() for frame in frames(top)):
+        if not _runs(other, sys._current_frames().values()):
             _reconciling.pop("by", None)  # it was interrupted, or is another process's
         time.sleep(1e-4)
     try:
@@ -130,8 +134,18 @@ def reconcile() -> None:
             elif _stood is not None:
                 _uninstall(_stood)
     finally:
-        if _reconciling.get("by") is me:
+        if _reconciling.get("by") is mine:
             del _reconciling["by"]
+
+
+def _runs(token: object, tops: Iterable[FrameType]) -> bool:
+    """Whether `reconcile` runs with this token in one of these threads, given by their innermost frames."""
+    return any(
+        frame.f_code is _RECONCILE and frame.f_locals.get("mine") is token for top in tops for frame in frames(top)
+    )
+
+
+_RECONCILE = reconcile.__code__
 
 
 def _wanted() -> bool:
