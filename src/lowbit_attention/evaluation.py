@@ -42,8 +42,8 @@ def sampled_rows(length: int, tile: int, wanted: int) -> Tensor:
         raise InvalidArgumentError(f"query_rows={wanted}: at least 1")
     tiles = -(-length // tile)
     count = min(tiles, -(-wanted // tile))
-    chosen = ((2 * torch.arange(count) + 1) * tiles) // (2 * max(1, count))
-    rows = (chosen[:, None] * tile + torch.arange(tile)).flatten()
+    chosen = ((2 * torch.arange(count, dtype=torch.int64, device="cpu") + 1) * tiles) // (2 * max(1, count))
+    rows = (chosen[:, None] * tile + torch.arange(tile, dtype=torch.int64, device="cpu")).flatten()
     return rows[rows < length]
 
 

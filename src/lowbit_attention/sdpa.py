@@ -156,6 +156,8 @@ def make_sdpa(
 class RecipeSDPA:
     """What `make_sdpa` makes: a function that can be copied, pickled and compared by what made it."""
 
+    _made_of: tuple[Any, ...] = ()  # (torch.compile hashes objects that it has not filled yet)
+
     def __init__(self, recipe: str | Recipe, like: str | Machine | None, training: Training) -> None:
         self._made_of = recipe, like, training
         self._recipe = find_recipe_or_auto(recipe)

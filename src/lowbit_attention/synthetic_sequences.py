@@ -41,7 +41,7 @@ def channel_bias(g: torch.Generator, shape: Shape, size: float) -> Tensor:
 
 
 def _signs(g: torch.Generator, shape: tuple[int, ...]) -> Tensor:
-    return torch.randint(0, 2, shape, generator=g, device=g.device).float() * 2 - 1
+    return torch.randint(0, 2, shape, generator=g, dtype=torch.int64, device=g.device).float() * 2 - 1
 
 
 def _three_normal(g: torch.Generator, shape: Shape) -> Triple:
@@ -56,7 +56,7 @@ def drift(g: torch.Generator, shape: Shape) -> Triple:
     """
     q, k, v = _three_normal(g, shape)
     batch, heads, length, dim = shape
-    at = torch.linspace(-1, 1, length, device=g.device)[:, None]
+    at = torch.linspace(-1, 1, length, dtype=torch.float32, device=g.device)[:, None]
     return q, k + at * _signs(g, (batch, heads, 1, dim)), v + 3.0 * at * _signs(g, (batch, heads, 1, dim))
 
 
@@ -87,7 +87,7 @@ def grid(g: torch.Generator, shape: Shape) -> Triple:
     such tokens, or none.
     """
     q, k, v = _three_normal(g, shape)
-    on_grid = (torch.arange(shape[2], device=g.device) % GRID_STEP == 0)[:, None]
+    on_grid = (torch.arange(shape[2], dtype=torch.int64, device=g.device) % GRID_STEP == 0)[:, None]
     return q, k + on_grid * channel_bias(g, shape, 8.0), torch.where(on_grid, 3.0 * v, v)
 
 
@@ -98,7 +98,7 @@ def two_segments(g: torch.Generator, shape: Shape) -> Triple:
     channels around ±4. Image: other channels of K around ±4. One mean of K and one scale of V serve both badly.
     """
     q, k, v = _three_normal(g, shape)
-    text = (torch.arange(shape[2], device=g.device) < min(TEXT_TOKENS, -(-shape[2] // 4)))[:, None]
+    text = (torch.arange(shape[2], dtype=torch.int64, device=g.device) < min(TEXT_TOKENS, -(-shape[2] // 4)))[:, None]
     q = q + text * channel_bias(g, shape, 4.0)
     k = k + torch.where(text, channel_bias(g, shape, 8.0), channel_bias(g, shape, 4.0))
     return q, k, torch.where(text, 0.5 * v + channel_bias(g, shape, 4.0), v)
@@ -137,7 +137,7 @@ def _with_sinks(
 def _tokens(g: torch.Generator, shape: Shape, *tokens: int) -> Tensor:
     """The same tokens (those within the sequence) for every head, ``[B, H, count]``."""
     inside = sorted({min(max(0, token), shape[2] - 1) for token in tokens})
-    return torch.tensor(inside, device=g.device).expand(*shape[:2], -1)
+    return torch.tensor(inside, dtype=torch.int64, device=g.device).expand(*shape[:2], -1)
 
 
 def _middle(g: torch.Generator, shape: Shape) -> Tensor:
@@ -174,9 +174,9 @@ def sink_eighth(g: torch.Generator, shape: Shape) -> Triple:
     """A sink that only some queries turn to: every eighth run of `SEEING_TOKENS`, other runs in the next head."""
     qkv = _three_normal(g, shape)
     batch, heads, length, _ = shape
-    start = int(torch.randint(0, 8, (1,), generator=g, device=g.device))
-    head = torch.arange(batch * heads, device=g.device).reshape(batch, heads, 1, 1)
-    run = (torch.arange(length, device=g.device) // SEEING_TOKENS)[:, None]
+    start = int(torch.randint(0, 8, (1,), generator=g, dtype=torch.int64, device=g.device))
+    head = torch.arange(batch * heads, dtype=torch.int64, device=g.device).reshape(batch, heads, 1, 1)
+    run = (torch.arange(length, dtype=torch.int64, device=g.device) // SEEING_TOKENS)[:, None]
     return _with_sinks(g, qkv, _tokens(g, shape, 0), seeing=(run + head + start) % 8 == 0)
 
 
@@ -189,5 +189,5 @@ def sink_v_bias(g: torch.Generator, shape: Shape) -> Triple:
     """`sink_middle` where V has channels around ±8 and the sinks' V does not: V's mean is far from where rows end."""
     tokens = _middle(g, shape)
     q, k, v = _with_sinks(g, _three_normal(g, shape), tokens)
-    others = torch.ones(*shape[:3], device=g.device).scatter(2, tokens, 0.0)
+    others = torch.ones(shape[:3], dtype=torch.float32, device=g.device).scatter(2, tokens, 0.0)
     return q, k, v + others[..., None] * channel_bias(g, shape, 8.0)

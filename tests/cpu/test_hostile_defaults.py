@@ -1,4 +1,4 @@
-"""S1, S2, S15, T6: each door as the first call of a process whose defaults are hostile; a process each (see there)."""
+"""S1, S2, S15, T6 : each door as the first call of a process whose defaults are hostile; a process each (see there)."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import hostile_defaults
 import pytest
 
 import lowbit_attention
-from lowbit_attention.integrations.call_report import CallKind, CallReport
+from lowbit_attention import sdpa_enabled
 
 SCRIPT = Path(hostile_defaults.__file__)
 
@@ -26,11 +26,17 @@ def test_every_door_first(default):
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr[-2000:]}"
 
 
-def test_t6_a_report_made_under_a_meta_device_counts():
+def test_t6_a_block_made_under_a_meta_device_counts():
+    """Also what compiled code gives to torch, where a tensor once counted."""
     import torch
+    import torch.nn.functional as F
 
+    x = torch.randn(1, 2, 33, 16, dtype=torch.float32, device="cpu").requires_grad_()
     with torch.device("meta"):
-        report = CallReport()
-        counter = report.traced(CallKind("torch", "-", "why"))
-    counter.add_(2)
-    assert report.calls == 2
+        block = sdpa_enabled(recipe="sage2_8b")
+    torch._dynamo.reset()
+    attend = torch.compile(lambda x: F.scaled_dot_product_attention(x, x, x), backend="aot_eager", fullgraph=True)
+    with block as report:
+        F.scaled_dot_product_attention(x, x, x)
+        attend(x)
+    assert report.fallbacks == {"gradients are asked for": 2}

@@ -129,7 +129,7 @@ import lowbit_attention
 {before}
 for name in {CLASHING}:
     function = getattr(lowbit_attention, name)
-    assert isinstance(function, types.FunctionType), function
+    assert callable(function) and not isinstance(function, types.ModuleType), function
     assert isinstance(importlib.import_module("lowbit_attention." + name), types.ModuleType)
     assert getattr(lowbit_attention, name) is function
 from lowbit_attention import recipe, sdpa

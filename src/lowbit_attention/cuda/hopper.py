@@ -225,9 +225,12 @@ def _recipe_reasons(recipe: Recipe) -> tuple[str, ...]:
     keys = recipe.promotion_keys(WgmmaConfig.geometry)
     if recipe.accumulator not in ("fp8_f32", "fp8_f16"):
         reasons.append(f"it has no {recipe.accumulator} sums")
-    if keys is None or (keys % WgmmaConfig.geometry.b_k and (keys != 64 or recipe.accumulator != "fp8_f16")):
-        multiple = f"a multiple of {WgmmaConfig.geometry.b_k} keys, or 64 with fp8_f16"
-        reasons.append(f"it promotes after {multiple}, not after {keys or 'all'} with {recipe.accumulator}")
+    tile = WgmmaConfig.geometry.b_k
+    if recipe.accumulator == "fp8_f32" and keys != tile:
+        # (longer sums gave wrong numbers on the card, and spilled: they are slower and less accurate than a tile's)
+        reasons.append(f"it promotes FP32-typed sums after {tile} keys, not after {keys or 'all'}")
+    elif keys is None or (keys % tile and keys != 64):
+        reasons.append(f"it promotes after 64 keys or a multiple of {tile}, not after {keys or 'all'}")
     if not isinstance(recipe.softmax_max, RunningMax | RestartedMax):
         reasons.append(f"it has no softmax_max={recipe.softmax_max}")
     if recipe.row_sum == "rounded":

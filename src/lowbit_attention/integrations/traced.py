@@ -52,6 +52,12 @@ def implement(decide: Decide, whose: Whose) -> None:
     _decide, _whose = decide, whose
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _exports() -> bool:
+    """Whether this is a program for elsewhere. (Asked here: torch 2.11 answers its own tracer wrongly.)"""
+    return torch.compiler.is_exporting()
+
+
 def compiles_around() -> bool:
     """Whether torch.compile runs Python code on tensors without data, to see what it does."""
     return torch._guards.TracingContext.try_get() is not None and not torch.compiler.is_exporting()
@@ -68,7 +74,7 @@ def call(
     enable_gqa: bool = False,
 ) -> Tensor:
     """One call while torch.compile traces (whose graph this becomes)."""
-    if torch.compiler.is_exporting():
+    if _exports():
         return _exported(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if wants_grad(query, key, value, attn_mask) or dropout_p:
         if watching:

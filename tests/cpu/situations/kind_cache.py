@@ -17,7 +17,7 @@ from situation import Situation, gives, holds, refused
 from typer.testing import CliRunner
 
 from lowbit_attention import doctor
-from lowbit_attention.cli import app
+from lowbit_attention.cli.app import app
 from lowbit_attention.cuda.instances import MANIFEST
 from lowbit_attention.env import readonly_cache_dirs
 from lowbit_attention.errors import LowbitError

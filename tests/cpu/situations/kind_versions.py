@@ -17,7 +17,7 @@ from situation import Situation, exits, gives, holds, refused
 from typer.testing import CliRunner
 
 import lowbit_attention
-from lowbit_attention import cli
+from lowbit_attention.cli.app import app
 
 COMMANDS = ("demo", "evaluate", "calibrate", "recipes", "doctor", "bench", "warmup", "inspect")
 SOURCE = Path(lowbit_attention.__file__).parents[1]
@@ -30,7 +30,7 @@ def import_beside(version: str) -> None:
 
 
 def run(*arguments: str) -> Any:
-    return CliRunner().invoke(cli.app, list(arguments))
+    return CliRunner().invoke(app, list(arguments))
 
 
 def helps() -> list[str]:
