@@ -45,7 +45,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
                   "accumulator": "fp32"},
     "int8_u8": {**SAGE2, "pv_format": "u8", "p_max": 255, "v_max": 127, "accumulator": "int32",
                 "softmax_max": TileMax()},
-    "fast_8b": {**SAGE2, "k_sample": SampledTokens(128), "smooth_v": True, "p_max": 14, "v_max": 4.5,
+    "fast_8b": {**SAGE2, "k_sample": SampledTokens(128), "v_tile_means": True, "p_max": 14, "v_max": 4.5,
                 "accumulator": "fp8_f16", "keys_per_promotion": 1024, "promote_first_tile": True,
                 "row_sum": "accumulator", "softmax_max": RestartedMax(20.0, 4.0)},
     "exact": {"qk_bits": None, "smooth_q": False, "smooth_k": False, "smooth_v": False, "rotation": "none",
@@ -197,7 +197,8 @@ def test_the_name_after_a_change_is_a_spec_of_the_same_recipe(r: Recipe) -> None
     changed = recipe("sage2_8b").replace(**{f.name: getattr(r, f.name) for f in dataclasses.fields(r) if f.compare})
     assert recipe(changed.name) == changed == r
     assert str(changed) == changed.name
-    again = changed.replace(v_headroom=3.0) if r.quantises_pv else changed
+    other: dict[str, float] = {"v_max": 4.0} if r.v_tile_means else {"v_headroom": 3.0}
+    again = changed.replace(**other) if r.quantises_pv else changed
     assert recipe(again.name) == again
     assert recipe(r) is r
 
@@ -313,7 +314,7 @@ def test_the_papers_pairs_just_fit(pair: tuple[float, float]) -> None:
 
 
 def test_v_tile_means_in_text_and_json() -> None:
-    r = recipe("fast_8b:smooth_v=false,v_tile_means=true")
+    r = recipe("fast_8b:v_max=4,v_tile_means=true")
     assert r.v_tile_means
     assert Recipe.from_json(r.to_json()) == r
     assert Recipe(**TILE_MEANS).v_tile_means  # every tile promoted

@@ -33,7 +33,7 @@ def wgmma_defines(config):
     return {"TILE_MEANS": 0, "true": 1, "false": 0} | dict(config.instance().defines)
 
 
-WITH_MEANS = wgmma_config(recipe("fast_8b:smooth_v=false,v_tile_means=true"), 128, torch.float16)
+WITH_MEANS = wgmma_config(recipe("fast_8b"), 128, torch.float16)
 WITHOUT = wgmma_config(recipe("sage2_8b"), 128, torch.float16)
 
 
@@ -70,8 +70,7 @@ def test_arguments_for_means_by_tile_come_last(file, name, constants, more):
 
 
 SUPPORTED = [name for name, r in RECIPES.items() if not hopper._recipe_reasons(r)]
-MEANS = "fast_8b:smooth_v=false,v_tile_means=true"
-SUPPORTED += [MEANS, f"{MEANS},keys_per_promotion=256", "fast_8b:smooth_v=true,v_tile_means=false"]
+SUPPORTED += ["fast_8b:keys_per_promotion=256", "fast_8b:smooth_v=true,v_tile_means=false"]
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -135,7 +134,7 @@ def part_sizes(plan, heads):
     head_dim=st.integers(1, 128),
     v_head_dim=st.integers(1, 128),
     zero_count=st.integers(0, 2000),
-    used=st.sampled_from((RECIPE, recipe(MEANS).replace(k_sample=AllTokens()))),
+    used=st.sampled_from((RECIPE, recipe("fast_8b").replace(k_sample=AllTokens()))),
 )
 def test_a_plan_holds_everything_and_nothing_twice(batch, kv_heads, kv_len, head_dim, v_head_dim, zero_count, used):
     plan = PackPlan.of(batch, kv_heads, kv_len, head_dim, v_head_dim, used, zero_count=zero_count)

@@ -23,13 +23,6 @@ __device__ inline Piece next_piece(const AttentionArgs& args) {
 }
 #endif
 
-#if TILE_MEANS
-constexpr u32 kMeanBytes = 2 * kDim;
-constexpr u32 kValueBytes = kTileBytes + kOnesBytes + kMeanBytes;
-#else
-constexpr u32 kValueBytes = kTileBytes;
-#endif
-
 // Stage i of a piece of work holds K's tile i and V's tile i − 1: what a consumer needs at the same time.
 __device__ void copy_tiles(const AttentionArgs& args, Shared& shared) {
   Ring<kStages> ring;
@@ -46,6 +39,11 @@ __device__ void copy_tiles(const AttentionArgs& args, Shared& shared) {
     const i32 count = tiles_of(args, work.first_row, kConsumers * kRows, work).count;
     const i64 head = i64(work.batch) * args.kv_heads + work.kv_head, first = head * args.tiles + first_tile(work);
     constexpr u32 kChannelBytes = sizeof(shared.v_scale[0]);
+#if TILE_MEANS
+    constexpr u32 kMeanBytes = 2 * kDim, kValueBytes = kTileBytes + kOnesBytes + kMeanBytes;
+#else
+    constexpr u32 kValueBytes = kTileBytes;
+#endif
 #if !TAKES_WORK
     mbarrier_wait(&shared.q_empty[q_ring.stage], q_ring.parity ^ 1);
     shared.piece[q_ring.stage] = work;
