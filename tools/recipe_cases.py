@@ -29,6 +29,7 @@ from lowbit_attention.cuda.instances import (
     padded_head_dim,
     smooth_q_instance,
     wgmma_config,
+    wgmma_format,
 )
 from lowbit_attention.cuda.schedule import cut
 from lowbit_attention.errors import InvalidRecipeError
@@ -69,6 +70,11 @@ def _smooth_k(r: random.Random) -> dict[str, Any]:
     count = r.choice((None, None, 1, 16, 128, 1024, 5000))
     smooth = r.random() < 0.7
     return {"smooth_k": smooth, "k_sample": AllTokens() if count is None or not smooth else SampledTokens(count)}
+
+
+def _v_means(r: random.Random) -> dict[str, Any]:
+    kind = r.choice(("none", "smooth_v", "v_tile_means"))
+    return {name: kind == name for name in ("smooth_v", "v_tile_means")}
 
 
 def _softmax_max(r: random.Random) -> dict[str, Any]:
@@ -119,7 +125,7 @@ _OPTIONS: dict[str, Callable[[random.Random], Any]] = {
     "v_granularity": _one_of(tuple(VALUE_GRANULARITIES.values())),
     "v_headroom": _one_of((1.0, 1.0, 2.0)),
     "v_scale_power_of_two": _one_of((False, True)),
-    "smooth_v": _one_of((False, True)),
+    "V's means": _v_means,
     "v_sample": _one_of((AllTokens(), AllTokens(), SampledTokens(64))),
     "row_sum": _one_of(("unrounded", "accumulator", "rounded")),
 }
@@ -225,6 +231,7 @@ class Case:
             "smooth_k": r.smooth_k,
             "samples": r.k_sample != AllTokens(),
             "smooth_v": r.smooth_v,
+            "v_tile_means": r.v_tile_means,
             "power_of_two": r.v_scale_power_of_two,
             "headroom": getattr(r.softmax_max, "headroom", 0.0) > 0,
         }
@@ -237,7 +244,8 @@ class Case:
         """What its call compiles."""
         dtype = DTYPES[self.dtype]
         if self.kernel == "attention_wgmma":
-            return [pack_instance(self.dim, dtype, "sm_90a"), wgmma_config(self.recipe, self.dim, dtype).instance()]
+            packing = pack_instance(self.dim, dtype, "sm_90a", wgmma_format(self.recipe))
+            return [packing, wgmma_config(self.recipe, self.dim, dtype).instance()]
         found: list[Instance] = []
         for int4 in (False, True) if self.recipe.qk_bits == 4 else (False,):
             config = mma_config(self.recipe, self.dim, MMA_ARCH, int4)

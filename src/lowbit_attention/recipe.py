@@ -63,6 +63,8 @@ class Recipe:
             rounded up to a power of two if asked.
         smooth_v: subtract V's mean over the tokens and add it to the output.
         v_sample: the tokens V's mean and maximum are taken over.
+        v_tile_means: subtract V's mean over each key tile in channels where it is large, and add it to the output by
+            the tile's row sums (docs/numerics.md, "V's mean by tile").
     Softmax and sums:
         softmax_max: which maximum is subtracted; see `lowbit_attention.recipe_options`.
         accumulator: ``fp32``; ``fp8_f32`` (FP8 MMA, "f32" accumulator of the machine's kind); ``fp8_f16`` (FP8 MMA
@@ -97,6 +99,7 @@ class Recipe:
     v_scale_power_of_two: bool = False
     smooth_v: bool = False
     v_sample: TokenSample = AllTokens()
+    v_tile_means: bool = False
 
     softmax_max: SoftmaxMax = RunningMax()
     accumulator: Accumulator = "fp8_f32"

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 MMA_DEPTH = 32
 """Keys one 8-bit MMA sums (``m16n8k32``; a wgmma's k is 32, too)."""
 INT32_MAX = 2**31 - 1
+TILE_MEAN_KEYS = 1024
+"""Keys a promotion with V's means by tile: eight columns of ones, an MMA's least, hold eight tiles' row sums."""
 
 _FORMAT_MAX = {"e4m3": E4M3_MAX, "e5m2": E5M2_MAX, "int8": 127.0, "u8": 255.0, "fp16": FP16_MAX, "fp32": math.inf}
 _FORMAT_FRACTION_BITS = {"e4m3": 3, "e5m2": 2, "fp16": 10}
@@ -51,7 +53,7 @@ def largest_rounded(value: float, pv_format: PVFormat) -> float:
 
 def contradictions(r: Recipe) -> list[str]:
     """Why these options do not go together; wrong types hide the rest."""
-    return type_reasons(r) or [*_qk_reasons(r), *_pv_reasons(r), *_sum_reasons(r)]
+    return type_reasons(r) or [*_qk_reasons(r), *_pv_reasons(r), *_sum_reasons(r), *_tile_mean_reasons(r)]
 
 
 def type_reasons(r: Recipe) -> list[str]:
@@ -73,7 +75,7 @@ def type_reasons(r: Recipe) -> list[str]:
         "v_sample": TokenSample,
         "softmax_max": SoftmaxMax,
     }
-    booleans = ("smooth_q", "smooth_k", "smooth_v", "v_scale_power_of_two", "promote_first_tile")
+    booleans = ("smooth_q", "smooth_k", "smooth_v", "v_scale_power_of_two", "v_tile_means", "promote_first_tile")
     reasons = [
         f"{name}={getattr(r, name)!r} is not one of {', '.join(map(str, allowed))}"
         for name, allowed in choices.items()
@@ -175,6 +177,27 @@ def _sum_reasons(r: Recipe) -> list[str]:
         reasons += range_reasons(r, r.keys_per_promotion)
     elif r.keys_per_promotion == "never" and r.accumulator in ("fp8_f16", "fp16"):
         reasons.append("FP16 sums that are never promoted overflow (keys_per_promotion='never')")
+    return reasons
+
+
+def _tile_mean_reasons(r: Recipe) -> list[str]:
+    """What goes together with V's means by key tile: they are put back by sums that only P·V's own columns have."""
+    if not r.v_tile_means:
+        return []
+    reasons = []
+    if r.pv_format != "e4m3":
+        reasons.append(f"v_tile_means needs pv_format=e4m3, not {r.pv_format}")
+    if r.row_sum != "accumulator":
+        reasons.append(f"v_tile_means needs row_sum=accumulator, whose columns hold the tiles' sums, not {r.row_sum}")
+    if r.smooth_v:
+        reasons.append("v_tile_means and smooth_v both take a mean off V: choose one")
+    if r.v_granularity != PerChannel():
+        reasons.append(f"v_tile_means needs v_granularity=per_channel, not {r.v_granularity}")
+    if r.v_headroom != 1 or r.v_sample != AllTokens():
+        reasons.append("v_tile_means needs scales from V's own maximum: v_headroom=1 and v_sample=all")
+    keys = r.keys_per_promotion
+    if keys == "never" or (isinstance(keys, int) and keys > TILE_MEAN_KEYS):
+        reasons.append(f"v_tile_means needs a promotion after at most {TILE_MEAN_KEYS} keys, not {keys!r}")
     return reasons
 
 

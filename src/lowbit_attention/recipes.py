@@ -119,7 +119,11 @@ _ENTRIES = (
         # a pass over K is saved. On ten families of 4096 tokens and three seeds L1 grows by 0.7 % at the most (with 64
         # tokens by 1.05 %, with 32 by 4.2 %, on K that RoPE has turned); 128 are 32 KB a head, read at once.
         k_sample=SampledTokens(128),
-        smooth_v=True,  # the accumulator truncates small addends: a bias that grows with V's mean
+        # The accumulator truncates, so sums of one sign come out too small (V drifting along the sequence: twice
+        # sage2_8b's error), and one mean taken off bf16 V leaves an offset that does not shrink with the length (1.8
+        # times at 32K tokens). Means by key tile mend the first and have no second: L1 over sage2_8b's on 4096 tokens
+        # drift .94, blocky .74, qkv_bias .64, normal 1.01, at 32K .98, .71, .37, .98 (docs/numerics.md).
+        v_tile_means=True,
         # 1024 keys · 14 · 4.5 = 64512 ≤ 65504. (28, 2.25) has the same product and errs more on sinks, whose small V
         # falls among E4M3's subnormals. Over 512 keys (28, 4.5) errors are the same to 1 %, and the kernel 2 to 7 %
         # slower; 2048 keys (7, 4.5) cost outlier tokens 3 % and sinks 1 % of L1 (docs/kernels/hopper.md).

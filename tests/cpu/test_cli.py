@@ -144,7 +144,8 @@ def test_evaluate_writes_what_it_shows(capsys, tmp_path):
 
 def test_evaluate_a_few_rows_of_a_long_sequence(capsys, tmp_path):
     """In bfloat16 and instruction fidelity a drifting V shows what FP16 sums over 1024 keys lose."""
-    common = ("evaluate", "-f", "drift", "-r", "fast_8b", "--length", "4096", "--query-rows", "64", "--heads", "2")
+    common = ("evaluate", "-f", "drift", "-r", "fast_8b:v_tile_means=false", "--length", "4096", "--query-rows", "64",
+              "--heads", "2")  # fmt: skip
     found = {}
     for fidelity in ("step", "instruction"):
         options = ("--dtype", "bfloat16", "--like", "sm_90a", "--fidelity", fidelity)
@@ -192,9 +193,9 @@ def test_recipes_lists_and_prints_json_that_reads_back(capsys):
     code, out, _ = run(capsys, "recipes")
     assert code == 0
     assert "sage2pp_8b" in out
-    code, out, _ = run(capsys, "recipes", "fast_8b:smooth_v=false", "--json")
+    code, out, _ = run(capsys, "recipes", "fast_8b:v_tile_means=false", "--json")
     assert code == 0
-    assert Recipe.from_json(out) == recipe("fast_8b").replace(smooth_v=False)
+    assert Recipe.from_json(out) == recipe("fast_8b").replace(v_tile_means=False)
 
 
 def test_doctor_says_what_runs_here_and_why_not_the_rest(capsys):

@@ -45,7 +45,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
                   "accumulator": "fp32"},
     "int8_u8": {**SAGE2, "pv_format": "u8", "p_max": 255, "v_max": 127, "accumulator": "int32",
                 "softmax_max": TileMax()},
-    "fast_8b": {**SAGE2, "k_sample": SampledTokens(128), "smooth_v": True, "p_max": 14, "v_max": 4.5,
+    "fast_8b": {**SAGE2, "k_sample": SampledTokens(128), "v_tile_means": True, "p_max": 14, "v_max": 4.5,
                 "accumulator": "fp8_f16", "keys_per_promotion": 1024, "promote_first_tile": True,
                 "row_sum": "accumulator", "softmax_max": RestartedMax(20.0, 4.0)},
     "exact": {"qk_bits": None, "smooth_q": False, "smooth_k": False, "smooth_v": False, "rotation": "none",
@@ -197,7 +197,8 @@ def test_the_name_after_a_change_is_a_spec_of_the_same_recipe(r: Recipe) -> None
     changed = recipe("sage2_8b").replace(**{f.name: getattr(r, f.name) for f in dataclasses.fields(r) if f.compare})
     assert recipe(changed.name) == changed == r
     assert str(changed) == changed.name
-    again = changed.replace(v_headroom=3.0) if r.quantises_pv else changed
+    other: dict[str, float] = {"v_max": 4.0} if r.v_tile_means else {"v_headroom": 3.0}
+    again = changed.replace(**other) if r.quantises_pv else changed
     assert recipe(again.name) == again
     assert recipe(r) is r
 
@@ -227,6 +228,7 @@ def test_bad_text_is_refused_with_the_reason(spec: Any, reasons: list[str]) -> N
 FP16_SUMS = {"accumulator": "fp8_f16", "keys_per_promotion": 64}
 INT8_PV = {"pv_format": "int8", "p_max": 127.0, "v_max": 127.0, "accumulator": "int32"}
 NO_PV = {"pv_format": "fp32", "p_max": 1.0, "v_max": 1.0, "accumulator": "fp32"}
+TILE_MEANS = {"v_tile_means": True, "row_sum": "accumulator"}
 INVALID = [
     # an option's own range
     ({"qk_bits": 6}, ["qk_bits=6"]),
@@ -257,6 +259,13 @@ INVALID = [
     ({**INT8_PV, "p_max": 128.0}, ["p_max=128", "127"]),
     ({**INT8_PV, "pv_format": "u8", "p_max": 256.0}, ["p_max=256", "255"]),
     ({**INT8_PV, "pv_format": "u8", "v_max": 255.0}, ["v_max=255", "127"]),
+    ({**TILE_MEANS, "pv_format": "e5m2"}, ["v_tile_means needs pv_format=e4m3, not e5m2"]),
+    ({**TILE_MEANS, "row_sum": "unrounded"}, ["v_tile_means needs row_sum=accumulator", "unrounded"]),
+    ({**TILE_MEANS, "smooth_v": True}, ["v_tile_means and smooth_v"]),
+    ({**TILE_MEANS, "v_granularity": PerChannelAndKeyTile()}, ["v_tile_means", "per_channel_and_key_tile"]),
+    ({**TILE_MEANS, "v_headroom": 2.0}, ["v_tile_means", "v_headroom=1"]),
+    ({**TILE_MEANS, "v_sample": SampledTokens()}, ["v_tile_means", "v_sample=all"]),
+    ({**TILE_MEANS, "keys_per_promotion": 2048}, ["v_tile_means", "at most 1024 keys, not 2048"]),
     # the sums
     ({"accumulator": "int32"}, ["accumulator=int32 cannot sum e4m3", "fp8_f32, fp8_f16, fp32"]),
     ({**INT8_PV, "accumulator": "fp8_f32"}, ["accumulator=fp8_f32 cannot sum int8", "int32"]),
@@ -302,6 +311,14 @@ def test_the_papers_pairs_just_fit(pair: tuple[float, float]) -> None:
     assert Recipe(**FP16_SUMS, p_max=p_max, v_max=v_max).promotion_keys(Geometry()) == 64
     with pytest.raises(InvalidRecipeError, match=r"96 · .* overflows FP16"):
         Recipe(accumulator="fp8_f16", keys_per_promotion=96, p_max=p_max, v_max=v_max)
+
+
+def test_v_tile_means_in_text_and_json() -> None:
+    r = recipe("fast_8b:v_max=4,v_tile_means=true")
+    assert r.v_tile_means
+    assert Recipe.from_json(r.to_json()) == r
+    assert Recipe(**TILE_MEANS).v_tile_means  # every tile promoted
+    assert not Recipe().v_tile_means
 
 
 def test_range_has_room_for_approximated_exponentials():

@@ -7,7 +7,7 @@ pytest.importorskip("cuda.core", reason="needs the extra cuda12 or cuda13")
 
 import wgmma_cases
 from kernel_cases import DEVICE, DTYPES, hopper_only, inputs, views
-from packing_cases import assert_means, assert_same_bits, kv, referenced, same
+from packing_cases import assert_means, assert_same_bits, assert_tile_means, kv, referenced, same
 from wgmma_cases import GEOMETRY
 
 from lowbit_attention import recipe
@@ -22,6 +22,7 @@ PLAIN = recipe("sage2_8b")
 RAW = recipe("sage2_8b:smooth_k=false")
 SMOOTH = recipe("sage2_8b:smooth_v=true")
 SAMPLED = recipe("sage2_8b:smooth_v=true,k_sample=sampled(64)")
+TILE_MEANS = recipe("fast_8b")
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 WIDE_DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])  # beyond 2¹⁶
 
@@ -177,6 +178,85 @@ def test_keys_of_zeros_with_a_sample():
     assert not packed.k[1, 2].any()
     assert (packed.k_scale[1, 2] == 1).all()
     assert 0 < float(packed.k_largest_scale[1, 2]) <= TINY / 127 * (1 + 2**-23)
+
+
+# ---- V's means by tile
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 127, 128, 129, 255, 1000, 4097])
+@EVERY_DTYPE
+@pytest.mark.parametrize("head_dim", [64, 128, 40, 72])
+@pytest.mark.parametrize("family", ["normal", "qkv_bias", "drift", "blocky", "sink_v_bias", "outlier_tokens"])
+def test_packed_bits_with_means_by_tile(family, head_dim, dtype, length):
+    k, v = kv(family, dtype, length=length, head_dim=head_dim)
+    packed = assert_same_bits(k, v, TILE_MEANS)
+    assert_means(packed, k, v, TILE_MEANS)
+    assert_tile_means(packed, k, v, TILE_MEANS)
+    assert not packed.v_mean.any()
+    if family in ("drift", "blocky") and length >= 255:
+        assert (packed.v_tile_means != 0).float().mean() > 0.3
+
+
+@pytest.mark.parametrize("v_max", [4.5, 9.0, 448.0])
+@EVERY_DTYPE
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_tile_with_a_token_of_tiny_v_keeps_its_means(head_dim, dtype, v_max):
+    """The rule is the whole tile's; an eighth of V_r in one channel is enough to be not tiny."""
+    r = recipe("sage2_8b:v_tile_means=true").replace(v_max=v_max)  # (the packing takes it, attention does not)
+    k, v = kv("normal", dtype, head_dim=head_dim, length=1000)
+    v = v.clamp(-3, 3) + 4
+    v[:, :, 0] = 7  # every channel's largest
+    v[:, :, 200] = 0.01
+    v[:, :, 300] = 0.01
+    v[:, :, 300, 3] = -0.9  # above 7 / 8
+    v[:, :, 999] = 0.01  # in the last tile, which is cut
+    packed = assert_same_bits(k, v, r)
+    assert_tile_means(packed, k, v, r)
+    taken = (packed.v_tile_means != 0).any(dim=-1)
+    assert not taken[:, :, 1].any()
+    assert not taken[:, :, 7].any()
+    assert taken[:, :, [0, 2, 3, 4, 5, 6]].all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@EVERY_DTYPE
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_what_is_not_finite_spoils_the_means_of_its_channel_alone(head_dim, dtype, bad):
+    k, v = kv("qkv_bias", dtype, head_dim=head_dim)
+    v = v + 3
+    clean = pack_kv(k, v, TILE_MEANS)
+    v[1, 2, 137, 9] = bad
+    packed = pack_kv(k, v, TILE_MEANS)
+    good = torch.ones_like(packed.v_scale, dtype=torch.bool)
+    good[1, 2, 9] = False
+    assert torch.equal(packed.v_scale.isnan(), ~good)
+    assert not packed.v_tile_means[1, 2, :, 9].any()
+    for ours, theirs in ((packed.v_tile_means, clean.v_tile_means), (packed.v, clean.v)):
+        where = good[:, :, None].expand_as(ours)
+        assert torch.equal(ours[where], theirs[where])
+    assert packed.v[1, 2, 137, 9].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("head_dim", [64, 128, 33])
+def test_means_by_tile_of_any_strides_and_again(head_dim, dtype):
+    k, v = kv("drift", dtype, head_dim=head_dim, length=1100)
+    expected = assert_same_bits(k, v, TILE_MEANS)
+    k_views, v_views = views(k), views(v)
+    for name in k_views:
+        assert same(pack_kv(k_views[name], v_views[name], TILE_MEANS), expected), name
+    assert all(same(pack_kv(k, v, TILE_MEANS), expected) for _ in range(10))
+
+
+@pytest.mark.parametrize(("batch", "heads", "length"), [(1, 3, 20_000), (8, 128, 1100), (1, 1, 131_073)])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_means_by_tile_of_long_and_of_many_sequences(batch, heads, length, head_dim):
+    generator = torch.Generator(DEVICE).manual_seed(length)
+    shape = (batch, heads, length, head_dim)
+    k, v = (torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    v += torch.linspace(-3, 3, length, device=DEVICE, dtype=torch.bfloat16)[:, None]
+    packed = assert_same_bits(k, v, TILE_MEANS)
+    assert_tile_means(packed, k, v, TILE_MEANS)
 
 
 # ---- memory

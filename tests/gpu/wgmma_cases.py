@@ -31,6 +31,8 @@ TESTED = {
         "sage2_8b",
         "sage2pp_8b",
         "fast_8b",
+        "fast_8b:v_tile_means=false,smooth_v=true",
+        "fast_8b:keys_per_promotion=384,promote_first_tile=false",
         "sage2_8b:smooth_v=true",
         "sage2_8b:smooth_k=false",
         "sage2_8b:k_sample=sampled(64)",

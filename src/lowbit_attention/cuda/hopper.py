@@ -35,8 +35,8 @@ from .schedule import (
 )
 from .speeds import speedup
 
-ARGUMENTS = Arguments("P3q P3q P 7P 6f 11i 4i 8I P i 2P".replace(" ", ""))
-"""``AttentionArgs``."""
+ARGUMENTS = Arguments("P3q P3q P 7P 6f 11i 4i 8I P i 2P P".replace(" ", ""))
+"""``AttentionArgs``; an instance without V's means by tile takes all but the last."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,7 @@ class HopperAttention(Implementation):
                 sm_scale, abs(sm_scale) * LOG2E, plan.log2_p_max, plan.recipe.p_max, *plan.max_options,
                 *plan.integers,
                 workspace + pack.zeros, plan.key_splits, workspace + plan.partials, workspace + pack.zeros + 4,
+                workspace + pack.v_tile_means,
             )
         )  # fmt: skip
         plan.kernel(plan.grid, index, arguments, overlaps=overlaps)
@@ -143,7 +144,7 @@ def _make_plan(request: Request, recipe: Recipe, index: int) -> _Plan:
         request.batch, request.kv_heads, request.kv_len, head_dim, v_head_dim, recipe, zero_count=1 + warps
     )
     partials = -(-pack.workspace_bytes // 16) * 16
-    instances = (pack_instance(pack.dim, request.dtype, "sm_90a"), config.instance())
+    instances = (pack_instance(pack.dim, request.dtype, "sm_90a", pack.form), config.instance())
     cache().get_all((i.source(), i.options()) for i in instances)  # (side by side, the first time)
     section = heads_side_by_side(request, pack, index, equal=request.q_len % config.q_rows == 0)
     offset = request.kv_len if request.causal_offset is None else request.causal_offset
@@ -157,7 +158,7 @@ def _make_plan(request: Request, recipe: Recipe, index: int) -> _Plan:
         request=request,
         recipe=recipe,
         pack=pack,
-        packer=packer(pack.dim, request.dtype, index),
+        packer=packer(pack.dim, request.dtype, index, form=pack.form),
         kernel=_kernel(config, index),
         grid=(min(pieces.count, multiprocessors(index)), 1, 1),
         log2_p_max=log2_rounded_down(recipe.p_max),
@@ -231,6 +232,9 @@ def _recipe_reasons(recipe: Recipe) -> tuple[str, ...]:
         reasons.append(f"it promotes FP32-typed sums after {tile} keys, not after {keys or 'all'}")
     elif keys is None or (keys % tile and keys != 64):
         reasons.append(f"it promotes after 64 keys or a multiple of {tile}, not after {keys or 'all'}")
+    if recipe.v_tile_means and (recipe.accumulator != "fp8_f16" or (keys or 0) <= tile):
+        multiple = f"fp8_f16 sums over more than {tile} keys"
+        reasons.append(f"it has v_tile_means only with {multiple}, not {recipe.accumulator} over {keys or 'all'}")
     if not isinstance(recipe.softmax_max, RunningMax | RestartedMax):
         reasons.append(f"it has no softmax_max={recipe.softmax_max}")
     if recipe.row_sum == "rounded":

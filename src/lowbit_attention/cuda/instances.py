@@ -64,14 +64,16 @@ class Instance:
 class PackFormat:
     """How K and V lie in tiles; the macros of csrc/kernels/pack.cu.
 
-    ``k_lanes``: bits that a number of K takes; ``v_half``: V in FP16, else in E4M3; ``rotate``: K is rotated. Tiles of
-    64 keys (mma.sync's) are records of K, V and K's scales side by side; those of 128 (wgmma's) lie in an array each.
+    ``k_lanes``: bits that a number of K takes; ``v_half``: V in FP16, else in E4M3; ``rotate``: K is rotated;
+    ``v_tile_means``: V without its means by tile. Tiles of 64 keys (mma.sync's) are records of K, V and K's scales side
+    by side; those of 128 (wgmma's) lie in an array each.
     """
 
     tile_keys: int = TILE_KEYS
     k_lanes: int = 8
     v_half: bool = False
     rotate: bool = False
+    v_tile_means: bool = False
 
     @property
     def is_record(self) -> bool:
@@ -98,6 +100,12 @@ class PackFormat:
 
 WGMMA_FORMAT = PackFormat()
 
+
+def wgmma_format(recipe: Recipe) -> PackFormat:
+    """How K and V are packed for `attention_wgmma`."""
+    return PackFormat(v_tile_means=recipe.v_tile_means)
+
+
 _MOST_KEYS = 1 << 30
 """The longest sequence that kernels take. A longer promotion interval never ends, and the kernel counts in 32 bits."""
 
@@ -114,6 +122,7 @@ def pack_instance(head_dim: int, dtype: torch.dtype, arch: str, form: PackFormat
             ("K_LANES", form.k_lanes),
             ("V_HALF", int(form.v_half)),
             ("ROTATE", int(form.rotate)),
+            *((("V_TILE_MEANS", 1),) if form.v_tile_means else ()),
         ),
     )
 
@@ -130,7 +139,8 @@ class WgmmaConfig:
     ``dtype``: Q's and the output's (code for all types at once is twice as long, and does not always stay in the
     instruction cache: docs/kernels/hopper.md); ``sums_f16``: P·V in FP16 sums, else in FP32-typed ones;
     ``promotion_keys``: after how many keys they are added to the FP32 output; ``promote_first``: after the first tile,
-    too; ``restart``: each interval has its own maximum; ``sum_in_mma``: the row sum is that of the columns of ones.
+    too; ``restart``: each interval has its own maximum; ``sum_in_mma``: the row sum is that of the columns of ones;
+    ``tile_means``: these hold a tile's row sum each, by which V's means by tile are put back.
     """
 
     head_dim: int
@@ -140,6 +150,7 @@ class WgmmaConfig:
     promote_first: bool = False
     restart: bool = False
     sum_in_mma: bool = False
+    tile_means: bool = False
 
     geometry = MACHINES["sm_90a"].geometry
 
@@ -178,6 +189,7 @@ class WgmmaConfig:
         used += stages * 16 + 2 * self.consumers * 4 * 32 + 2 * rows * 4 + 8 + (2 * stages + 4) * 8
         used += self.consumers * 128 * 24 if self.consumers == 4 else 0  # what only promotions ask for
         used += 2 * 36 + 3 * 8 if self.output_in_shared else 2 * 20  # pieces of work; and who takes them
+        used += 2 * 16 * (2 * self.head_dim + 16) if self.tile_means else 0
         return -(-used // 1024) * 1024
 
     def instance(self) -> Instance:
@@ -198,6 +210,7 @@ class WgmmaConfig:
                 ("RESTART", int(self.restart)),
                 ("SUM_IN_MMA", int(self.sum_in_mma)),
                 ("TILE_KEYS", TILE_KEYS),
+                *((("TILE_MEANS", 1),) if self.tile_means else ()),
             ),
             mma=(f"IGMMA.64x{scores}x32.S8.S8", f"QGMMA.64x{columns}x32.{sums}.E4M3.E4M3"),
             # the producer of four consumers has 32 registers, and time
@@ -218,6 +231,7 @@ def wgmma_config(recipe: Recipe, head_dim: int, dtype: torch.dtype) -> WgmmaConf
         promote_first=recipe.promote_first_tile and keys > WgmmaConfig.geometry.b_k,
         restart=isinstance(recipe.softmax_max, RestartedMax),
         sum_in_mma=recipe.row_sum == "accumulator",
+        tile_means=recipe.v_tile_means,
     )
 
 
@@ -342,7 +356,8 @@ def padded_head_dim(head_dim: int) -> int | None:
 def _manifest() -> Iterable[Instance]:
     for head_dim in HEAD_DIMS:
         for dtype in DTYPE_CODES:
-            yield pack_instance(head_dim, dtype, "sm_90a")
+            forms = dict.fromkeys(wgmma_format(RECIPES[name]) for name in WGMMA_RECIPES)
+            yield from (pack_instance(head_dim, dtype, "sm_90a", form) for form in forms)
             yield from (wgmma_config(RECIPES[name], head_dim, dtype).instance() for name in WGMMA_RECIPES)
     for arch in MMA_ARCHS:
         for head_dim in HEAD_DIMS:

@@ -317,6 +317,7 @@ def _recipe_reasons(recipe: Recipe, arch: str | None) -> tuple[str, ...]:
         "v_granularity": (PerChannel(),),
         "v_headroom": (1.0,),
         "v_sample": (AllTokens(),),
+        "v_tile_means": (False,),
         "softmax_max": (RunningMax(),),
         "accumulator": ("fp8_f32", "fp8_f16", "fp16", "fp32"),
     }

@@ -12,7 +12,7 @@ from ..granularity import PerThread
 from ..recipe import Recipe
 from ..recipe_options import SampledTokens
 from ..reference.quantize import Means
-from .instances import WGMMA_FORMAT, PackFormat, pack_instance, padded_head_dim
+from .instances import WGMMA_FORMAT, PackFormat, pack_instance, padded_head_dim, wgmma_format
 from .launch import Arguments, Kernel, load
 from .layout import unpack_keys, unpack_values
 
@@ -31,8 +31,8 @@ _BLOCKS = 1056
 """Thread blocks that fill the card: 8 on each of 132 multiprocessors."""
 _ALIGNMENT = 256
 
-ARGUMENTS = Arguments("P3q P3q 10P 3q f 17i 0q".replace(" ", ""))
-"""``PackArgs``."""
+ARGUMENTS = Arguments("P3q P3q 10P 3q f 17i P".replace(" ", ""))
+"""``PackArgs``; an instance without V's means by tile takes all but the last."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class PackPlan:
     v_scale: int
     v_mean: int
     v_inverse: int
+    v_tile_means: int
     partials: int
     zeros: int
     zero_count: int
@@ -83,10 +84,14 @@ class PackPlan:
         head_dim: int,
         v_head_dim: int,
         recipe: Recipe,
-        form: PackFormat = WGMMA_FORMAT,
+        form: PackFormat | None = None,
         zero_count: int = 0,
     ) -> PackPlan:
-        """The plan for these sizes; ``zero_count``: 32-bit words that the attention kernel wants to be 0."""
+        """The plan for these sizes.
+
+        ``form``: of tiles, by default `attention_wgmma`'s; ``zero_count``: 32-bit words that attention wants to be 0.
+        """
+        form = form or wgmma_format(recipe)
         dim = padded_head_dim(max(head_dim, v_head_dim))
         if dim is None:
             raise ValueError(f"head_dim {max(head_dim, v_head_dim)} has no packed form")
@@ -112,6 +117,7 @@ class PackPlan:
             "v_scale": heads * dim * 4,
             "v_mean": heads * dim * 4,
             "v_inverse": heads * dim * 4 * form.has_clusters,
+            "v_tile_means": heads * tiles * dim * 2 * form.v_tile_means,
             "partials": 2 * heads * splits * 3 * dim * 4 * (not form.has_clusters),
             "zeros": zero_count * 4,
         }
@@ -216,6 +222,7 @@ class Packer:
                 plan.recipe.smooth_k, plan.recipe.smooth_v,
                 plan.recipe.qk_max, not isinstance(plan.recipe.k_granularity, PerThread),
                 plan.form.is_record, plan.recipe.v_scale_power_of_two, plan.zero_count,
+                workspace + plan.v_tile_means,
             )
         )  # fmt: skip
         self._statistics(plan.statistics_grid, device, arguments, cluster=plan.cluster)
@@ -253,7 +260,7 @@ class PackedTiles:
 
     k ``[B, Hkv, Nk, D]`` INT8 (4-bit numbers, too), k_scale ``[B, Hkv, 4 · T]`` (four a tile), v ``[B, Hkv, Nk, Dv]``
     float32 holding E4M3 or FP16 numbers, v_scale ``[B, Hkv, Dv]``, means ``[B, Hkv, D or Dv]``, k_largest_scale
-    ``[B, Hkv]``.
+    ``[B, Hkv]``, v_tile_means ``[B, Hkv, T, Dv]`` FP16 if the form has them.
     """
 
     k: Tensor
@@ -264,14 +271,17 @@ class PackedTiles:
     v_mean: Tensor
     k_largest_scale: Tensor
     padding_is_zero: bool
+    v_tile_means: Tensor | None = None
 
     def means(self) -> Means:
         """The kernel's means, as the reference takes them."""
-        return Means(k=self.k_mean, v=self.v_mean)
+        v_tiles = None if self.v_tile_means is None else self.v_tile_means.float()
+        return Means(k=self.k_mean, v=self.v_mean, v_tiles=v_tiles)
 
 
-def pack_kv(k: Tensor, v: Tensor, recipe: Recipe, form: PackFormat = WGMMA_FORMAT, arch: str = "sm_90a") -> PackedTiles:
+def pack_kv(k: Tensor, v: Tensor, recipe: Recipe, form: PackFormat | None = None, arch: str = "sm_90a") -> PackedTiles:
     """Pack ``[B, Hkv, Nk, D]`` tensors with the kernels and read the result back into plain order (for tests)."""
+    form = form or wgmma_format(recipe)
     batch, heads, length = k.shape[:3]
     head_dim, v_head_dim = k.shape[3], v.shape[3]
     k, v = loadable(k), loadable(v)
@@ -299,7 +309,11 @@ def pack_kv(k: Tensor, v: Tensor, recipe: Recipe, form: PackFormat = WGMMA_FORMA
     if not isinstance(recipe.k_granularity, PerThread):  # all four are the same
         k_scale = k_scale[..., ::4]
     inside = dim if form.rotate else head_dim  # (a rotation fills the padding)
-    rest = (keys[..., length:, :], keys[..., inside:], values[..., length:, :], values[..., v_head_dim:])
+    rest = [keys[..., length:, :], keys[..., inside:], values[..., length:, :], values[..., v_head_dim:]]
+    v_tile_means = None
+    if form.v_tile_means:
+        v_tile_means = tiles(plan.v_tile_means, 2 * dim, 2 * dim).view(torch.float16)
+        rest.append(v_tile_means[..., v_head_dim:])
     return PackedTiles(
         k=keys[:, :, :length, :inside],
         k_scale=k_scale,
@@ -309,4 +323,5 @@ def pack_kv(k: Tensor, v: Tensor, recipe: Recipe, form: PackFormat = WGMMA_FORMA
         v_mean=part(plan.v_mean, pairs, dim)[..., :v_head_dim],
         k_largest_scale=part(plan.k_largest_scale, pairs),
         padding_is_zero=not any(bool(x.any()) for x in rest),
+        v_tile_means=None if v_tile_means is None else v_tile_means[..., :v_head_dim],
     )

@@ -15,7 +15,7 @@ from .arithmetic import product, without_autocast
 from .formats import FP32_MAX
 from .masks import LOG2E, Masking, valid_keys
 from .quantize import Means, Packed, pack
-from .softmax import OnlineSoftmax, by_parabola
+from .softmax import OnlineSoftmax, by_parabola, row_sum_columns
 
 _TILE_ELEMENTS = 1 << 20
 _TILE_ELEMENTS_CUDA = 1 << 24
@@ -124,11 +124,13 @@ def _slices(
     tile_scale = tile_scale / v_scale
     rows, keys = q.shape[1], k.shape[1]
     if recipe.row_sum == "accumulator":
-        columns = machine.row_sum_columns
-        column = row_sum_column(torch.arange(keys, dtype=torch.int64, device=v.device), columns)
+        columns = row_sum_columns(recipe, machine)
+        key = torch.arange(keys, dtype=torch.int64, device=v.device)
+        column = key // geometry.b_k % columns if recipe.v_tile_means else row_sum_column(key, columns)
         ones = torch.nn.functional.one_hot(column, columns).to(v.dtype)
         v = torch.cat([v, ones.expand(v.shape[0], -1, -1)], dim=2)
         tile_scale = torch.cat([tile_scale, tile_scale.new_ones(*tile_scale.shape[:2], columns)], dim=2)
+    tile_means = None if packed.v_tile_means is None else packed.v_tile_means[b, h_kv]
     scaled_by_tile = isinstance(recipe.v_granularity, PerChannelAndKeyTile)
     interval = recipe.promotion_keys(geometry)
 
@@ -140,7 +142,7 @@ def _slices(
 
     def summed_up(part: range) -> OnlineSoftmax:
         softmax = OnlineSoftmax((len(index), rows, packed.v.shape[3]), recipe, machine, q.device)
-        fresh = True
+        fresh, last = True, part.start
         for number, key_tile in enumerate(part):
             start = key_tile * geometry.b_k
             seeing = slice(masking.first_row(start, geometry.b_q), rows)
@@ -169,9 +171,11 @@ def _slices(
                 softmax.add(seeing, p[..., first : first + step], v[:, start + first : min(start + first + step, keys)])
                 fresh = _interval_ends(recipe, interval, geometry.b_k, number)
                 if fresh:
-                    softmax.promote(seeing, tile_scale[:, key_tile, None] if scaled_by_tile else None)
+                    scale = tile_scale[:, key_tile, None] if scaled_by_tile else None
+                    softmax.promote(seeing, scale, _means_by_column(tile_means, key_tile, softmax.row_sum_columns))
+            last = key_tile
         if not scaled_by_tile:  # (a scale per tile promotes at every tile)
-            softmax.promote(slice(0, rows))
+            softmax.promote(slice(0, rows), None, _means_by_column(tile_means, last, softmax.row_sum_columns))
         return softmax
 
     tiles = -(-keys // geometry.b_k)
@@ -180,6 +184,17 @@ def _slices(
         softmax.merge(summed_up(range(tiles * i // key_splits, tiles * (i + 1) // key_splits)))
     out, m, row_sum = softmax.finish()
     return out * v_scale, m / LOG2E + row_sum.log()
+
+
+def _means_by_column(tile_means: Tensor | None, last: int, columns: int) -> Tensor | None:
+    """V's means of the latest key tile up to ``last`` whose row sum each column holds, ``[S, columns, Dv]``.
+
+    Where that tile is not in the present interval (or is none), the column's sum is 0.
+    """
+    if tile_means is None:
+        return None
+    column = torch.arange(columns, dtype=torch.int64, device=tile_means.device)
+    return tile_means[:, (last - (last - column) % columns).clamp(min=0)]
 
 
 def _interval_ends(recipe: Recipe, interval: int | None, b_k: int, tile: int) -> bool:

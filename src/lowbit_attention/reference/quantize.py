@@ -14,7 +14,7 @@ from ..recipe import Recipe
 from ..recipe_options import AllTokens, PVFormat
 from .formats import FP32_MAX, power_of_two, round_e4m3, round_e5m2, round_fp16, round_int
 from .rotation import rotate
-from .smoothing import sampled, smoothquant_factor, tile_mean, token_mean
+from .smoothing import sampled, smoothquant_factor, tile_mean, token_mean, value_tile_means
 
 TINY = 2.0**-112
 """A group whose largest magnitude is below this (1.9e-34) is rounded to zeros: 1 / scale would overflow float32."""
@@ -24,13 +24,14 @@ TINY = 2.0**-112
 class Means:
     """Means that a kernel computed itself, to be used instead of the reference's own when that kernel is proved.
 
-    ``k``: k̄ ``[B, Hkv, D]``; ``v``: v̄ ``[B, Hkv, Dv]``; ``q``: q̄ ``[B, Hq, ceil(Nq / b_q), D]``; ``None`` means:
-    compute it. Those of what the recipe does not smooth are ignored.
+    ``k``: k̄ ``[B, Hkv, D]``; ``v``: v̄ ``[B, Hkv, Dv]``; ``q``: q̄ ``[B, Hq, ceil(Nq / b_q), D]``; ``v_tiles``: V's means
+    by key tile as `Packed` has them; ``None`` means: compute it. Those of what the recipe does not smooth are ignored.
     """
 
     k: Tensor | None = None
     v: Tensor | None = None
     q: Tensor | None = None
+    v_tiles: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Packed:
         v ``[B, Hkv, Nk, Dv]``, v_scale ``[B, Hkv, T, Dv]``
         q_mean ``[B, Hq, ceil(Nq / b_q), D]`` and k_smooth ``[B, Hkv, Nk, D]``: for ΔS, with smooth Q only
         k_mean ``[B, Hkv, D]``, v_mean ``[B, Hkv, Dv]``: with smooth K, smooth V only
+        v_tile_means ``[B, Hkv, ceil(Nk / b_k), Dv]``: with V's means by key tile only; FP16 numbers, in V's scales
     """
 
     q: Tensor
@@ -57,6 +59,7 @@ class Packed:
     k_smooth: Tensor | None
     k_mean: Tensor | None
     v_mean: Tensor | None
+    v_tile_means: Tensor | None
 
     def of_rows(self, rows: Tensor, geometry: Geometry) -> Packed:
         """The same with some of Q's rows, int64 ``[R]``: whole query tiles of it (the last may be cut)."""
@@ -78,12 +81,12 @@ def pack(
     ``valid`` (bool ``[B, Hkv, Nk]`` or ``None`` for all) says which keys count in means and scales.
     """
     means = means or Means()
-    v_hat, v_scale, v_mean = _pack_values(v, recipe, geometry, valid, means.v)
+    v_hat, v_scale, v_mean, v_tiles = _pack_values(v, recipe, geometry, valid, means)
     if recipe.qk_bits is None:
         one_q, one_k = q.new_ones(*q.shape[:2], 1), k.new_ones(*k.shape[:2], 1)
         q_group = torch.zeros(q.shape[2], dtype=torch.int64, device=q.device)
         k_group = torch.zeros(k.shape[2], dtype=torch.int64, device=q.device)
-        return Packed(q, one_q, q_group, k, one_k, k_group, v_hat, v_scale, None, None, None, v_mean)
+        return Packed(q, one_q, q_group, k, one_k, k_group, v_hat, v_scale, None, None, None, v_mean, v_tiles)
 
     k_mean = q_mean = k_smooth = None
     if recipe.smooth_k:
@@ -105,7 +108,9 @@ def pack(
     k_groups = recipe.k_granularity.k_groups(k.shape[2], geometry)
     q_hat, q_scale = quantize_tokens(q, q_group, q_groups, recipe.qk_max)
     k_hat, k_scale = quantize_tokens(k, k_group, k_groups, recipe.qk_max, valid)
-    return Packed(q_hat, q_scale, q_group, k_hat, k_scale, k_group, v_hat, v_scale, q_mean, k_smooth, k_mean, v_mean)
+    return Packed(
+        q_hat, q_scale, q_group, k_hat, k_scale, k_group, v_hat, v_scale, q_mean, k_smooth, k_mean, v_mean, v_tiles
+    )
 
 
 def quantize_tokens(
@@ -142,15 +147,14 @@ def _scale_and_factor(largest_seen: Tensor, largest: float) -> tuple[Tensor, Ten
 
 
 def _pack_values(
-    v: Tensor, recipe: Recipe, geometry: Geometry, valid: Tensor | None, mean: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """V̂ in its format, its scale ``[B, Hkv, T or 1, Dv]``, and v̄ if V is smoothed."""
+    v: Tensor, recipe: Recipe, geometry: Geometry, valid: Tensor | None, means: Means
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """V̂ in its format, its scale ``[B, Hkv, T or 1, Dv]``, v̄ if V is smoothed, and its means by key tile if asked."""
     tokens = sampled(valid, recipe.v_sample, v)
+    mean: Tensor | None = None
     if recipe.smooth_v:
-        mean = token_mean(v, tokens) if mean is None else mean.float()
+        mean = token_mean(v, tokens) if means.v is None else means.v.float()
         v = v - mean[:, :, None]
-    else:
-        mean = None
     magnitude = v.abs() if tokens is None else torch.where(tokens[..., None], v.abs(), 0.0)
     per_tile = isinstance(recipe.v_granularity, PerChannelAndKeyTile)
     tile = geometry.b_k if per_tile else max(1, v.shape[2])
@@ -165,9 +169,17 @@ def _pack_values(
         scale = _next_power_of_two(scale)
         factor = torch.where(factor == 0, 0.0, torch.ones_like(scale) / scale)
     expanded = factor.repeat_interleave(tile, dim=2)[:, :, : v.shape[2]]
-    scaled = (v * expanded).clamp(-recipe.v_max, recipe.v_max)
+    scaled = v * expanded
+    tile_means = None
+    if recipe.v_tile_means:
+        tile_means = means.v_tiles
+        if tile_means is None:
+            tile_means = value_tile_means(scaled, geometry.b_k, recipe.v_max, tokens)
+        taken = tile_means.repeat_interleave(geometry.b_k, dim=2)[:, :, : v.shape[2]]
+        scaled = (v.double() * expanded.double() - taken.double()).float()  # (rounded once, as an FMA does)
+    scaled = scaled.clamp(-recipe.v_max, recipe.v_max)
     scaled = torch.where(v.isfinite(), scaled, torch.nan)  # a token outside the sample must not saturate silently
-    return round_values(scaled, recipe.pv_format), scale, mean
+    return round_values(scaled, recipe.pv_format), scale, mean, tile_means
 
 
 def _next_power_of_two(x: Tensor) -> Tensor:

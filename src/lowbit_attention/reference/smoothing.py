@@ -15,6 +15,8 @@ from .formats import FP32_MAX
 _LARGEST_SMOOTHED = 2.0**126  # |a − mean(a)| ≤ 2 · max|a| < 2^128
 _LARGEST_MEAN = 2.0**103  # |a − mean| < FP32_MAX + 2^103, half its ulp, for every a: rounded, FP32_MAX at the most
 _TINY = 2.0**-112
+SMALL_TOKEN = 8
+"""A token whose V is everywhere below an eighth of its channels' largest is kept where it is (`value_tile_means`)."""
 
 
 def sampled(valid: Tensor | None, sample: TokenSample, like: Tensor) -> Tensor | None:
@@ -61,6 +63,37 @@ def tile_mean(x: Tensor, tile: int) -> Tensor:
         count[-1] = length - (tiles - 1) * tile
     mean = (padded.sum(dim=3, dtype=torch.float64) / count).float()
     return torch.where(padded.abs().amax(dim=3) >= _LARGEST_SMOOTHED, 0.0, mean)
+
+
+def value_tile_means(x: Tensor, tile: int, v_max: float, tokens: Tensor | None) -> Tensor:
+    """What is subtracted from each tile of ``tile`` tokens of V, once V is in units of its scale: FP16 numbers.
+
+    A channel's mean where it is more than half as large as the standard deviation beside it, else 0: a smaller one
+    would only take V off the grid of its own dtype. And 0 for the whole tile where some token is small in every
+    channel: an attention sink's V, which rounds well as long as it stays near 0.
+
+    Args:
+        x: V over its scale ``[B, H, N, D]`` float32, up to ``v_max``; tokens: that count, ``[B, H, N]`` or ``None``.
+    Returns:
+        ``[B, H, ceil(N / tile), D]`` float32.
+    """
+    batch, heads, length, dim = x.shape
+    tiles = -(-length // tile)
+    counted = x.new_ones(batch, heads, length, dtype=torch.bool) if tokens is None else tokens
+    x = torch.where(counted[..., None], x, 0.0)
+    small = counted & ~(x.abs() >= v_max / SMALL_TOKEN).any(dim=-1)
+    x = torch.nn.functional.pad(x, (0, 0, 0, tiles * tile - length)).reshape(batch, heads, tiles, tile, dim)
+    counted, small = (
+        torch.nn.functional.pad(y, (0, tiles * tile - length)).reshape(batch, heads, tiles, tile)
+        for y in (counted, small)
+    )
+    number = counted.sum(dim=3).clamp(min=1)[..., None].double()
+    total, squares = x.sum(dim=3, dtype=torch.float64), x.double().square().sum(dim=3)
+    mean = (total / number).half().float()
+    # mean² > σ² / 4, with n · Σx² − (Σx)² = n² σ²
+    large = 5 * total.square() > number * squares
+    inside = (x.amax(dim=3) - mean <= v_max) & (mean - x.amin(dim=3) <= v_max)  # (false where something is NaN)
+    return torch.where(large & inside & ~small.any(dim=3)[..., None], mean, 0.0)
 
 
 def smoothquant_factor(q: Tensor, k: Tensor, valid: Tensor | None, alpha: float) -> Tensor:

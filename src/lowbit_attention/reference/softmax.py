@@ -15,6 +15,7 @@ from ..machine import Machine, parabola_keys
 from ..recipe import Recipe
 from ..recipe_options import RestartedMax, TileMax
 from .accumulate import E4M3_MIN_EXPONENT, FP16_MIN_EXPONENT, accumulate, round_to_accumulator
+from .arithmetic import product
 from .quantize import SIGNIFICANT_BITS, round_probabilities
 
 
@@ -23,6 +24,16 @@ def by_parabola(recipe: Recipe, machine: Machine, head_dim: int) -> bool:
     keys = recipe.promotion_keys(machine.geometry) or 0
     sums = recipe.accumulator == "fp8_f16" and keys > machine.geometry.b_k and recipe.row_sum == "accumulator"
     return machine.parabolas and sums and head_dim <= 64 and recipe.qk_bits == 8 and not recipe.smooth_q
+
+
+def row_sum_columns(recipe: Recipe, machine: Machine) -> int:
+    """Columns of ones beside V: the machine's, or where V has means by key tile, one for each tile of an interval.
+
+    Key tile t then counts in column t mod columns, whole (on Hopper in one of eight, which its MMA has anyway).
+    """
+    keys = recipe.promotion_keys(machine.geometry) or 0
+    tiles = keys // machine.geometry.b_k if recipe.v_tile_means else 1
+    return max(tiles, machine.row_sum_columns)
 
 
 class OnlineSoftmax:
@@ -37,7 +48,8 @@ class OnlineSoftmax:
         self.recipe, self.machine = recipe, machine
         self.sum_in_mma = recipe.row_sum == "accumulator"
         self.channels = channels
-        columns = channels + (machine.row_sum_columns if self.sum_in_mma else 0)  # the last columns' are the row sum
+        self.row_sum_columns = row_sum_columns(recipe, machine)
+        columns = channels + (self.row_sum_columns if self.sum_in_mma else 0)  # the last columns' are the row sum
         partial_dtype = torch.float64 if machine.accumulators.lossless else torch.float32
 
         def rows_of(value: float) -> Tensor:
@@ -103,8 +115,11 @@ class OnlineSoftmax:
             SIGNIFICANT_BITS[self.recipe.pv_format],
         )
 
-    def promote(self, rows: slice, scale: Tensor | None = None) -> None:
-        """Add the partial sums, times ``scale`` (``[S, 1, columns]``), to the output and start them afresh."""
+    def promote(self, rows: slice, scale: Tensor | None = None, tile_means: Tensor | None = None) -> None:
+        """Add the partial sums, times ``scale`` (``[S, 1, columns]``), to the output and start them afresh.
+
+        ``tile_means``: what was subtracted from V in the key tile of each column of ones, ``[S, columns, channels]``.
+        """
         m = self.partial_m[:, rows]
         if isinstance(self.recipe.softmax_max, TileMax):
             m = torch.maximum(self.out_m[:, rows], m)
@@ -112,6 +127,8 @@ class OnlineSoftmax:
         partial = self.partial[:, rows].float()
         if scale is not None:
             partial = partial * scale
+        if tile_means is not None:
+            partial[..., : self.channels] += product(partial[..., self.channels :], tile_means)
         self.out[:, rows] = self.out[:, rows] * old[..., None] + partial * new[..., None]
         self.out_l[:, rows] = self.out_l[:, rows] * old + self.partial_l[:, rows] * new
         self.out_m[:, rows] = m

@@ -8,8 +8,8 @@ from lowbit_attention.cuda.instances import CSRC
 
 # ---- C structs by the x86-64 ABI, which the device's compiler follows: every member at a multiple of its alignment
 
-SIZES = {"u8": 1, "i32": 4, "u32": 4, "float": 4, "i64": 8, "u64": 8, "Vec8": 8, "Vec16": 16}
-CODES = {"u8": "B", "i32": "i", "u32": "I", "float": "f", "i64": "q", "u64": "Q"}
+SIZES = {"u8": 1, "u16": 2, "i32": 4, "u32": 4, "float": 4, "i64": 8, "u64": 8, "Vec8": 8, "Vec16": 16}
+CODES = {"u8": "B", "u16": "H", "i32": "i", "u32": "I", "float": "f", "i64": "q", "u64": "Q"}
 
 
 NESTED = {

@@ -178,6 +178,56 @@ def test_the_rows_of_ones_share_the_keys_as_the_reference_does():
 
 
 @pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (1, 8), (9, 13), (17, 17), (1000, 1007)])
+def test_promotions_put_the_means_of_their_tiles_back(first, last, dim):
+    """block.cuh, producer.cuh and `promoted`: the rows of ones that a tile's copy brings, the ring of means, and the
+    MMA whose A are the accumulators of the last eight columns. Tiles ``first`` to ``last`` make the interval."""
+    columns, slots, pitch = 8, 16, dim + 8
+    text = (CSRC / "wgmma" / "block.cuh").read_text()
+    assert "kMeanSlots = 16" in text
+    assert "kMeanPitch = kDim + 8" in text
+    generator = np.random.default_rng(dim + last)
+    p = {tile: generator.integers(0, 15, (64, TILE_KEYS)) for tile in range(first, last + 1)}
+    means = {tile: generator.integers(-4, 5, dim) for tile in range(max(0, last - 20), last + 5)}  # 4 stages ahead
+
+    table = np.zeros((15, TILE_KEYS), dtype=np.int64)
+    table[7] = 1
+    counted = np.zeros((64, columns), dtype=np.int64)
+    for tile, of_tile in p.items():
+        ones = table[7 - tile % 8 :][:8].flatten()  # as it lies behind V
+        byte = np.arange(TILE_KEYS)
+        rows = np.stack([ones[address_read(row, byte % 32, TILE_KEYS, byte // 32)] for row in range(columns)])
+        assert np.array_equal(rows.sum(axis=1), TILE_KEYS * (np.arange(8) == tile % 8))
+        counted += of_tile @ rows.T
+
+    memory = np.zeros(slots * pitch, dtype=np.int64)  # 16-bit numbers
+    for tile in sorted(means):
+        memory[tile % slots * pitch :][:dim] = means[tile]
+    lane = np.arange(32)
+    of_column = last - ((last - lane) & 7)
+    address = of_column % slots * pitch
+    assert len({2 * a // 16 % 8 for a in address[:8]}) == 8  # different banks
+    assert all(2 * a % 16 == 0 for a in address)
+
+    expected = sum(p[tile].sum(axis=1)[:, None] * means[tile] for tile in p)
+    row, column = half_accumulator_place(columns)
+    a = counted[row[..., None], column]  # [thread, half, two columns]
+    out = np.zeros((64, dim), dtype=np.int64)
+    for four in range(dim // 8):
+        matrix = np.stack([memory[address[r] + 8 * four :][:8] for r in range(8)])
+        b = np.stack([matrix[2 * (lane % 4) + i, lane // 4] for i in range(2)], axis=1)  # ldmatrix.trans
+        for warp in range(4):
+            of_a, of_b = np.zeros((16, 8), dtype=np.int64), np.zeros((8, 8), dtype=np.int64)
+            for thread in lane:  # mma.m16n8k8
+                for i in range(2):
+                    for half in range(2):
+                        of_a[thread // 4 + 8 * half, 2 * (thread % 4) + i] = a[32 * warp + thread, half, i]
+                    of_b[2 * (thread % 4) + i, thread // 4] = b[thread, i]
+            out[16 * warp : 16 * warp + 16, 8 * four : 8 * four + 8] = of_a @ of_b
+    assert np.array_equal(out, expected)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
 def test_rows_on_their_way_out_lie_in_order(dim):
     """rows.cuh: a warp's 16 rows by stmatrix, in rows of ``pitch`` bytes; no two of eight chunks meet in a bank."""
     pitch, lane = 2 * dim + 16, np.arange(32)

@@ -100,7 +100,7 @@ FAST = RECIPES["fast_8b"]
 EXAMPLES = {
     **{name: RECIPES[name] for name in ("sage2_8b", "sage2pp_8b", "fast_8b")},
     "256 keys": FAST.replace(keys_per_promotion=256),
-    "one tile": FAST.replace(keys_per_promotion=128),
+    "one tile": FAST.replace(keys_per_promotion=128, v_tile_means=False),
 }
 
 
@@ -117,6 +117,7 @@ def test_recipes_are_the_references(name, head_dim):
 def test_four_warpgroups_without_row_sums_in_the_mma():
     config = WgmmaConfig(64, torch.bfloat16, sums_f16=True, promotion_keys=256)
     assert config.consumers == 4
-    r = FAST.replace(keys_per_promotion=256, row_sum="unrounded", softmax_max=RunningMax(), promote_first_tile=False)
+    plain = FAST.replace(v_tile_means=False, promote_first_tile=False)
+    r = plain.replace(keys_per_promotion=256, row_sum="unrounded", softmax_max=RunningMax())
     assert wgmma_config(r, 64, torch.bfloat16) == config
     assert not softmax.by_parabola(r, MACHINE, 64)

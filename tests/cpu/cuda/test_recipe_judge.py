@@ -25,9 +25,9 @@ def emulated(monkeypatch):
     """The kernel's place is taken by an emulation; ``emulated["rescales"]``: whether it rescales O."""
     options, promote = {"rescales": True}, OnlineSoftmax.promote
 
-    def promote_wrongly(self, rows, scale=None):  # as if the output's maximum were always the interval's
+    def promote_wrongly(self, rows, *options):  # as if the output's maximum were always the interval's
         self.out_m[:, rows] = self.partial_m[:, rows]
-        promote(self, rows, scale)
+        promote(self, rows, *options)
 
     def run(q, k, v, r):
         machine = replace(wgmma_cases.MACHINE, fidelity="instruction")

@@ -10,11 +10,11 @@ from c_structs import layout, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowbit_attention import RECIPES
+from lowbit_attention import RECIPES, recipe
 from lowbit_attention.cuda import hopper, mma, packing
 from lowbit_attention.cuda.instances import DTYPE_CODES, HEAD_DIMS, TILE_KEYS, PackFormat, WgmmaConfig, wgmma_config
 from lowbit_attention.cuda.packing import PackPlan, statistics_bytes
-from lowbit_attention.recipe_options import SampledTokens
+from lowbit_attention.recipe_options import AllTokens, SampledTokens
 from lowbit_attention.reference.smoothing import sampled
 
 
@@ -25,31 +25,59 @@ def python_layout(text):
     return [(end - struct.calcsize(code), code) for end, code in zip(ends, codes, strict=True)]
 
 
+PACK_DEFINES = {"HEAD_DIM": 128, "TILE_KEYS": TILE_KEYS, "ROTATE": 0, "K_LANES": 8, "V_HALF": 0, "V_TILE_MEANS": 0}
+
+
+def wgmma_defines(config):
+    """What an instance's source knows, the macros that it does without included."""
+    return {"TILE_MEANS": 0, "true": 1, "false": 0} | dict(config.instance().defines)
+
+
+WITH_MEANS = wgmma_config(recipe("fast_8b"), 128, torch.float16)
+WITHOUT = wgmma_config(recipe("sage2_8b"), 128, torch.float16)
+
+
 @pytest.mark.parametrize(
-    ("arguments", "file", "name"),
+    ("arguments", "file", "name", "constants"),
     [
-        (packing.ARGUMENTS, "pack/statistics.cuh", "PackArgs"),
-        (hopper.ARGUMENTS, "wgmma/block.cuh", "AttentionArgs"),
-        (mma.ARGUMENTS, "mma/block.cuh", "MmaArgs"),
-        (mma.SMOOTH_ARGUMENTS, "kernels/smooth_q.cu", "SmoothArgs"),
+        (packing.ARGUMENTS, "pack/statistics.cuh", "PackArgs", PACK_DEFINES | {"V_TILE_MEANS": 1}),
+        (hopper.ARGUMENTS, "wgmma/block.cuh", "AttentionArgs", wgmma_defines(WITH_MEANS)),
+        (mma.ARGUMENTS, "mma/block.cuh", "MmaArgs", None),
+        (mma.SMOOTH_ARGUMENTS, "kernels/smooth_q.cu", "SmoothArgs", None),
     ],
 )
-def test_argument_structs_are_packed_as_c_lays_them_out(arguments, file, name):
+def test_argument_structs_are_packed_as_c_lays_them_out(arguments, file, name, constants):
     form = arguments._struct
-    flat, size, _ = layout(file, name)
+    flat, size, _ = layout(file, name, constants)
     assert python_layout(form.format) == [(offset, code) for _, offset, code in flat]
     assert form.size == size
     assert size <= 4096  # what a kernel's parameters may take
 
 
+@pytest.mark.parametrize(
+    ("file", "name", "constants", "more"),
+    [
+        ("pack/statistics.cuh", "PackArgs", PACK_DEFINES, {"V_TILE_MEANS": 1}),
+        ("wgmma/block.cuh", "AttentionArgs", wgmma_defines(WITHOUT), wgmma_defines(WITH_MEANS)),
+    ],
+)
+def test_arguments_for_means_by_tile_come_last(file, name, constants, more):
+    """An instance without them reads the same bytes."""
+    without, _, _ = layout(file, name, dict(constants))
+    whole, _, _ = layout(file, name, constants | more)
+    assert whole[: len(without)] == without
+    assert [member for member, _, _ in whole[len(without) :]] == ["v_tile_means"]
+
+
 SUPPORTED = [name for name, r in RECIPES.items() if not hopper._recipe_reasons(r)]
+SUPPORTED += ["fast_8b:keys_per_promotion=256", "fast_8b:smooth_v=true,v_tile_means=false"]
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_shared_memory_is_what_the_kernels_struct_takes(name, head_dim):
-    config, file = wgmma_config(RECIPES[name], head_dim, torch.float16), "wgmma/block.cuh"
-    constants = dict(config.instance().defines) | {"true": 1, "false": 0}
+    config, file = wgmma_config(recipe(name), head_dim, torch.float16), "wgmma/block.cuh"
+    constants = wgmma_defines(config)
     for part in ("tile/swizzle.cuh", "tile/strided.cuh"):
         read(part, constants)
     flat, size, alignment = layout(file, "Shared", constants)
@@ -60,8 +88,9 @@ def test_shared_memory_is_what_the_kernels_struct_takes(name, head_dim):
     assert all(offsets[member] % 1024 == 0 for member in ("k", "v", "q"))  # where a swizzle's pattern begins
     assert TILE_KEYS * head_dim % 1024 == 0  # … and of the stages that follow, and of Q's second warpgroup
     assert constants["kRows"] * head_dim % 1024 == 0
-    for member in ("k_scale", "v_scale", "v_mean"):
-        assert offsets[member] % 16 == 0  # a bulk copy's destination
+    for member in ("k_scale", "v_scale", "v_mean", "tile_means"):
+        assert offsets.get(member, 0) % 16 == 0  # a bulk copy's destination
+    assert ("tile_means" in offsets) == config.tile_means
     assert config.q_rows == constants["kConsumers"] * constants["kRows"]
     assert config.threads == constants["kThreads"]
     assert config.geometry.b_q == constants["kRows"]
@@ -71,10 +100,13 @@ def test_shared_memory_is_what_the_kernels_struct_takes(name, head_dim):
 # ---- the plan of packing
 
 RECIPE = RECIPES["sage2_8b"]
-PARTS = ("k_tiles", "v_tiles", "k_scales", "k_mean", "k_largest_scale", "v_scale", "v_mean", "v_inverse", "zeros")
+PARTS = (
+    *("k_tiles", "v_tiles", "k_scales", "k_mean", "k_largest_scale", "v_scale", "v_mean", "v_inverse", "v_tile_means"),
+    "zeros",
+)
 
 
-CONSTANTS = {"HEAD_DIM": 128, "TILE_KEYS": TILE_KEYS, "ROTATE": 0, "K_LANES": 8, "V_HALF": 0}
+CONSTANTS = dict(PACK_DEFINES)
 read("pack/statistics.cuh", CONSTANTS)
 
 
@@ -89,7 +121,8 @@ def part_sizes(plan, heads):
     """Bytes that the kernels' comments give each part."""
     tiles, channels = heads * plan.tiles * TILE_KEYS * plan.dim, heads * plan.dim * 4
     scales = heads * plan.tiles * (TILE_KEYS // WgmmaConfig.geometry.b_k) * 4 * 4  # four a key tile of the geometry
-    sizes = (tiles, tiles, scales, channels, heads * 4, channels, channels, channels, plan.zero_count * 4)
+    means = heads * plan.tiles * plan.dim * 2 * plan.recipe.v_tile_means
+    sizes = (tiles, tiles, scales, channels, heads * 4, channels, channels, channels, means, plan.zero_count * 4)
     return dict(zip(PARTS, sizes, strict=True))
 
 
@@ -101,9 +134,10 @@ def part_sizes(plan, heads):
     head_dim=st.integers(1, 128),
     v_head_dim=st.integers(1, 128),
     zero_count=st.integers(0, 2000),
+    used=st.sampled_from((RECIPE, recipe("fast_8b").replace(k_sample=AllTokens()))),
 )
-def test_a_plan_holds_everything_and_nothing_twice(batch, kv_heads, kv_len, head_dim, v_head_dim, zero_count):
-    plan = PackPlan.of(batch, kv_heads, kv_len, head_dim, v_head_dim, RECIPE, zero_count=zero_count)
+def test_a_plan_holds_everything_and_nothing_twice(batch, kv_heads, kv_len, head_dim, v_head_dim, zero_count, used):
+    plan = PackPlan.of(batch, kv_heads, kv_len, head_dim, v_head_dim, used, zero_count=zero_count)
     heads = batch * kv_heads
     assert plan.zero_count == zero_count
     assert plan.dim in HEAD_DIMS
@@ -111,6 +145,7 @@ def test_a_plan_holds_everything_and_nothing_twice(batch, kv_heads, kv_len, head
 
     sizes = part_sizes(plan, heads)
     spans = sorted((getattr(plan, name), getattr(plan, name) + sizes[name]) for name in PARTS)
+    assert plan.form.v_tile_means == used.v_tile_means
     assert all(start % 256 == 0 for start, _ in spans)
     assert spans[0][0] == 0
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
@@ -162,10 +197,10 @@ def test_the_kernels_place_of_a_sampled_token(data, kv_len, count):
 @pytest.mark.parametrize("heads", [1, 3, 40, 600])
 def test_a_sample_is_the_references(kv_len, count, heads):
     """Every token that the reference takes, at the kernel's place; and a block for every head, in whole clusters."""
-    recipe = RECIPE.replace(k_sample=SampledTokens(count))
-    plan = PackPlan.of(1, heads, kv_len, 128, 128, recipe)
+    of_some = RECIPE.replace(k_sample=SampledTokens(count))
+    plan = PackPlan.of(1, heads, kv_len, 128, 128, of_some)
     found = [i if plan.k_tokens == kv_len else place(i, kv_len, plan.k_tokens) for i in range(plan.k_tokens)]
-    expected = sampled(None, recipe.k_sample, torch.zeros(1, 1, kv_len, 1))[0, 0].nonzero().flatten().tolist()
+    expected = sampled(None, of_some.k_sample, torch.zeros(1, 1, kv_len, 1))[0, 0].nonzero().flatten().tolist()
     assert found == expected
     of_k = plan.statistics_grid[0] - heads * plan.splits
     assert plan.statistics_grid[0] % plan.cluster == 0
@@ -175,7 +210,7 @@ def test_a_sample_is_the_references(kv_len, count, heads):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_shared_memory_of_the_statistics(dtype, head_dim):
-    constants = {"HEAD_DIM": head_dim, "TILE_KEYS": TILE_KEYS, "ROTATE": 0, "K_LANES": 8, "V_HALF": 0}
+    constants = PACK_DEFINES | {"HEAD_DIM": head_dim}
     constants |= {"INPUT_DTYPE": DTYPE_CODES[dtype]}
     for part in ("tile/strided.cuh", "pack/statistics.cuh"):
         read(part, constants)

@@ -55,7 +55,7 @@ def test_nothing_alike_is_not_timed(monkeypatch):
     ):
         assert speeds.speedup(other, FAST) is None
     assert speeds.speedup(request(8, 1024), recipe("sage2_8b")) is None
-    assert speeds.speedup(request(8, 1024), recipe("fast_8b:smooth_v=false")) is None  # another recipe
+    assert speeds.speedup(request(8, 1024), recipe("fast_8b:v_tile_means=false")) is None  # another recipe
     assert speeds.speedup(request(8, 1024, head_dim=72), FAST) == 2.0  # padded to 128
 
 

@@ -108,22 +108,31 @@ class Row:
 
 
 def attend(
-    x: np.ndarray, v: np.ndarray, v_scale: np.ndarray, r: Recipe, machine: Machine, units: np.ndarray | None = None
+    x: np.ndarray,
+    v: np.ndarray,
+    v_scale: np.ndarray,
+    r: Recipe,
+    machine: Machine,
+    units: np.ndarray | None = None,
+    tile_means: np.ndarray | None = None,
 ) -> Row:
     """One query row: base-2 logits ``x`` (−inf: hidden), ``v`` ``[keys, channels]``, scales ``[tiles or 1, ·]``.
 
-    ``units``: what the integer scores were multiplied with, where every fourth 16 keys' exponentials are approximated.
+    ``units``: what the integer scores were multiplied with, where every fourth 16 keys' exponentials are approximated;
+    ``tile_means``: what V lacks in each key tile, ``[tiles, channels]``.
     """
     b_k, model, kind = machine.geometry.b_k, machine.accumulators, r.accumulator
     per_tile = isinstance(r.v_granularity, PerChannelAndKeyTile)
     in_mma, f16_sums = r.row_sum == "accumulator", kind in ("fp16", "fp8_f16") and not model.lossless
     every: Any = {"tile": b_k, "never": math.inf}.get(r.keys_per_promotion, r.keys_per_promotion)
     columns = [(k % 32 // 16) * 4 + k % 8 // 2 if machine.row_sum_columns == 8 else 0 for k in range(len(x))]
-    ones = np.eye(machine.row_sum_columns, dtype=f32)[columns]  # a key counts in one column only
+    if tile_means is not None:
+        columns = [k // b_k for k in range(len(x))]  # a column a tile: more than any interval has
+    ones = np.eye(max(machine.row_sum_columns, *columns, 1) + 1, dtype=f32)[columns]  # a key counts in one column only
     channels, wide = v.shape[1], f64 if model.lossless else f32
     row = Row(np.zeros(channels, f32), -math.inf, np.zeros(channels))
     m_out, seen, m = -INF, -INF, -INF
-    row_sum = np.zeros(machine.row_sum_columns if in_mma else 1, f32)
+    row_sum = np.zeros(ones.shape[1] if in_mma else 1, f32)
     sums: list[np.ndarray] = []  # the accumulator, the row sum and Σ|p·v|; empty: an interval starts
 
     def rescaled(total: np.ndarray, factor: f32, in_accumulator: bool) -> np.ndarray:
@@ -135,7 +144,12 @@ def attend(
         m_new = max(m_out, m) if isinstance(r.softmax_max, TileMax) else m
         old, new = power(m_out, m_new), power(m, m_new)
         scale = v_scale[tile] if per_tile else np.ones(channels, f32)
-        row.out = row.out * old + (sums[0].astype(f32) * scale) * new
+        partial = sums[0].astype(f32) * scale
+        if tile_means is not None:  # (those of tiles before this interval have the row sum 0)
+            by_tile = sums[1][: len(tile_means)].astype(f64)
+            partial = (partial + by_tile @ tile_means[: len(by_tile)]).astype(f32)
+            sums[2] = sums[2] + by_tile @ np.abs(tile_means[: len(by_tile)])
+        row.out = row.out * old + partial * new
         row_sum, m_out = row_sum * old + sums[1].astype(f32) * new, m_new
         row.size = row.size * f64(old) + sums[2] * scale * new
         row.promotions += 1
@@ -245,7 +259,9 @@ def compare(
             x, error, units = logits(packed, b, h, i, machine, offset)
             v_seen = v[: len(x)]
             if parts == 1:
-                row = attend(x, v_seen, v_scale, r, machine, units if by_parabola(r, machine, HEAD_DIM) else None)
+                approximated = units if by_parabola(r, machine, HEAD_DIM) else None
+                means = None if packed.v_tile_means is None else packed.v_tile_means[b, h // heads].numpy()
+                row = attend(x, v_seen, v_scale, r, machine, approximated, means)
             else:
                 row = attend_in_parts(x, v_seen, v_scale, r, machine, parts)
             out, lse = result.out[b, h, i].numpy().astype(f64), float(result.lse[b, h, i])
@@ -444,6 +460,34 @@ def test_other_accumulators(options: dict, accumulators: AccumulatorModel, keys:
     """FP8 by two FP16 MMAs, and sums that lose nothing (their rescales round nothing either)."""
     machine = dataclasses.replace(ADA, accumulators=accumulators)
     check(Recipe(**options, keys_per_promotion=keys, row_sum="accumulator"), machine, "rising")
+
+
+@machines
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize(("keys", "first"), [(128, False), (256, True), (512, False)])
+@pytest.mark.parametrize("family", ["normal", "sink", "rising"])
+def test_means_by_tile_are_put_back(family: str, keys: int, first: bool, parts: int, machine: Machine) -> None:
+    """By the row sums of their tiles over the rounded P, at each promotion, whatever rescaled them before."""
+    options = {**F16_28, "p_max": 28.0, "softmax_max": RestartedMax(2.5), "row_sum": "accumulator"}
+    r = Recipe(**options, keys_per_promotion=keys, promote_first_tile=first, v_tile_means=True)
+    n_k = 370 if machine.geometry.b_k == 64 else 490
+    q, k, v = inputs(family, 90, n_k, (2, 1))
+    v = v + torch.linspace(-4, 4, n_k)[:, None] * torch.linspace(-1, 1, CHANNELS)
+    exact = dataclasses.replace(machine, accumulators=EXACT_SUMS, parabolas=False)
+    result = emulate(q, k, v, r, sm_scale=SM_SCALE, machine=exact, key_splits=parts)
+    means = result.packed.v_tile_means
+    assert means is not None
+    assert (means != 0).float().mean() > (0.3 if family == "sink" else 0.5)
+    if parts == 1:
+        compare(q, emulate(q, k, v, r, sm_scale=SM_SCALE, machine=machine), r, machine, None, 9)
+    # nothing is lost by exact sums: what comes out is what V with its means would have given
+    whole = result.packed.v + means.repeat_interleave(machine.geometry.b_k, dim=2)[:, :, :n_k]
+    assert (whole - v / result.packed.v_scale).abs().max() <= 4.5 * 2.0**-4
+    for i in range(0, 90, 9):
+        x, _, _ = logits(result.packed, 0, 1, i, exact, None)
+        scale = result.packed.v_scale[0, 0].numpy()
+        row = attend_in_parts(x, whole[0, 0].numpy(), scale, r.replace(v_tile_means=False), exact, parts)
+        np.testing.assert_allclose(result.out[0, 1, i], row.out, rtol=0, atol=64 * U * 4.5 * scale.max())
 
 
 @pytest.mark.parametrize(

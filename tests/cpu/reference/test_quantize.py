@@ -266,3 +266,90 @@ def test_what_is_not_quantised_is_not_touched() -> None:
         assert torch.equal(got, expected)
     assert (packed.q_scale == 1).all()
     assert (packed.k_scale == 1).all()
+
+
+# ---- V's means by key tile
+
+
+def tile_means_loop(x: np.ndarray, v_max: float) -> np.ndarray:
+    """The rule of docs/numerics.md for one tile ``x`` ``[tokens, channels]`` in units of V's scale, in float64."""
+    means = np.zeros(x.shape[1])
+    if any(np.abs(token).max() < v_max / 8 for token in x):
+        return means
+    for c, channel in enumerate(x.T):
+        mean = float(np.float16(channel.mean()))
+        if abs(channel.mean()) > channel.std() / 2 and np.abs(channel - mean).max() <= v_max:
+            means[c] = mean
+    return means
+
+
+TILE_MEANS = Recipe(smooth_k=False, v_max=4.5, row_sum="accumulator", v_tile_means=True)
+
+
+def test_means_by_tile_follow_the_rule() -> None:
+    v = normal(2, 2, 75, 8)
+    v += torch.linspace(-3, 3, 8)
+    v[..., 7] = 0  # a channel of zeros
+    v[:, :, 40, 2] = 40.0  # one large number: its channel's others are near 0 in units of the scale
+    v[0, 1, 3] *= 0.01  # a token of tiny V: nothing is taken off its tile, and off no other
+    v[1, 1, :, 5] = -2.0  # constant
+    packed = pack_values(v, TILE_MEANS)
+    assert packed.v_tile_means is not None
+    assert packed.v_mean is None
+    kept = 0
+    for b, h, tile in np.ndindex(2, 2, 3):
+        tokens = slice(32 * tile, min(32 * tile + 32, 75))
+        factor = f32(4.5) / v[b, h].abs().amax(dim=0).clamp(min=1e-30)
+        factor[7] = 0
+        x = (v[b, h, tokens] * factor).numpy()
+        means = packed.v_tile_means[b, h, tile].numpy()
+        np.testing.assert_array_equal(means, tile_means_loop(x.astype(np.float64), 4.5))
+        fma = v[b, h, tokens].double().numpy() * factor.double().numpy() - means
+        codes = fma.astype(f32).astype(ml_dtypes.float8_e4m3fn).astype(f32)
+        np.testing.assert_array_equal(packed.v[b, h, tokens].numpy(), codes)
+        assert np.abs(codes).max() <= 4.5
+        kept += int((means != 0).sum())
+    assert not packed.v_tile_means[0, 1, 0].any()
+    assert packed.v_tile_means[0, 1, 1].any()
+    assert (packed.v_tile_means[1, 1, 1:, 5] == -4.5).all()
+    assert kept > 20
+
+
+def test_means_by_tile_beside_what_is_not_finite_and_what_is_hidden() -> None:
+    v = 3 + normal(1, 1, 64, 4).sign() + 0.1 * normal(1, 1, 64, 4).clamp(-1, 1)
+    clean = pack_values(v, TILE_MEANS)
+    assert clean.v_tile_means is not None
+    assert clean.v_tile_means.all()
+    for bad in (math.nan, math.inf, -math.inf):
+        spoilt = v.clone()
+        spoilt[0, 0, 40, 1] = bad
+        packed = pack_values(spoilt, TILE_MEANS)
+        assert packed.v_tile_means is not None
+        assert not packed.v_tile_means[..., 1].any()
+        others = torch.tensor([0, 2, 3])
+        assert torch.equal(packed.v_tile_means[..., others], clean.v_tile_means[..., others])
+        assert torch.equal(packed.v[..., others], clean.v[..., others])
+        assert packed.v[0, 0, 40, 1].isnan()
+
+    valid = torch.ones(1, 1, 64, dtype=torch.bool)
+    valid[..., 20:32] = False
+    junk = v.clone()
+    junk[:, :, 20:32] = 1e30
+    packed = pack(v, v, junk, TILE_MEANS, TILES, valid)
+    assert packed.v_tile_means is not None
+    assert packed.v.abs().max() <= 4.5
+    short = pack_values(v[:, :, :20], TILE_MEANS.replace(v_scale_power_of_two=False))
+    ratio = (short.v_scale / packed.v_scale)[:, :, 0]
+    assert torch.allclose(packed.v_tile_means[:, :, 0], short.v_tile_means[:, :, 0] * ratio, rtol=2e-3)
+
+
+def test_a_kernels_own_means_by_tile_are_used() -> None:
+    v = 1 + normal(1, 2, 75, 8, seed=1)
+    own = torch.zeros(1, 2, 3, 8)
+    own[:, :, 1] = 0.5
+    packed = pack(v, v, v, TILE_MEANS, TILES, None, Means(v_tiles=own))
+    plain = pack_values(v, TILE_MEANS.replace(v_tile_means=False))
+    assert packed.v_tile_means is own
+    assert torch.equal(packed.v[:, :, :32], plain.v[:, :, :32])
+    assert not torch.equal(packed.v[:, :, 32:64], plain.v[:, :, 32:64])
+    assert pack_values(v, TILE_MEANS.replace(v_tile_means=False)).v_tile_means is None

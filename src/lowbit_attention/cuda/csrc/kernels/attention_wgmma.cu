@@ -18,8 +18,10 @@
 //   PROMOTE_FIRST    promote after the first tile, too, and count from there
 //   RESTART          begin each interval with its own maximum (RestartedMax), else the running one
 //   SUM_IN_MMA       the row sum is a column of ones beside V, else the FP32 sum of P before rounding
+//   TILE_MEANS       V lacks its means by tile: promotions put them back (not defined: it has them)
 #include "attend/softmax.cuh"
 #include "ptx/barrier.cuh"
+#include "ptx/mma.cuh"
 #include "ptx/wgmma.cuh"
 #include "tile/output.cuh"
 #include "wgmma/block.cuh"
@@ -44,8 +46,11 @@ struct Consumer {
 
   // of the piece of work
 #if !TIGHT
-  float q_scale, largest_factor;
+  float q_scale;
   Promoted promoted_before;
+#endif
+#if !MAKES_BOUND
+  float largest_factor;
 #endif
   Rows rows;
 #if !OUTPUT_IN_SHARED
@@ -94,6 +99,8 @@ struct Consumer {
   __device__ __forceinline__ void set_factor() {
 #if TIGHT
     const float q_scale = shared.q_scale[q_ring.stage][thread.group][thread.warp][thread.quad];
+#endif
+#if MAKES_BOUND
     const float largest_factor = fminf(q_scale * shared.k_largest_scale[q_ring.stage], kLargestFactor);
 #endif
     factor = q_scale * shared.k_scale[ring.stage][thread.q];
@@ -135,10 +142,22 @@ struct Consumer {
     return tile == 0 || tile % u32(kInterval) == (PROMOTE_FIRST ? 1 % kInterval : 0);
   }
 
+#if TILE_MEANS
+  // Where ldmatrix finds the means by tile, a lane's row of the matrix [column of ones][8 channels]: the means of the
+  // latest tile that counted in that column.
+  __device__ __forceinline__ u32 means_by_column() const {
+    const u32 last = tile - 1, lane = laneid(), of_column = last - ((last - lane) & (kOnes - 1));
+    return shared_address(&shared.tile_means[q_ring.stage][of_column % kMeanSlots]);
+  }
+#endif
+
   // O · factor + the interval's sums, four channels of the thread's at a time. kFirst: there is no O yet.
   template <bool kFirst, int kPart, class Use>
   __device__ __forceinline__ void promoted(const Sums& from, const float (&scale)[2], Use use) {
     constexpr int kFours = kDim / 8 / (SPLITS_CHANNELS ? 2 : 1), kBegin = SPLITS_CHANNELS ? kPart * kFours : 0;
+#if TILE_MEANS
+    const u32 means_at = means_by_column();
+#endif
 #pragma unroll
     for (int four = kBegin; four < kBegin + kFours; ++four) {
       float x[4];
@@ -151,8 +170,18 @@ struct Consumer {
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[i] = o[4 * four + i];
 #endif
+#if TILE_MEANS
+      // The last eight columns, the tiles' row sums, lie in registers as an MMA's A does. (One matrix at a time, into the
+      // sums: four would take registers that are not there.)
+      float whole[4] = {sum_of(from, 4 * four), sum_of(from, 4 * four + 1), sum_of(from, 4 * four + 2),
+                        sum_of(from, 4 * four + 3)};
+      mma_m16n8k8_f32_f16(whole, from[COLUMNS / 4 - 2], from[COLUMNS / 4 - 1], ldmatrix_m8n8_x1_trans(means_at + four * 16));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] = __fmaf_rn(x[i], scale[i / 2], whole[i]);
+#else
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[i] = __fmaf_rn(x[i], scale[i / 2], sum_of(from, 4 * (four - kBegin) + i));
+#endif
       use(four, x);
     }
   }
@@ -204,7 +233,7 @@ struct Consumer {
       if (change.moved) rows.rescale<kMasked>(change, rescale);
     }
     if constexpr (!SUM_IN_MMA) before().sum[0] *= rescale[0], before().sum[1] *= rescale[1];
-    ready = mbarrier_test_wait_parity(&shared.full[ring.stage], ring.parity);  // (the answer takes 90 clocks)
+    ready = !MAKES_MORE && mbarrier_test_wait_parity(&shared.full[ring.stage], ring.parity);  // (the answer takes 90 clocks)
     // (Timed with two warpgroups: last is up to 8 % faster, but with channels in two parts 15 % slower; there, with a
     // restarted maximum, the assembler else lacks a register and serialises the MMAs.)
     constexpr bool kHidesLast = kConsumers == 2 && (!SPLITS_CHANNELS || RESTART);
@@ -251,7 +280,7 @@ struct Consumer {
     } else {
       await_turn();
       if constexpr (kMore && !TIGHT) begin_scores();
-      begin_pv<0>(!begins);
+      begin_pv<0>(MAKES_MORE ? !fresh(tile) : !begins);
       if constexpr (kMore && TIGHT) {
         begin_scores<1>();
         wgmma_wait_group<1>();
@@ -397,7 +426,9 @@ struct Consumer {
 #else
       begin_scores();
       q_scale = shared.q_scale[q_ring.stage][thread.group][thread.warp][thread.quad];
+#if !MAKES_BOUND
       largest_factor = fminf(q_scale * shared.k_largest_scale[q_ring.stage], kLargestFactor);
+#endif
 #endif
       set_factor();
       wgmma_wait_group<0>();
@@ -477,7 +508,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attention_wgmma(const 
 #endif
     fence_mbarrier_init();
   }
-#if SUM_IN_MMA
+#if TILE_MEANS
+  clear_tile_means(shared);
+#elif SUM_IN_MMA
   write_ones(shared);
 #endif
   // As in kernels/pack.cu: what wrote Q had ended before packing began. Only lse needs a result of packing.

@@ -13,6 +13,7 @@
 //   K_LANES      bits of a lane of K: 8 or 4
 //   V_HALF       V in FP16 (1) or E4M3 (0)
 //   ROTATE       K is rotated after smoothing
+//   V_TILE_MEANS V loses its mean over each tile, where that is large (E4M3 only; not defined: it does not)
 #include "attend/rotate.cuh"
 #include "attend/scale.cuh"
 #include "pack/statistics.cuh"
@@ -181,6 +182,82 @@ __device__ void pack_keys(const PackArgs& args, i64 head) {
   }
 }
 
+#if V_TILE_MEANS
+static_assert(!V_HALF && CLUSTERS, "means by tile are for wgmma's E4M3");
+constexpr int kGroups = kTileKeys / 16;  // of 16 tokens, a thread's
+constexpr int kTileThreads = kChunks * kGroups;
+static_assert(kTileThreads == kDim, "each thread of a tile decides for one channel");
+
+struct TileStatistics {
+  float of_groups[4][kGroups][kDim];  // sum, squares, lowest, highest, in units of V's scales
+  u32 has_no_small[kGroups];          // each of its tokens is somewhere an eighth of V_r
+  float mean[kDim];
+};
+
+// The tile's means in the thread's channels, 0 where none is taken: the rule of `value_tile_means` (reference/smoothing.py).
+// `inside`: of the thread's tokens, those before the sequence's end; the others are zeros.
+template <Dtype kDtype>
+__device__ void take_tile_means(const PackArgs& args, i64 head, int tile, const Raw<kDtype> (&raw)[16], int inside,
+                                const float (&inverse)[kChunk], float (&mean)[kChunk]) {
+  __shared__ __align__(16) TileStatistics tiles[kPackThreads / kTileThreads];
+  const int place = threadIdx.x / kTileThreads, chunk = threadIdx.x % kChunks, channel = threadIdx.x % kTileThreads;
+  const int group = channel / kChunks;
+  TileStatistics& shared = tiles[place];
+  const float small = __fmul_rn(args.v_max, 0.125f);
+  Raw<kDtype> low = raw[0], high = raw[0];
+#pragma unroll
+  for (int i = 1; i < 16; ++i) low = chosen_raw<false>(low, raw[i]), high = chosen_raw<true>(high, raw[i]);
+  float sum[kChunk], squares[kChunk] = {};
+#pragma unroll
+  for (int c = 0; c < kChunk; ++c) sum[c] = __fmul_rn(to_float<kDtype>(low, c), inverse[c]);
+  store_eight(&shared.of_groups[2][group][chunk * kChunk], sum);
+#pragma unroll
+  for (int c = 0; c < kChunk; ++c) sum[c] = __fmul_rn(to_float<kDtype>(high, c), inverse[c]);
+  store_eight(&shared.of_groups[3][group][chunk * kChunk], sum);
+#pragma unroll
+  for (int c = 0; c < kChunk; ++c) sum[c] = 0.0f;
+  u32 not_small = 0xFFFF << inside;  // a bit a token
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    bool large = false;
+#pragma unroll
+    for (int c = 0; c < kChunk; ++c) {
+      const float x = __fmul_rn(to_float<kDtype>(raw[i], c), inverse[c]);
+      sum[c] += x;
+      squares[c] = __fmaf_rn(x, x, squares[c]);
+      large |= fabsf(x) >= small;
+    }
+    not_small |= u32(large) << i;
+  }
+#pragma unroll
+  for (int lanes = 1; lanes < kChunks; lanes *= 2) not_small |= __shfl_xor_sync(0xFFFFFFFF, not_small, lanes);
+  if (chunk == 0) shared.has_no_small[group] = (not_small & 0xFFFF) == 0xFFFF;
+  store_eight(&shared.of_groups[0][group][chunk * kChunk], sum);
+  store_eight(&shared.of_groups[1][group][chunk * kChunk], squares);
+  bar_sync(1 + place, kTileThreads);
+
+  float all[4] = {0.0f, 0.0f, kInfinity, -kInfinity};
+  bool takes = true;
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    takes = takes && shared.has_no_small[i];
+    all[0] += shared.of_groups[0][i][channel];
+    all[1] += shared.of_groups[1][i][channel];
+    all[2] = min_nan_f32(all[2], shared.of_groups[2][i][channel]);
+    all[3] = max_nan_f32(all[3], shared.of_groups[3][i][channel]);
+  }
+  const float count = float(min(kTileKeys, args.kv_len - tile * kTileKeys));
+  const u32 half = cvt_f16x2_f32(0.0f, __fdiv_rn(all[0], count));
+  const float candidate = cvt_f32_f16(u16(half));
+  // mean² > σ² / 4; and what is left stays within V_r (both are false of NaN)
+  takes = takes && 5.0f * all[0] * all[0] > count * all[1] && all[3] - candidate <= args.v_max && candidate - all[2] <= args.v_max;
+  shared.mean[channel] = takes ? candidate : 0.0f;
+  args.v_tile_means[(head * args.tiles + tile) * kDim + channel] = takes ? u16(half) : 0;
+  bar_sync(1 + place, kTileThreads);
+  load_eight(mean, &shared.mean[chunk * kChunk]);
+}
+#endif
+
 template <Dtype kDtype>
 __device__ void pack_values(const PackArgs& args, i64 head) {
   const int chunk = threadIdx.x % kChunks;
@@ -235,6 +312,15 @@ __device__ void pack_values(const PackArgs& args, i64 head) {
       *reinterpret_cast<Vec16*>(out + swizzled<2 * kDim>(token_of_tile + i * kStep, chunk)) = halves;
     }
 #else
+#if V_TILE_MEANS
+    float tile_mean[kChunk];
+    take_tile_means<kDtype>(args, head, tile, raw, max(0, min(16, args.kv_len - first_token)), channels.inverse, tile_mean);
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {  // (they are converted again: kept as floats they would spill)
+#pragma unroll
+      for (int word = 0; word < int(sizeof(raw[i]) / sizeof(u32)); ++word) pin_register(raw[i].half[word / 4].word[word % 4]);
+    }
+#endif
 #pragma unroll
     for (int c = 0; c < kChunk; ++c) {
       Vec16 bytes;
@@ -244,7 +330,11 @@ __device__ void pack_values(const PackArgs& args, i64 head) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int token = kTokenOrder[2 * pair + i];
+#if V_TILE_MEANS
+          x[i] = __fmaf_rn(to_float<kDtype>(raw[token], c), channels.inverse[c], -tile_mean[c]);
+#else
           x[i] = __fmul_rn(__fsub_rn(to_float<kDtype>(raw[token], c), channels.mean[c]), channels.inverse[c]);
+#endif
           if (first_token + token >= args.kv_len) x[i] = 0.0f;
         }
         const u32 bits = cvt_e4m3x2_f32(x[1], x[0]);

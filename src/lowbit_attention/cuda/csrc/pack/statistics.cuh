@@ -42,6 +42,9 @@ struct PackArgs {
   i32 zero_scale_is_zero; // what a group of zeros gets for a scale: 0 or 1
   i32 v_power_of_two;     // V's scales are powers of two
   i32 zero_count;         // of `zeros`
+#if V_TILE_MEANS
+  u16* v_tile_means;      // [B · Hkv][tiles][kDim], FP16 in units of V's scales
+#endif
 };
 
 struct Statistics {

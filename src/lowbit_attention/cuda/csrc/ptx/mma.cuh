@@ -36,6 +36,12 @@ __device__ inline void mma_m16n8k16_f32_f16(float (&d)[4], const u32 (&a)[4], u3
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
+// D += A · B, half as deep: A has row l/4 in a0, l/4 + 8 in a1, columns 2 · (l % 4) and + 1, as D has them.
+__device__ inline void mma_m16n8k8_f32_f16(float (&d)[4], u32 a0, u32 a1, u32 b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
 __device__ inline void mma_m16n8k16_f16_f16(u32 (&d)[2], const u32 (&a)[4], u32 b0, u32 b1, const u32 (&c)[2]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0, %1}, {%2, %3, %4, %5}, {%6, %7}, {%8, %9};"
       : "=r"(d[0]), "=r"(d[1])
@@ -56,4 +62,10 @@ __device__ inline void ldmatrix_m8n8_x4_trans(u32 (&r)[4], u32 address) {
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
                : "memory");
+}
+// One matrix, of which lanes 0 … 7 give the rows' addresses.
+__device__ inline u32 ldmatrix_m8n8_x1_trans(u32 address) {
+  u32 r;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(r) : "r"(address) : "memory");
+  return r;
 }

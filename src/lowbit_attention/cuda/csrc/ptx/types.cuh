@@ -19,6 +19,13 @@ struct alignas(8) Vec8 {
 
 __device__ inline u32 shared_address(const void* pointer) { return u32(__cvta_generic_to_shared(pointer)); }
 
+// Asked anew each time, so that nothing made of it is kept in a register through a loop.
+__device__ inline u32 laneid() {
+  u32 lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // The compiler keeps the number in a register and does not compute it again where it is used.
 __device__ inline void pin_register(u32& x) { asm volatile("" : "+r"(x)); }
 __device__ inline void pin_register(float& x) { asm volatile("" : "+f"(x)); }

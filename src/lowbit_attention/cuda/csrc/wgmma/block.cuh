@@ -31,6 +31,9 @@ struct AttentionArgs {
   i32 key_splits;         // a block's pieces of the rest: if 1, some of its rows and all keys, else all rows and some keys
   Vec16* partials;        // [key_splits][rest][kConsumers][4 warps][kDim / 8 + 1][32], where keys are split
   u32* arrivals;          // [rest][kConsumers][4 warps], zeros: the splits that have written theirs
+#if TILE_MEANS
+  const u16* v_tile_means;  // [B · Hkv][tiles][kDim], FP16: what was taken off V's codes
+#endif
 };
 
 // ---- tile numbers
@@ -61,6 +64,14 @@ constexpr int kConsumers = CONSUMERS;
 // Four have 112 registers a thread: S, the sums and P are 98. So P takes the place of a half of S that it was made of, and
 // the next scores of that half begin when P·V has ended, not beside it; what only promotions ask for is in shared memory.
 #define TIGHT (CONSUMERS == 4)
+// Promotions that put means back take registers from three warpgroups: the bound of the tiles' factors is made anew for
+// each tile; with FP32 outputs, which leave from registers, more than that is.
+#define MAKES_BOUND (TIGHT || TILE_MEANS)
+#if TILE_MEANS && !TIGHT && INPUT_DTYPE == 0
+#define MAKES_MORE 1
+#else
+#define MAKES_MORE 0
+#endif
 constexpr int kStages = kDim == 64 ? 4 : OUTPUT_IN_SHARED ? 2 : 3;  // pairs of tiles of K and V in flight
 constexpr int kThreads = 128 * (kConsumers + 1);
 // What setmaxnreg makes of the registers at launch: 168 · 384, 128 · 512 or 96 · 640.
@@ -72,6 +83,17 @@ static_assert(kProducerRegisters + kConsumers * kConsumerRegisters == kLaunchReg
               "more than the launch has: setmaxnreg would wait for ever");
 constexpr int kTileBytes = kTileKeys * kDim;
 constexpr int kOnes = SUM_IN_MMA ? 8 : 0;     // more rows of V: ones
+#if TILE_MEANS
+static_assert(SUMS_F16 && SUM_IN_MMA && OUTPUT_IN_SHARED, "the columns of ones are FP16 numbers, the promotions' A");
+static_assert(kInterval <= kOnes, "a column of ones for each tile of an interval");
+// Slots of the tiles' means. A promotion reads those of eight tiles up to the last multiplied, e, whose stage has been
+// released: the copies are at tile e + kStages at most. Where another warpgroup's rows see tiles that these do not, their
+// stages are passed on before the last promotion: kConsumers · kRows / kTileKeys ≤ kStages tiles. (And what lies in slots
+// that no tile of the interval has is multiplied with 0, so that it must only be finite.)
+constexpr int kMeanSlots = 16;
+static_assert(kOnes + kStages <= kMeanSlots && kConsumers * kRows <= kStages * kTileKeys, "a mean would be overwritten");
+constexpr int kMeanPitch = kDim + 8;  // from slot to slot: eight slots' equal chunks lie in different banks
+#endif
 constexpr int kQueryWarps = 3;                // of the producer's warpgroup
 constexpr float kLn2 = 0.6931471805599453f;
 
@@ -96,6 +118,9 @@ struct Shared {
   Promoted promoted[kConsumers][128];       // a thread's own
 #endif
   float v_scale[2][kDim], v_mean[2][kDim];  // of the head of each piece of work
+#if TILE_MEANS
+  alignas(16) u16 tile_means[2][kMeanSlots][kMeanPitch];  // of each piece's tiles, number mod kMeanSlots
+#endif
   float k_scale[kStages][4];
   float q_scale[2][kConsumers][4][8];       // of a warp's rows r and r + 8, in base-2 logits
   float mean_logit[2][kConsumers][kRows];   // sm_scale · q · k̄
@@ -176,6 +201,6 @@ struct Thread {  // where a thread stands in its warpgroup
         warp(__shfl_sync(0xFFFFFFFF, threadIdx.x / 32 % 4, 0)),
         quad(threadIdx.x % 32 / 4),
         // (where S2R would read it again for every tile: what a shuffle gives is kept)
-        q(OUTPUT_IN_SHARED ? __shfl_sync(0xFFFFFFFF, threadIdx.x % 4, threadIdx.x % 32) : threadIdx.x % 4) {}
+        q(OUTPUT_IN_SHARED && !MAKES_MORE ? __shfl_sync(0xFFFFFFFF, threadIdx.x % 4, threadIdx.x % 32) : threadIdx.x % 4) {}
   __device__ int row(int half) const { return 16 * warp + quad + 8 * half; }
 };

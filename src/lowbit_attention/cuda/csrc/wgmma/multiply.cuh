@@ -84,7 +84,28 @@ __device__ __forceinline__ void begin_pv(Sums& sums, u32 (&p)[16], u64 v, bool a
   wgmma_commit_group();
 }
 
-#if SUM_IN_MMA
+#if TILE_MEANS
+// The rows of ones behind a stage's V: all keys of a tile count in the column of its number mod kOnes. The copies bring
+// them, eight rows of these from row kOnes − 1 − column on.
+struct alignas(128) OnesRows {
+  u32 word[(2 * kOnes - 1) * kTileKeys / 4];
+  __device__ constexpr OnesRows() : word() {
+    for (int i = 0; i < kTileKeys / 4; ++i) word[(kOnes - 1) * kTileKeys / 4 + i] = 0x38383838;  // E4M3
+  }
+};
+__device__ constexpr OnesRows kOnesRows;
+constexpr int kOnesBytes = kOnes * kTileKeys;
+__device__ __forceinline__ const u32* ones_of_tile(u32 tile) {
+  return kOnesRows.word + (kOnes - 1 - tile % kOnes) * (kTileKeys / 4);
+}
+
+// Before any copy: a number that no tile has brought is multiplied with 0.
+__device__ __forceinline__ void clear_tile_means(Shared& shared) {
+  u32* words = reinterpret_cast<u32*>(shared.tile_means);
+  for (int i = threadIdx.x; i < int(sizeof(shared.tile_means) / 4); i += kThreads) words[i] = 0;
+  fence_proxy_async();
+}
+#elif SUM_IN_MMA
 // The rows of ones behind every stage's V, which copies never touch. Each counts every eighth word of keys, as
 // `row_sum_column` of machine.py says.
 __device__ __forceinline__ void write_ones(Shared& shared) {

@@ -4,6 +4,7 @@
 #include "ptx/barrier.cuh"
 #include "ptx/copy.cuh"
 #include "wgmma/block.cuh"
+#include "wgmma/multiply.cuh"
 
 #if TAKES_WORK
 // Thread blocks take pieces of work as they come to need them: which is longest is the order's business (Schedule), and
@@ -38,6 +39,11 @@ __device__ void copy_tiles(const AttentionArgs& args, Shared& shared) {
     const i32 count = tiles_of(args, work.first_row, kConsumers * kRows, work).count;
     const i64 head = i64(work.batch) * args.kv_heads + work.kv_head, first = head * args.tiles + first_tile(work);
     constexpr u32 kChannelBytes = sizeof(shared.v_scale[0]);
+#if TILE_MEANS
+    constexpr u32 kMeanBytes = 2 * kDim, kValueBytes = kTileBytes + kOnesBytes + kMeanBytes;
+#else
+    constexpr u32 kValueBytes = kTileBytes;
+#endif
 #if !TAKES_WORK
     mbarrier_wait(&shared.q_empty[q_ring.stage], q_ring.parity ^ 1);
     shared.piece[q_ring.stage] = work;
@@ -58,7 +64,7 @@ __device__ void copy_tiles(const AttentionArgs& args, Shared& shared) {
 #endif
       const u32 k_bytes = tile < count ? kTileBytes + sizeof(shared.k_scale[s]) : 0;
       mbarrier_wait(&shared.empty[s], ring.parity ^ 1);
-      mbarrier_arrive_expect_tx(&shared.full[s], k_bytes + (tile > 0 ? kTileBytes : 0));
+      mbarrier_arrive_expect_tx(&shared.full[s], k_bytes + (tile > 0 ? kValueBytes : 0));
       if (tile < count) {
         const i64 at = first + tile;
         cp_async_bulk_shared_global(shared.k[s], args.k_tiles + at * kTileBytes, kTileBytes, &shared.full[s]);
@@ -68,6 +74,11 @@ __device__ void copy_tiles(const AttentionArgs& args, Shared& shared) {
       if (tile > 0) {
         cp_async_bulk_shared_global(shared.v[s], args.v_tiles + (first + tile - 1) * kTileBytes, kTileBytes,
                                     &shared.full[s]);
+#if TILE_MEANS
+        cp_async_bulk_shared_global(shared.v[s] + kTileBytes, ones_of_tile(tile - 1), kOnesBytes, &shared.full[s]);
+        cp_async_bulk_shared_global(shared.tile_means[q_ring.stage][(tile - 1) % kMeanSlots],
+                                    args.v_tile_means + (first + tile - 1) * kDim, kMeanBytes, &shared.full[s]);
+#endif
       }
     }
   }
