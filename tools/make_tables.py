@@ -182,7 +182,8 @@ def recipes_page() -> None:
 
 
 def _option_cells(r: Recipe) -> list[str]:
-    smoothed = ", ".join(n for n, on in (("Q", r.smooth_q), ("K", r.smooth_k), ("V", r.smooth_v)) if on) or "–"
+    means = (("Q", r.smooth_q), ("K", r.smooth_k), ("V", r.smooth_v), ("V by tile", r.v_tile_means))
+    smoothed = ", ".join(name for name, on in means if on) or "–"
     keys = r.keys_per_promotion
     every = f"{keys} keys" if isinstance(keys, int) else str(keys)
     bits = f"INT{r.qk_bits}" if r.qk_bits else "–"

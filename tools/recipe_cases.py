@@ -52,7 +52,7 @@ GPU_CASES, GPU_LENGTH = 40, 4096
 
 _E4M3 = [(8 + m) * 2.0 ** (e - 3) for e in range(9) for m in range(8) if m or e][:-1]
 """E4M3 numbers from 1.125 to 448: P_r and V_r as they usually are. (`mma_cases` tries P_r 4 % smaller, too.)"""
-_CANDIDATES = 12
+_CANDIDATES = 13
 _KIND_WEIGHT = 10.0
 """What chooses the kernel's code counts so many times."""
 _MOST_LOGITS = 4_000_000
@@ -70,11 +70,6 @@ def _smooth_k(r: random.Random) -> dict[str, Any]:
     count = r.choice((None, None, 1, 16, 128, 1024, 5000))
     smooth = r.random() < 0.7
     return {"smooth_k": smooth, "k_sample": AllTokens() if count is None or not smooth else SampledTokens(count)}
-
-
-def _v_means(r: random.Random) -> dict[str, Any]:
-    kind = r.choice(("none", "smooth_v", "v_tile_means"))
-    return {name: kind == name for name in ("smooth_v", "v_tile_means")}
 
 
 def _softmax_max(r: random.Random) -> dict[str, Any]:
@@ -125,7 +120,7 @@ _OPTIONS: dict[str, Callable[[random.Random], Any]] = {
     "v_granularity": _one_of(tuple(VALUE_GRANULARITIES.values())),
     "v_headroom": _one_of((1.0, 1.0, 2.0)),
     "v_scale_power_of_two": _one_of((False, True)),
-    "V's means": _v_means,
+    "smooth_v": _one_of((False, True)),
     "v_sample": _one_of((AllTokens(), AllTokens(), SampledTokens(64))),
     "row_sum": _one_of(("unrounded", "accumulator", "rounded")),
 }
@@ -150,6 +145,8 @@ def bases(kernel: str) -> tuple[Recipe, ...]:
 def drawn_recipe(kernel: str, r: random.Random) -> Recipe | None:
     """A named recipe with other options; ``None`` if they contradict each other, or are the same."""
     base = r.choice(bases(kernel))
+    if base.v_tile_means:  # (which contradict much: `with_tile_means`)
+        base = base.replace(v_tile_means=False, smooth_v=True)
     changes: dict[str, Any] = {}
     others = [name for name in _OPTIONS if name not in _OFTEN]
     for name in (*(name for name in _OFTEN if r.random() < 0.5), *r.sample(others, r.choice((0, 1, 2, 3)))):
@@ -167,7 +164,17 @@ def accepted_recipe(kernel: str, r: random.Random) -> Recipe:
     while True:
         recipe = drawn_recipe(kernel, r)
         if recipe is not None and not reasons_of(kernel, recipe):
-            return recipe
+            return with_tile_means(kernel, recipe)
+
+
+def with_tile_means(kernel: str, recipe: Recipe) -> Recipe:
+    """The same with V's means by tile, for half of the recipes that the kernel takes with them."""
+    try:
+        other = recipe.replace(smooth_v=False, v_tile_means=True)
+    except InvalidRecipeError:
+        return recipe
+    accepted = not reasons_of(kernel, other) and other not in RECIPES.values()
+    return other if accepted and random.Random(recipe.name).random() < 0.5 else recipe
 
 
 # ---- cases

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from kernel_cases import inputs
 
-from lowbit_attention.cuda.instances import WGMMA_FORMAT
+from lowbit_attention.cuda.instances import WGMMA_FORMAT, wgmma_format
 from lowbit_attention.cuda.packing import pack_kv
 from lowbit_attention.machine import MACHINES
 from lowbit_attention.recipe_options import AllTokens
@@ -30,8 +30,13 @@ def referenced(k, v, r, packed, form=WGMMA_FORMAT):
     return pack(k, k, v, r.replace(smooth_q=False), geometry_of(form), None, packed.means())
 
 
-def assert_same_bits(k, v, r, form=WGMMA_FORMAT):
-    """Packs, and compares integers, FP8 or FP16 numbers and scales with the reference's; returns what was packed."""
+def assert_same_bits(k, v, r, form=None):
+    """Packs (as wgmma wants it by default), and compares integers, FP8 or FP16 numbers and scales with the reference's.
+
+    Returns:
+        What was packed.
+    """
+    form = form or wgmma_format(r)
     packed = pack_kv(k, v, r, form, "sm_90" if form.is_record else "sm_90a")
     ref = referenced(k, v, r, packed, form)
     for name, ours, theirs in (

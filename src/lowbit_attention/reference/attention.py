@@ -191,7 +191,7 @@ def _means_by_column(tile_means: Tensor | None, last: int, columns: int) -> Tens
 
     Where that tile is not in the present interval (or is none), the column's sum is 0.
     """
-    if tile_means is None:
+    if tile_means is None or not tile_means.shape[1]:  # (without keys there are no tiles)
         return None
     column = torch.arange(columns, dtype=torch.int64, device=tile_means.device)
     return tile_means[:, (last - (last - column) % columns).clamp(min=0)]

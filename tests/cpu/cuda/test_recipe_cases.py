@@ -72,6 +72,7 @@ def test_some_calls_split_the_keys():
     split = [case for case in the_cases("attention_wgmma") if case.splits_keys]
     assert {case.kind()["restart"] for case in split} == {False, True}
     assert {case.kind()["sum_in_mma"] for case in split} == {False, True}
+    assert {case.recipe.v_tile_means for case in the_cases("attention_wgmma")} == {False, True}
     assert {case.dim for case in split} == {64, 128}
 
 

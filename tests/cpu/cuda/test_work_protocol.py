@@ -13,6 +13,7 @@ CONSUMERS = {2: 3, 4: 4}
 """Warpgroups by stages: head dimensions 128 and 64."""
 Q_WARPS = 3
 TILES_AHEAD = 8  # kTilesAhead
+MEAN_SLOTS, PROMOTED = 16, 8  # kMeanSlots, and the tiles whose means a promotion reads
 
 Wait = tuple["Barrier", int]
 
@@ -32,16 +33,21 @@ class Barrier:
         return self.phase % 2 != parity
 
 
+class OverwrittenError(Exception):
+    """A mean was overwritten before it was read."""
+
+
 class Block:
     """A thread block's shared memory, and the pieces of work (their key tiles) that it will get."""
 
-    def __init__(self, tiles: list[int], stages: int, everyone_waits: bool) -> None:
+    def __init__(self, tiles: list[int], stages: int, everyone_waits: bool, mean_slots: int) -> None:
         self.tiles, self.stages, self.everyone_waits = tiles, stages, everyone_waits
         self.taken, consumers = 0, CONSUMERS[stages]
         self.piece: list[int | None] = [None, None]  # number of a piece, −1: none is left
         self.q: list[int | None] = [None, None]  # whose rows of Q are there
         self.full, self.empty = [Barrier(1) for _ in range(stages)], [Barrier(consumers) for _ in range(stages)]
         self.stage: list[tuple[int, int] | None] = [None] * stages
+        self.means: list[list[tuple[int, int] | None]] = [[None] * mean_slots for _ in "ab"]
         self.q_full, self.q_empty = [Barrier(Q_WARPS + 1) for _ in "ab"], [Barrier(consumers) for _ in "ab"]
         self.piece_full, self.next_wanted = [Barrier(1) for _ in "ab"], Barrier(1)
         self.q_warps = Barrier(Q_WARPS)  # a named barrier
@@ -65,6 +71,8 @@ class Block:
                 stage = loaded % self.stages
                 yield self.empty[stage], loaded // self.stages % 2 ^ 1
                 self.stage[stage] = (number, tile)
+                if tile > 0:  # V's tile
+                    self.means[slot][(tile - 1) % len(self.means[slot])] = (number, tile - 1)
                 self.full[stage].arrive()
                 loaded += 1
         raise AssertionError("the copying thread saw no end")
@@ -93,6 +101,13 @@ class Block:
             self.q_full[slot].arrive()
         raise AssertionError("a warp saw no end")
 
+    def check_means(self, number: int, last: int) -> None:
+        """What a promotion reads, when tile ``last`` has been multiplied and its stage released, is still there."""
+        slots = self.means[number % 2]
+        for tile in range(max(0, last - PROMOTED + 1), last + 1):
+            if slots[tile % len(slots)] != (number, tile):
+                raise OverwrittenError
+
     def consumer(self, group: int) -> Iterator[Wait]:
         used = 0
         for number in range(len(self.tiles) + 1):
@@ -107,14 +122,20 @@ class Block:
                 assert (self.piece[slot], self.q[slot]) == (number, number)
                 self.empty[stage].arrive()
                 used += 1
+                if tile > 0:
+                    yield Barrier(1), 1  # (time passes)
+                    self.check_means(number, tile - 1)
+            # the last promotion, of a warpgroup whose rows may see two tiles fewer than others'
+            for last in range(max(0, self.tiles[number] - 3), self.tiles[number]):
+                self.check_means(number, last)
             self.worked_on[group].append(number)
             self.q_empty[slot].arrive()
         raise AssertionError("a consumer saw no end")
 
 
-def run(tiles: list[int], stages: int, seed: int, everyone_waits: bool = False) -> bool:
+def run(tiles: list[int], stages: int, seed: int, everyone_waits: bool = False, mean_slots: int = MEAN_SLOTS) -> bool:
     """Whether all actors come to their end; with other speeds each, so that some fall far behind."""
-    block, rng = Block(tiles, stages, everyone_waits), random.Random(seed)
+    block, rng = Block(tiles, stages, everyone_waits, mean_slots), random.Random(seed)
     makers: list[Callable[[], Iterator[Wait]]] = [block.copy_thread]
     makers += [lambda w=w: block.q_warp(w) for w in range(Q_WARPS)]
     makers += [lambda g=g: block.consumer(g) for g in range(CONSUMERS[stages])]
@@ -155,3 +176,9 @@ def test_the_check_finds_warps_that_wait_for_a_barrier_with_two_phases_ahead() -
     """As the kernel once did it: all three warps waited for the next piece being wanted."""
     ended = [run([1] * 10, 4, seed, everyone_waits=True) for seed in range(150)]
     assert not all(ended)
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+def test_the_check_finds_means_that_are_overwritten(stages: int) -> None:
+    with pytest.raises(OverwrittenError):
+        [run([20] * 3, stages, seed, mean_slots=PROMOTED) for seed in range(50)]
