@@ -63,18 +63,39 @@ def test_an_unmeasured_recipe_is_outside():
 
 
 def table(**of_sage1):
-    """By length; the yardstick errs by .10 on both families at every length."""
+    """By length; the yardstick errs by .10 on every family at every length."""
     yardstick = dict.fromkeys((1024, 4096, 32_768), 0.10)
-    return {"sm_89": {"sage2_8b": {"normal": yardstick, "sink": yardstick}, "sage1": of_sage1}}
+    return {"sm_89": {"sage2_8b": dict.fromkeys(("normal", "local", "sink"), yardstick), "sage1": of_sage1}}
 
 
 def test_the_ratio_decides():
     within = {1024: 0.1099, 4096: 0.05, 32_768: 0.1099}
-    assert budget.outside_reasons(RECIPES["sage1"], None, table(normal=within, sink=within)) == ()
-    (reason,) = budget.outside_reasons(RECIPES["sage1"], None, table(normal=within, sink=within | {4096: 0.1101}))
-    assert reason == "its L1 is above 1.1 × sage2_8b's (like sm_89) on sink (1.10 × at 4096 tokens)"
-    (reason,) = budget.outside_reasons(RECIPES["sage1"], None, table(normal={1024: 0.2}, sink=within | {4096: 0.3}))
-    assert reason.endswith("on sink (3.00 × at 4096 tokens), normal (2.00 × at 1024 tokens)")
+    above = within | {4096: 0.1101}
+    assert budget.outside_reasons(RECIPES["sage1"], None, table(normal=within, local=within, sink=within)) == ()
+    (reason,) = budget.outside_reasons(RECIPES["sage1"], None, table(normal=within, local=above, sink=within))
+    assert reason == (
+        "its L1 is above the default error budget (like sm_89) on local (1.00 × what is allowed at 4096 tokens)"
+    )
+    errs = table(normal={1024: 0.2}, local=within | {4096: 0.3}, sink=within)
+    (reason,) = budget.outside_reasons(RECIPES["sage1"], None, errs)
+    assert "local (2.73 × what is allowed at 4096 tokens), normal (1.82 × what is allowed at 1024 tokens)" in reason
+
+
+def test_the_worse_of_the_published_recipes_counts():
+    errs = table(normal={1024: 0.1}, local={1024: 0.16}, sink={1024: 0.1})
+    assert budget.outside_reasons(RECIPES["sage1"], 1024, errs)
+    errs["sm_89"]["sage2pp_8b"] = {"local": {1024: 0.15}}
+    assert budget.outside_reasons(RECIPES["sage1"], 1024, errs) == ()
+
+
+def test_sinks_may_cost_as_much_as_ordinary_rounding_and_some():
+    """Beside .10 on normal inputs; not where no sink is."""
+    for sink, outside in ((0.1749, False), (0.1751, True)):
+        errs = table(normal={1024: 0.1}, local={1024: 0.1}, sink={1024: sink})
+        assert bool(budget.outside_reasons(RECIPES["sage1"], 1024, errs)) == outside
+    assert budget.outside_reasons(
+        RECIPES["sage1"], 1024, table(normal={1024: 0.1}, local={1024: 0.17}, sink={1024: 0.1})
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,18 +103,18 @@ def test_the_ratio_decides():
     [(1, False), (1024, False), (1025, True), (4096, True), (32_767, True), (32_768, False), (300_000, False)],
 )
 def test_the_measured_lengths_on_both_sides_decide(kv_len, outside):
-    errors = table(normal={1024: 0.1, 4096: 0.2, 32_768: 0.1}, sink={1024: 0.1, 4096: 0.1})
+    errors = table(normal={1024: 0.1, 4096: 0.2, 32_768: 0.1}, local={1024: 0.1}, sink={1024: 0.1, 4096: 0.1})
     assert bool(budget.outside_reasons(RECIPES["sage1"], kv_len, errors)) == outside
 
 
 def test_the_longest_decides_beyond_it():
-    errors = table(normal={1024: 0.1, 4096: 0.1, 32_768: 0.2}, sink={1024: 0.1})
+    errors = table(normal={1024: 0.1, 4096: 0.1, 32_768: 0.2}, local={1024: 0.1}, sink={1024: 0.1})
     (reason,) = budget.outside_reasons(RECIPES["sage1"], 300_000, errors)
-    assert reason.endswith("on normal (2.00 × at 32768 tokens)")
+    assert reason.endswith("on normal (1.82 × what is allowed at 32768 tokens)")
 
 
 def test_a_family_that_was_not_measured_is_outside():
-    assert budget.outside_reasons(RECIPES["sage1"], 1024, table(normal={1024: 0.1})) == (
+    assert budget.outside_reasons(RECIPES["sage1"], 1024, table(normal={1024: 0.1}, local={1024: 0.1})) == (
         "its errors were not measured on sink inputs (like sm_89)",
     )
 

@@ -8,7 +8,15 @@ import torch
 from lowbit_attention import recipe
 from lowbit_attention.cuda import machine_code
 from lowbit_attention.cuda.hopper import KERNEL
-from lowbit_attention.cuda.instances import DTYPE_CODES, HEAD_DIMS, MANIFEST, WgmmaConfig, pack_instance, wgmma_config
+from lowbit_attention.cuda.instances import (
+    DTYPE_CODES,
+    HEAD_DIMS,
+    MANIFEST,
+    WgmmaConfig,
+    pack_instance,
+    wgmma_config,
+    wgmma_format,
+)
 from lowbit_attention.cuda.machine_code import instructions, problems
 from lowbit_attention.jit.compiler import compile_source
 
@@ -84,7 +92,7 @@ def test_serialised_mmas_are_remarked_by_the_compiler(smoke):
     """An MMA that not every thread executes: ptxas waits after every MMA and says so, as 'info'."""
     instance, _ = smoke
     source = instance.source()
-    call = "      begin_pv<0>(!begins);"
+    call = "      begin_pv<0>(MAKES_MORE ? !fresh(tile) : !begins);"
     text = source.text.replace(call, "      if (threadIdx.x % 2 == 0)" + call)
     assert text != source.text
     compiled = compile_source(dataclasses.replace(source, text=text), instance.options())
@@ -96,7 +104,7 @@ def test_serialised_mmas_are_remarked_by_the_compiler(smoke):
 def test_what_auto_may_ask_for_is_in_the_manifest(r, head_dim):
     for dtype in DTYPE_CODES:
         assert wgmma_config(r, head_dim, dtype).instance() in MANIFEST
-        assert pack_instance(head_dim, dtype, "sm_90a") in MANIFEST
+        assert pack_instance(head_dim, dtype, "sm_90a", wgmma_format(r)) in MANIFEST
 
 
 def test_the_geometry_is_the_machines():
