@@ -10,7 +10,7 @@ scale · (Σ|q| δk + Σ|k| δq) / 2 + … for any. k̄ is within K's range, so 
 falls among the subnormals by half of one, 2⁻¹⁰ / P_r of the largest. Independent roundings add up as √Σ p²v²; those
 that all go the same way (equal P, equal V) change the output by up to |o| / 16 each. FP16 rounds by 2⁻¹¹. Sums of an
 FP8 or FP16 accumulator lose up to 32 products · 2⁻¹³ = 2⁻⁸, on average half of it, of the sum an instruction. With
-smooth V, v − v̄ takes V's place.
+smooth V, v − v̄ takes V's place; with means by tile what is larger, v or v less the mean of its 64 or 128 keys.
 
 An element may be off by 7 of the deviations so found (one in 10¹¹), and a whole call's root mean square by 3 times
 what they say; where inputs are not random (constant, zero, …) the worst cases bound instead. Changed weights never
@@ -87,6 +87,9 @@ def _tolerance(
         u = v - v.mean(dim=-2, keepdim=True)
         u = u if case.mask_shape is None else u.abs() + spread
         largest, size = u.abs().amax(dim=-2, keepdim=True), p @ u.abs()
+    if recipe.v_tile_means:  # (a tile's mean is taken off or not, by channel)
+        u = torch.maximum(v.abs(), torch.maximum(*((v - _tile_means(v, tile)).abs() for tile in (64, 128))))
+        u = u if case.mask_shape is None else u + spread
     before = (p @ u).abs()
     sigma, worst, unit = _logit_errors(recipe, q, k, scale)
     float32 = 2.0**-18 * (finite + 1) + 2 * unit  # (a kernel's logits are rounded to 1.75 of the integers' units)
@@ -108,6 +111,11 @@ def _tolerance(
         total = math.inf
     bound = torch.minimum(bound, spread + 2 * same_way * (size + before)) + lost + sums + floor
     return bound, total
+
+
+def _tile_means(v: Tensor, tile: int) -> Tensor:
+    """Each channel's mean over the keys of its tile, as large as ``v``."""
+    return torch.cat([part.mean(dim=-2, keepdim=True).expand_as(part) for part in torch.split(v, tile, dim=-2)], dim=-2)
 
 
 def _logit_errors(recipe: Recipe, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:

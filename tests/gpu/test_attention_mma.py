@@ -217,8 +217,8 @@ ERRS_MORE = {
     }.items()
     for head_dim in head_dims
 }
-"""Where the first report's recipe (4 bits, V smoothed, never promoted) errs more on the card than its emulation. The bound
-takes what differs in scores for random; a sink's score is one for all rows."""
+"""Where the first report's recipe (4 bits, V smoothed, never promoted) errs more on the card than its emulation. The
+bound takes what differs in scores for random; a sink's score is one for all rows."""
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

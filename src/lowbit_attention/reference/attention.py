@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -142,12 +143,13 @@ def _slices(
 
     def summed_up(part: range) -> OnlineSoftmax:
         softmax = OnlineSoftmax((len(index), rows, packed.v.shape[3]), recipe, machine, q.device)
-        fresh, last = True, part.start
+        fresh, begins = True, [0]  # where the rows begin that see each key tile
         for number, key_tile in enumerate(part):
             start = key_tile * geometry.b_k
             seeing = slice(masking.first_row(start, geometry.b_q), rows)
             if seeing.start >= rows:
                 break  # causality: no row sees this tile or a later one
+            begins.append(seeing.start)
             tile = slice(start, min(start + geometry.b_k, keys))
             factor = (q_scale[:, seeing, None] * k_scale[:, None, tile]).clamp_(-FP32_MAX, FP32_MAX)
             # integers of 8 bits, whose sums stay below 2^24: exact whatever rounds float32 operands
@@ -173,9 +175,12 @@ def _slices(
                 if fresh:
                     scale = tile_scale[:, key_tile, None] if scaled_by_tile else None
                     softmax.promote(seeing, scale, _means_by_column(tile_means, key_tile, softmax.row_sum_columns))
-            last = key_tile
-        if not scaled_by_tile:  # (a scale per tile promotes at every tile)
-            softmax.promote(slice(0, rows), None, _means_by_column(tile_means, last, softmax.row_sum_columns))
+        if tile_means is not None:  # each row's columns hold the tiles up to the last that it sees
+            for number, (first, end) in enumerate(pairwise([*begins, rows])):
+                means = _means_by_column(tile_means, part.start + max(0, number - 1), softmax.row_sum_columns)
+                softmax.promote(slice(first, end), None, means)
+        elif not scaled_by_tile:  # (a scale per tile promotes at every tile)
+            softmax.promote(slice(0, rows), None, None)
         return softmax
 
     tiles = -(-keys // geometry.b_k)
