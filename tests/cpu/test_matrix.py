@@ -1,6 +1,6 @@
 """`make matrix`: what it asks pip for, and how it finds interpreters.
 
-That the versions work (T27, T28, T29, T30) is what its rows say: "lowest" and "newest" in CI, all in docs/versions.md.
+That the versions work (T27, T28, T29, T30) is what its rows say: see docs/versions.md.
 """
 
 import json

@@ -7,7 +7,6 @@ import importlib.util
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -182,16 +181,14 @@ def _inspected(width: int) -> list[str]:
     """What `lowbit inspect` prints in a console of this width; nothing is compiled."""
     from lowbit_attention.cli import inspect
 
-    real, before = (inspect.inspect, inspect.nvdisasm), os.environ.get("COLUMNS")
+    real, before = (inspect.inspect, inspect.nvdisasm), inspect.console._width
     inspect.inspect, inspect.nvdisasm = _row, lambda: ""  # type: ignore[assignment]
-    os.environ["COLUMNS"] = str(width)
+    inspect.console.width = width
     try:
         ran = lowbit("inspect", "-r", "sage2pp_8b", "-r", "sage2_4b:q_granularity=per_warp,k_granularity=per_block")
     finally:
         inspect.inspect, inspect.nvdisasm = real
-        os.environ.pop("COLUMNS")
-        if before is not None:
-            os.environ["COLUMNS"] = before
+        inspect.console._width = before
     assert ran.exit_code == 0, ran.output
     return ran.out.splitlines()
 
