@@ -66,7 +66,7 @@ class _Rerouted:
         elif type(dropout_p) not in (float, int, bool):  # (torch's error)
             pass
         elif dropout_p:
-            self.count_or_refuse(DROPOUT)
+            self.count_or_refuse(DROPOUT, f"dropout_p={dropout_p}")
         elif not torch.is_grad_enabled() and recomputes(sys._getframe(1)):
             self.count_or_refuse(RECOMPUTED)
         elif isinstance(query, FakeTensor) or query.is_meta:
@@ -77,11 +77,11 @@ class _Rerouted:
             original, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
 
-    def count_or_refuse(self, kind: CallKind) -> None:
+    def count_or_refuse(self, kind: CallKind, given: str = "the compiled call has some") -> None:
         """Count a call that torch's own function is to run, if it may."""
         if kind is DROPOUT:
             if self.strict:
-                raise UnsupportedError("quantised attention has no dropout, and the call has some")
+                raise UnsupportedError(f"quantised attention has no dropout, and {given}")
         elif not self.exact_training:
             raise UnsupportedError(
                 "a gradient is asked of quantised attention, which has none: run under torch.no_grad() and without "
