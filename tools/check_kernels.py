@@ -19,12 +19,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from lowbit_attention.backends.cuda.inspect.kernels import main_loop
+from lowbit_attention.backends.cuda.inspect.machine_code import disassemble, problems
+from lowbit_attention.backends.cuda.instances import MANIFEST, MMA_ARCHS, Instance, MmaConfig, mma_config, mma_recipes
+from lowbit_attention.backends.cuda.jit.compiler import compile_source
 from lowbit_attention.cli.common import progress
-from lowbit_attention.cuda.inspect import main_loop
-from lowbit_attention.cuda.instances import MANIFEST, MMA_ARCHS, Instance, MmaConfig, mma_config, mma_recipes
-from lowbit_attention.cuda.machine_code import disassemble, problems
-from lowbit_attention.jit.compiler import compile_source
-from lowbit_attention.recipes import RECIPES
+from lowbit_attention.recipes.named import RECIPES
 
 LIMITS = Path(__file__).with_name("instruction_limits.json")
 NATIVE = ("sm_80", "sm_86", "sm_89", "sm_120")

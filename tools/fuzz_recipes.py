@@ -21,10 +21,10 @@ from typing import Any
 
 from recipe_cases import KERNELS, Case, first_cases
 
-from lowbit_attention.cuda.instances import Instance
-from lowbit_attention.cuda.launch import cache
-from lowbit_attention.cuda.machine_code import problems
-from lowbit_attention.jit.compiler import compile_source
+from lowbit_attention.backends.cuda.inspect.machine_code import problems
+from lowbit_attention.backends.cuda.instances import Instance
+from lowbit_attention.backends.cuda.jit.compiler import compile_source
+from lowbit_attention.backends.cuda.launch import cache
 
 _TESTS = Path(__file__).resolve().parents[1] / "tests" / "gpu"
 _TOGETHER = 200

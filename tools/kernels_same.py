@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -50,21 +51,29 @@ def package_in(tree: Path) -> Iterator[Ask]:
         yield ask
 
 
+_OLD = "lowbit_attention.cuda"
+"""Where commits before the rooms have the kernels."""
+
+
 def answer(tree: Path, wanted: list[str] | None) -> dict[str, Any]:
     """By instance: without ``wanted`` the key of its source and options; else, of those, hash and instructions."""
     import lowbit_attention
-    from lowbit_attention.cuda.instances import MANIFEST, Instance
-    from lowbit_attention.cuda.machine_code import instructions
-    from lowbit_attention.jit.compiler import cache_key, compile_source
+
+    cuda = "lowbit_attention.backends.cuda" if (tree / "src/lowbit_attention/backends").exists() else _OLD
+    jit = f"{cuda}.jit" if cuda != _OLD else "lowbit_attention.jit"
+    code = f"{cuda}.inspect.machine_code" if cuda != _OLD else f"{_OLD}.machine_code"
+    instructions: Any = importlib.import_module(code).instructions
+    manifest: Any = importlib.import_module(f"{cuda}.instances").MANIFEST
+    compiler: Any = importlib.import_module(f"{jit}.compiler")
 
     if not Path(lowbit_attention.__file__).is_relative_to(tree):
         raise ImportError(f"the package was read from {lowbit_attention.__file__}, not from {tree}")
-    instances = {str(instance): instance for instance in MANIFEST}
+    instances = {str(instance): instance for instance in manifest}
     if wanted is None:
-        return {name: cache_key(i.source(), i.options()) for name, i in instances.items()}
+        return {name: compiler.cache_key(i.source(), i.options()) for name, i in instances.items()}
 
-    def compiled(instance: Instance) -> tuple[str, int]:
-        cubin = compile_source(instance.source(), instance.options()).cubin
+    def compiled(instance: Any) -> tuple[str, int]:
+        cubin = compiler.compile_source(instance.source(), instance.options()).cubin
         return hashlib.sha256(cubin).hexdigest(), len(instructions(cubin))
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:

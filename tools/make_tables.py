@@ -17,25 +17,26 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from lowbit_attention import RECIPES, Recipe, attention, budget, compare
-from lowbit_attention.ablations import ABLATIONS
+from lowbit_attention import RECIPES, Recipe, attention, compare
 from lowbit_attention.adaptive.tuning import read_benchmark
+from lowbit_attention.backends import budget
+from lowbit_attention.backends.cuda.inspect.kernels import inspect
+from lowbit_attention.backends.cuda.speeds import from_rows
 from lowbit_attention.cli.demo import DEFAULT_RECIPES
 from lowbit_attention.cli.inspect import markdown_table
-from lowbit_attention.cuda.inspect import inspect
-from lowbit_attention.cuda.speeds import from_rows
 from lowbit_attention.demo import study
 from lowbit_attention.demo.minilm import MiniLM
 from lowbit_attention.demo.text import passages
-from lowbit_attention.evaluation import Case
-from lowbit_attention.machine import ACCUMULATOR_MODELS, DEFAULT_MACHINE, MACHINES
-from lowbit_attention.recipes import recipe
+from lowbit_attention.evaluation.ablations import ABLATIONS
+from lowbit_attention.evaluation.errors import Case
+from lowbit_attention.evaluation.synthetic import CHANNEL_FAMILIES, FAMILIES, make
+from lowbit_attention.output import plots
+from lowbit_attention.output.files import write_json
+from lowbit_attention.recipes.machine import ACCUMULATOR_MODELS, DEFAULT_MACHINE, MACHINES
+from lowbit_attention.recipes.named import recipe
 from lowbit_attention.reference.attention import emulate
 from lowbit_attention.reference.exact import exact as exact_attention
 from lowbit_attention.reference.quantize import pack
-from lowbit_attention.report import plots
-from lowbit_attention.report.files import write_json
-from lowbit_attention.synthetic import CHANNEL_FAMILIES, FAMILIES, make
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

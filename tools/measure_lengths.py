@@ -21,13 +21,13 @@ import torch
 from rich.progress import Progress
 
 from lowbit_attention import RECIPES, Recipe, UnsupportedError
-from lowbit_attention.budget import YARDSTICK
+from lowbit_attention.backends.budget import YARDSTICK
 from lowbit_attention.cli.common import progress
-from lowbit_attention.evaluation import Case, Grid, HeadErrors, with_mean_of_all
-from lowbit_attention.machine import MACHINES, Machine, resolve_machine
-from lowbit_attention.recipes import recipe
-from lowbit_attention.report.files import write_csv
-from lowbit_attention.synthetic import FAMILIES
+from lowbit_attention.evaluation.errors import Case, Grid, HeadErrors, with_mean_of_all
+from lowbit_attention.evaluation.synthetic import FAMILIES
+from lowbit_attention.output.files import write_csv
+from lowbit_attention.recipes.machine import MACHINES, Machine, resolve_machine
+from lowbit_attention.recipes.named import recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 ERRORS = ROOT / "benchmarks/results/errors.csv"

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from lowbit_attention import RECIPES, Recipe
-from lowbit_attention.cuda import hopper, mma
-from lowbit_attention.cuda.instances import (
+from lowbit_attention.backends.cuda import hopper, mma
+from lowbit_attention.backends.cuda.instances import (
     TILE_KEYS,
     Instance,
     WgmmaConfig,
@@ -31,10 +31,10 @@ from lowbit_attention.cuda.instances import (
     wgmma_config,
     wgmma_format,
 )
-from lowbit_attention.cuda.schedule import cut
+from lowbit_attention.backends.cuda.schedule import cut
 from lowbit_attention.errors import InvalidRecipeError
-from lowbit_attention.granularity import TOKEN_GRANULARITIES, VALUE_GRANULARITIES
-from lowbit_attention.recipe_options import AllTokens, RestartedMax, RunningMax, SampledTokens, TileMax
+from lowbit_attention.recipes.granularity import TOKEN_GRANULARITIES, VALUE_GRANULARITIES
+from lowbit_attention.recipes.options import AllTokens, RestartedMax, RunningMax, SampledTokens, TileMax
 from lowbit_attention.reference.rotation import hadamard_size
 
 KERNELS = ("attention_wgmma", "attention_mma")

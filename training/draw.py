@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lowbit_attention.report.plots import figure, save
+from lowbit_attention.output.plots import figure, save
 from lowbit_attention.subjects.base import Subject
 from lowbit_attention.subjects.dit import DiffusionSubject
 from lowbit_attention.subjects.encoder import EncoderSubject

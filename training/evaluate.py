@@ -21,8 +21,8 @@ from tables import markdown, rows
 from torch import Tensor
 
 from lowbit_attention.errors import LowbitError
-from lowbit_attention.report.files import write_csv, write_json
-from lowbit_attention.report.png import grid, write_png
+from lowbit_attention.output.files import write_csv, write_json
+from lowbit_attention.output.png import grid, write_png
 from lowbit_attention.subjects import load_subject, weights
 from lowbit_attention.subjects.base import Subject
 from lowbit_attention.subjects.diffusion import DiffusionConfig, DiffusionTransformer

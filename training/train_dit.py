@@ -14,14 +14,8 @@ import torch
 from loop import Options, parse, sizes, train
 from torch import Tensor, nn
 
-from lowbit_attention.report.png import grid, write_png
-from lowbit_attention.subjects.diffusion import (
-    DiffusionConfig,
-    DiffusionTransformer,
-    flow_loss,
-    noise_of,
-    sample,
-)
+from lowbit_attention.output.png import grid, write_png
+from lowbit_attention.subjects.diffusion import DiffusionConfig, DiffusionTransformer, flow_loss, noise_of, sample
 
 SAMPLES_A_CLASS = 4
 

@@ -7,7 +7,6 @@ must run before torch (`lowbit_attention.compat.alias`) can, and what needs only
 import importlib
 import re
 import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
@@ -24,15 +23,15 @@ if TYPE_CHECKING:  # (for type checkers and editors; a test compares it with `_W
         SaveError,
         UnsupportedError,
     )
-    from .granularity import PerBlock, PerChannel, PerChannelAndKeyTile, PerTensor, PerThread, PerToken, PerWarp
+    from .evaluation.metrics import Metrics, compare
+    from .functional import make_sdpa, sdpa
     from .integrations.call_report import CallReport
     from .integrations.torch_sdpa import disable_sdpa, enable_sdpa, sdpa_enabled
-    from .machine import AccumulatorModel, Geometry, Machine
-    from .metrics import Metrics, compare
-    from .recipe import Recipe
-    from .recipe_options import AllTokens, RestartedMax, RunningMax, SampledTokens, TileMax
-    from .recipes import RECIPES, recipe
-    from .sdpa import make_sdpa, sdpa
+    from .recipes.definition import Recipe
+    from .recipes.granularity import PerBlock, PerChannel, PerChannelAndKeyTile, PerTensor, PerThread, PerToken, PerWarp
+    from .recipes.machine import AccumulatorModel, Geometry, Machine
+    from .recipes.named import RECIPES, recipe
+    from .recipes.options import AllTokens, RestartedMax, RunningMax, SampledTokens, TileMax
 
 __all__ = [
     "RECIPES",
@@ -87,7 +86,7 @@ _NAMES_IN = {
         "SaveError",
         "UnsupportedError",
     ),
-    "granularity": (
+    "recipes.granularity": (
         "PerBlock",
         "PerChannel",
         "PerChannelAndKeyTile",
@@ -98,33 +97,17 @@ _NAMES_IN = {
     ),
     "integrations.call_report": ("CallReport",),
     "integrations.torch_sdpa": ("disable_sdpa", "enable_sdpa", "sdpa_enabled"),
-    "machine": ("AccumulatorModel", "Geometry", "Machine"),
-    "metrics": ("Metrics", "compare"),
-    "recipe": ("Recipe",),
-    "recipe_options": ("AllTokens", "RestartedMax", "RunningMax", "SampledTokens", "TileMax"),
-    "recipes": ("RECIPES", "recipe"),
-    "sdpa": ("make_sdpa", "sdpa"),
+    "recipes.machine": ("AccumulatorModel", "Geometry", "Machine"),
+    "evaluation.metrics": ("Metrics", "compare"),
+    "recipes.definition": ("Recipe",),
+    "recipes.options": ("AllTokens", "RestartedMax", "RunningMax", "SampledTokens", "TileMax"),
+    "recipes.named": ("RECIPES", "recipe"),
+    "functional": ("make_sdpa", "sdpa"),
 }
 _WHERE = {name: module for module, names in _NAMES_IN.items() for name in names}
 
 _MIN_TORCH = (2, 5, 1)
 """As pyproject.toml declares it: 2.4 lacks ``torch.library.register_vmap``, which our operators need."""
-
-
-class _Package(ModuleType):
-    """The package's own class, for one thing: a function keeps its name where a submodule has the same.
-
-    After importing ``lowbit_attention.recipe``, by whomever, Python binds that module to the package's attribute
-    ``recipe``. Here the attribute stays the function, as `__all__` promises.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _WHERE and isinstance(value, ModuleType):
-            return
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 if not TYPE_CHECKING:  # (a checker that saw it would take every misspelt name for one of ours)

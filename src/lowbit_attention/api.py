@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, Literal, TypedDict, overload
+from typing import Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from typing_extensions import Unpack
 
-from . import checks, ops
-from .dispatch import Choice, Explanation, check_possible, explain_request, run_request
+from . import ops
+from .backends.dispatch import Choice, Explanation, check_possible, explain_request, run_request
+from .call import checks
+from .call.request import Request, make_request, wants_grad
 from .errors import InvalidArgumentError
-from .machine import Machine, resolve_machine
-from .recipe import Recipe
-from .recipes import EXACT
-from .recipes import recipe as find_recipe
-from .reference.formats import FP32_MAX
-from .request import Request, has_tangent, wants_grad
+from .recipes.definition import Recipe
+from .recipes.formats import FP32_MAX
+from .recipes.machine import Machine, resolve_machine
+from .recipes.named import EXACT
+from .recipes.named import recipe as find_recipe
 
 Layout = Literal["HND", "NHD"]
 CausalAlignment = Literal["bottom_right", "top_left"]
@@ -389,34 +390,6 @@ def for_scale(name: str, scale: float, recipe: Recipe | None) -> Recipe | None:
 
 _LARGEST_SCALE = FP32_MAX / 2
 """Times log2(e), as kernels take it, it is a float32 number."""
-
-
-def make_request(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, recipe: Recipe | None, machine: Machine | None, **options: Any
-) -> Request:
-    if recipe is not None and machine is None:
-        recipe.check_geometry(resolve_machine(None).geometry)
-    if options["is_causal"] and (k.shape[2] - q.shape[2] if options["bottom_right"] else 0) >= k.shape[2] - 1:
-        options["is_causal"] = False  # every query sees every key: a single one, as in decoding
-    kind: Literal["none", "bool", "float"] = "none" if mask is None else "bool" if mask.dtype == torch.bool else "float"
-    return Request(
-        recipe=recipe,
-        machine=machine,
-        batch=q.shape[0],
-        q_heads=q.shape[1],
-        kv_heads=k.shape[1],
-        q_len=q.shape[2],
-        kv_len=k.shape[2],
-        head_dim=q.shape[3],
-        v_head_dim=v.shape[3],
-        dtype=q.dtype,
-        device=q.device,
-        mask=kind,
-        mask_dtype=None if mask is None else mask.dtype,
-        needs_grad=wants_grad(q, k, v, mask),
-        forward_ad=has_tangent(q, k, v, mask),
-        **options,
-    )
 
 
 ops.implement(run_attention)

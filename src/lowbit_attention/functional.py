@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, ops
-from .api import Training, for_scale, goes_through_the_op, make_request, resolve_like
-from .dispatch import Choice, check_possible, run_request
+from . import ops
+from .api import Training, for_scale, goes_through_the_op, resolve_like
+from .backends.dispatch import Choice, check_possible, run_request
+from .call import checks
+from .call.request import Request, make_request, wants_grad
 from .errors import InvalidArgumentError
-from .machine import Machine
-from .recipe import Recipe
-from .recipes import EXACT
-from .recipes import recipe as find_recipe
-from .request import Request, wants_grad
+from .recipes.definition import Recipe
+from .recipes.machine import Machine
+from .recipes.named import EXACT
+from .recipes.named import recipe as find_recipe
 
 SDPA = Callable[..., Tensor]
 

@@ -12,12 +12,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .checks import TRANSFORMED
+from .call.checks import TRANSFORMED
+from .call.request import has_tangent
 from .errors import InvalidArgumentError, UnsupportedError
-from .machine import MACHINES, Machine
-from .recipe import Recipe
-from .recipes import recipe as find_recipe
-from .request import has_tangent
+from .recipes.definition import Recipe
+from .recipes.machine import MACHINES, Machine
+from .recipes.named import recipe as find_recipe
 
 # (importlib.reload runs this file again, and an operator can be defined once in a process)
 LIBRARY: Any = globals().get("LIBRARY") or torch.library.Library("lowbit_attention", "DEF")  # type: ignore[no-untyped-call]

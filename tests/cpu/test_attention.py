@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lowbit_attention import RECIPES, attention, attention_varlen, compare
+from lowbit_attention.call.masks import Masking
+from lowbit_attention.evaluation.synthetic import make
 from lowbit_attention.reference.exact import exact
-from lowbit_attention.reference.masks import Masking
-from lowbit_attention.synthetic import make
 
 # Relative L1 on independent N(0, 1) inputs. E4M3 has 3 fraction bits: P and V each err by .0265 rms, together .0375.
 # An integer step A / qmax (A the largest of a group, 3.0 … 3.9 σ) moves a logit by √(A_q² + A_k²) / (qmax √12), and L1

@@ -10,15 +10,7 @@ import torch
 import torch.nn.functional as F
 from bad_cases import ALL, RECIPE, SDPAS, close, patched, qkv, sdpa_8b
 
-from lowbit_attention import (
-    InvalidArgumentError,
-    UnsupportedError,
-    attention,
-    compare,
-    make_sdpa,
-    sdpa,
-    sdpa_enabled,
-)
+from lowbit_attention import InvalidArgumentError, UnsupportedError, attention, compare, make_sdpa, sdpa, sdpa_enabled
 from lowbit_attention.reference.exact import exact
 
 # ---- masks

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from lowbit_attention import RECIPES, budget, recipe
-from lowbit_attention.evaluation import Grid
-from lowbit_attention.machine import resolve_machine
-from lowbit_attention.synthetic import FAMILIES
+from lowbit_attention import RECIPES, recipe
+from lowbit_attention.backends import budget
+from lowbit_attention.evaluation.errors import Grid
+from lowbit_attention.evaluation.synthetic import FAMILIES
+from lowbit_attention.recipes.machine import resolve_machine
 
 ROWS = Path(__file__).resolve().parents[2] / "benchmarks/results/errors.csv"
 

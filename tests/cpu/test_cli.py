@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from lowbit_attention import Recipe, __version__, cli, recipe
-from lowbit_attention.ablations import ABLATIONS
-from lowbit_attention.synthetic import CHANNEL_FAMILIES
+from lowbit_attention.evaluation.ablations import ABLATIONS
+from lowbit_attention.evaluation.synthetic import CHANNEL_FAMILIES
 
 
 def run(capsys, *arguments):

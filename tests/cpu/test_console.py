@@ -7,7 +7,7 @@ import pytest
 from rich.progress import Progress
 from rich.table import Table
 
-from lowbit_attention.console import as_text, console, fitting, plain, rendered, visible
+from lowbit_attention.output.console import as_text, console, fitting, plain, rendered, visible
 
 ENCODINGS = ("utf-8", "cp1252", "cp1251", "cp437", "latin-1", "ascii", "gb18030", "shift_jis")
 NASTY = (

@@ -21,15 +21,15 @@ from lowbit_attention import (
     UnsupportedError,
     attention,
     attention_varlen,
-    budget,
     explain,
     recipe,
     sdpa,
 )
-from lowbit_attention.dispatch import AUTO_MIN_LENGTH
-from lowbit_attention.implementations import Implementation, Output
-from lowbit_attention.registry import IMPLEMENTATIONS
-from lowbit_attention.request import Request
+from lowbit_attention.backends import budget
+from lowbit_attention.backends.base import Implementation, Output
+from lowbit_attention.backends.dispatch import AUTO_MIN_LENGTH
+from lowbit_attention.backends.registry import IMPLEMENTATIONS
+from lowbit_attention.call.request import Request
 
 REAL = ["attention_wgmma", "attention_mma", "torch_sdpa", "tiled_exact", "emulation"]
 FAST, ACCURATE = recipe("fast_8b"), recipe("sage2_8b")

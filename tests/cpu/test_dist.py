@@ -1,7 +1,8 @@
 """`make dist`: what it would refuse."""
 
-import dist
 import pytest
+
+import dist
 
 RIGHT = dict.fromkeys(dist.source_files(), 10) | {"lowbit_attention-1.dist-info/licenses/LICENSE": 1}
 TEXT = b"""Metadata-Version: 2.4

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from lowbit_attention import cli
+from lowbit_attention.backends.cuda import launch
+from lowbit_attention.backends.cuda.jit.cache import KernelCache
 from lowbit_attention.cli import warmup
-from lowbit_attention.cuda import launch
-from lowbit_attention.jit.cache import KernelCache
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

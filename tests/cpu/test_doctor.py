@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lowbit_attention import doctor
-from lowbit_attention.doctor import nvrtc_problems
+from lowbit_attention.cli import diagnosis as doctor
+from lowbit_attention.cli.diagnosis import nvrtc_problems
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from lowbit_attention import RECIPES, InvalidArgumentError, UnsupportedError, compare, recipe
-from lowbit_attention.evaluation import Case, Grid, HeadErrors, sampled_rows, with_mean_of_all
-from lowbit_attention.machine import resolve_machine
+from lowbit_attention.call.masks import Masking
+from lowbit_attention.evaluation.errors import Case, Grid, HeadErrors, sampled_rows, with_mean_of_all
+from lowbit_attention.evaluation.synthetic import make
+from lowbit_attention.recipes.machine import resolve_machine
 from lowbit_attention.reference.attention import emulate
 from lowbit_attention.reference.exact import exact
-from lowbit_attention.reference.masks import Masking
-from lowbit_attention.synthetic import make
 
 SPECS = (
     "sage2_8b", "fast_8b", "sage2pp_4b", "sage2_v1_4b", "smooth_attn", "sage1", "int8_u8", "rotated_4b",

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit_attention import attention, attention_varlen
+from lowbit_attention.call.masks import Masking
 from lowbit_attention.reference.exact import exact
-from lowbit_attention.reference.masks import Masking
 
 # float64: sums of at most 600 terms of size O(1), each rounded at 2⁻⁵³: 600 · 2⁻⁵³ ≈ 7e-14.
 F64 = {"rtol": 1e-12, "atol": 1e-12}

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit_attention import Recipe, attention, attention_varlen, budget, explain, failures, recipe, sdpa, sdpa_enabled
+from lowbit_attention import Recipe, attention, attention_varlen, explain, recipe, sdpa, sdpa_enabled
+from lowbit_attention.backends import budget, failures
+from lowbit_attention.backends.base import Implementation, Output
+from lowbit_attention.backends.cuda.jit.cache import CaptureError
+from lowbit_attention.backends.cuda.jit.compiled import CompileError
+from lowbit_attention.backends.registry import IMPLEMENTATIONS
+from lowbit_attention.call.request import Request
 from lowbit_attention.errors import FallbackWarning, KernelUnavailableError
-from lowbit_attention.implementations import Implementation, Output
-from lowbit_attention.jit.cache import CaptureError
-from lowbit_attention.jit.compiler import CompileError
-from lowbit_attention.registry import IMPLEMENTATIONS
-from lowbit_attention.request import Request
 
 
 class Broken(Implementation):

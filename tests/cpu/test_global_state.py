@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowbit_attention
 from lowbit_attention import RECIPES, attention, recipe
-from lowbit_attention.machine import MACHINES
+from lowbit_attention.evaluation.synthetic import make
+from lowbit_attention.recipes.machine import MACHINES
 from lowbit_attention.reference.exact import exact
-from lowbit_attention.synthetic import make
 
 SOURCE = Path(lowbit_attention.__file__).parent
 FACTORIES = {

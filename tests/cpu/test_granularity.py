@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lowbit_attention.granularity import (
+from lowbit_attention.recipes.granularity import (
     TOKEN_GRANULARITIES,
     PerBlock,
     PerTensor,
@@ -16,7 +16,7 @@ from lowbit_attention.granularity import (
     PerWarp,
     TokenGranularity,
 )
-from lowbit_attention.machine import Geometry
+from lowbit_attention.recipes.machine import Geometry
 
 ADA = Geometry(b_q=128, b_k=64, warp_rows=32)
 HOPPER = Geometry(b_q=64, b_k=128, warp_rows=16)

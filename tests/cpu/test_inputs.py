@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from lowbit_attention import InvalidArgumentError
-from lowbit_attention.inputs import from_file
+from lowbit_attention.evaluation.inputs import from_file
 
 Q, K, V = (torch.arange(24.0).reshape(1, 2, 3, 4) + n for n in range(3))
 

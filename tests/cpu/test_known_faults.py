@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lowbit_attention import attention, attention_varlen, compare, make_sdpa
+from lowbit_attention.call.masks import Masking
 from lowbit_attention.compat import install_as_sageattention
 from lowbit_attention.compat.sageattention import sageattn
 from lowbit_attention.reference.exact import exact
-from lowbit_attention.reference.masks import Masking
 
 RECIPES = ["sage2_8b", "fast_8b", "sage2_4b"]
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from lowbit_attention import RECIPES, attention, recipe
-from lowbit_attention.machine import MACHINES
+from lowbit_attention.call.masks import Masking, valid_keys
+from lowbit_attention.evaluation.synthetic import FAMILIES, make
+from lowbit_attention.recipes.machine import MACHINES
 from lowbit_attention.reference.exact import exact
-from lowbit_attention.reference.masks import Masking, valid_keys
 from lowbit_attention.reference.quantize import pack
 from lowbit_attention.reference.rotation import rotate
 from lowbit_attention.reference.smoothing import smoothquant_factor
-from lowbit_attention.synthetic import FAMILIES, make
 
 HALF_UNIT = {"e4m3": 2.0**-4, "e5m2": 2.0**-3, "fp16": 2.0**-11, "fp32": 0.0, "int8": 0.0, "u8": 0.0}
 """Of a normal number: half a unit in the last place."""

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lowbit_attention import RECIPES
-from lowbit_attention.evaluation import Grid
-from lowbit_attention.machine import resolve_machine
+from lowbit_attention.evaluation.errors import Grid
+from lowbit_attention.recipes.machine import resolve_machine
 
 
 def run(monkeypatch, path, *options):

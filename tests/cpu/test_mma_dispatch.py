@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from lowbit_attention import RECIPES, Recipe, budget, recipe
-from lowbit_attention.cuda import hopper, mma
-from lowbit_attention.cuda.instances import MMA_RECIPES, mma_recipes
-from lowbit_attention.cuda.mma import MMA_KERNEL
-from lowbit_attention.dispatch import AUTO_MIN_LENGTH, explain_request
-from lowbit_attention.jit import bindings
-from lowbit_attention.machine import MACHINES
-from lowbit_attention.request import Request, device_name
+from lowbit_attention import RECIPES, Recipe, recipe
+from lowbit_attention.backends import budget
+from lowbit_attention.backends.cuda import hopper, mma
+from lowbit_attention.backends.cuda.instances import MMA_RECIPES, mma_recipes
+from lowbit_attention.backends.cuda.jit import bindings
+from lowbit_attention.backends.cuda.mma import MMA_KERNEL
+from lowbit_attention.backends.dispatch import AUTO_MIN_LENGTH, explain_request
+from lowbit_attention.call.request import Request, device_name
+from lowbit_attention.recipes.machine import MACHINES
 
 DEVICE = torch.device("cuda", 0)
 CARDS = {

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowbit_attention import InvalidArgumentError, attention, make_sdpa, recipe, sdpa
-from lowbit_attention.machine import MACHINES
+from lowbit_attention.recipes.machine import MACHINES
 
 LAYOUTS = {"HND": (2, 4, 48, 32), "NHD": (2, 48, 4, 32)}
 

@@ -10,11 +10,11 @@ from dataclasses import replace
 import pytest
 
 from lowbit_attention import attention, compare, recipe
-from lowbit_attention.ablations import ABLATIONS
-from lowbit_attention.machine import ACCUMULATOR_MODELS, DEFAULT_MACHINE, resolve_machine
+from lowbit_attention.evaluation.ablations import ABLATIONS
+from lowbit_attention.evaluation.synthetic import CHANNEL_FAMILIES, make
+from lowbit_attention.recipes.machine import ACCUMULATOR_MODELS, DEFAULT_MACHINE, resolve_machine
 from lowbit_attention.reference.attention import emulate
 from lowbit_attention.reference.exact import exact
-from lowbit_attention.synthetic import CHANNEL_FAMILIES, make
 
 MACHINES = ("sm_89", "sm_90a")
 

@@ -15,7 +15,7 @@ import pytest
 from lowbit_attention import RECIPES, cli, recipe
 from lowbit_attention.adaptive import CallKey, Policy
 from lowbit_attention.errors import InvalidRecipeError, LowbitError, MissingExtraError
-from lowbit_attention.report.saving import appending, write_whole
+from lowbit_attention.output.saving import appending, write_whole
 
 SIZES = (10, 400_000)
 

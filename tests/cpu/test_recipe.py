@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from lowbit_attention.errors import InvalidArgumentError, InvalidRecipeError
-from lowbit_attention.granularity import PerBlock, PerChannelAndKeyTile, PerThread, PerToken, PerWarp
-from lowbit_attention.machine import Geometry
-from lowbit_attention.recipe import SCHEMA_VERSION, Recipe
-from lowbit_attention.recipe_options import AllTokens, RestartedMax, RunningMax, SampledTokens, TileMax
-from lowbit_attention.recipe_rules import largest_rounded
-from lowbit_attention.recipes import EXACT, RECIPES, recipe
+from lowbit_attention.recipes.definition import SCHEMA_VERSION, Recipe
+from lowbit_attention.recipes.granularity import PerBlock, PerChannelAndKeyTile, PerThread, PerToken, PerWarp
+from lowbit_attention.recipes.machine import Geometry
+from lowbit_attention.recipes.named import EXACT, RECIPES, recipe
+from lowbit_attention.recipes.options import AllTokens, RestartedMax, RunningMax, SampledTokens, TileMax
+from lowbit_attention.recipes.rules import largest_rounded
 
 SAGE2 = {"qk_bits": 8, "q_granularity": PerThread(), "k_granularity": PerThread(), "smooth_q": False, "smooth_k": True,
          "smooth_v": False, "rotation": "none", "smoothquant_alpha": None, "pv_format": "e4m3", "p_max": 448,

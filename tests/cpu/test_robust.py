@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from lowbit_attention import RECIPES, attention, compare, explain, make_sdpa
-from lowbit_attention.synthetic import make
+from lowbit_attention.evaluation.synthetic import make
 
 QUANTISING = [name for name, r in RECIPES.items() if not r.is_exact]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit_attention import InvalidArgumentError
-from lowbit_attention.synthetic import FAMILIES, make, rope
+from lowbit_attention.evaluation.synthetic import FAMILIES, make, rope
 
 ALL = pytest.mark.parametrize("family", FAMILIES)
 LENGTH, DIM = 512, 64

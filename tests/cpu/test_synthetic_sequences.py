@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit_attention.synthetic import CHANNEL_FAMILIES, FAMILIES, make
-from lowbit_attention.synthetic_sequences import BLOCK_TOKENS, GRID_STEP, SEEING_TOKENS, TEXT_TOKENS
+from lowbit_attention.evaluation.synthetic import CHANNEL_FAMILIES, FAMILIES, make
+from lowbit_attention.evaluation.synthetic_sequences import BLOCK_TOKENS, GRID_STEP, SEEING_TOKENS, TEXT_TOKENS
 
 HEADS, LENGTH, DIM = 8, 1024, 64
 SEQUENCES = [name for name in FAMILIES if name not in CHANNEL_FAMILIES]

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from cuda.core import Device, LaunchConfig, ObjectCode, launch
 
-from lowbit_attention.jit.cache import KernelCache
-from lowbit_attention.jit.compiler import Options
-from lowbit_attention.jit.source import read_source
+from lowbit_attention.backends.cuda.jit.cache import KernelCache
+from lowbit_attention.backends.cuda.jit.compiled import Options
+from lowbit_attention.backends.cuda.jit.source import read_source
 
 KERNELS = ("wgmma_f16", "wgmma_f32", "mma_f16", "mma_f32")
 FAMILIES = ("uniform", "mid", "big_mantissa", "subnormal", "sparse", "positive", "few")

@@ -12,8 +12,8 @@ from functools import lru_cache
 import pytest
 import torch
 
-from lowbit_attention.reference.masks import LOG2E
-from lowbit_attention.synthetic import make
+from lowbit_attention.call.masks import LOG2E
+from lowbit_attention.evaluation.synthetic import make
 
 DEVICE = "cuda"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -15,9 +15,8 @@ import torch
 from kernel_cases import CAUSAL, DTYPES, HARD_FAMILIES, HEADS, LENGTHS, by_row, mean_logits, same, score_unit
 
 from lowbit_attention import compare, recipe
-from lowbit_attention.api import make_request
-from lowbit_attention.cuda import mma
-from lowbit_attention.cuda.instances import (
+from lowbit_attention.backends.cuda import mma
+from lowbit_attention.backends.cuda.instances import (
     HEAD_DIMS,
     MANIFEST,
     MMA_RECIPES,
@@ -26,13 +25,14 @@ from lowbit_attention.cuda.instances import (
     padded_head_dim,
     smooth_q_instance,
 )
-from lowbit_attention.cuda.launch import cache
-from lowbit_attention.cuda.mma import MmaAttention
-from lowbit_attention.cuda.packing import loadable, pack_kv
-from lowbit_attention.machine import MACHINES
+from lowbit_attention.backends.cuda.launch import cache
+from lowbit_attention.backends.cuda.mma import MmaAttention
+from lowbit_attention.backends.cuda.packing import loadable, pack_kv
+from lowbit_attention.call.masks import Masking
+from lowbit_attention.call.request import make_request
+from lowbit_attention.recipes.machine import MACHINES
 from lowbit_attention.reference.attention import emulate
 from lowbit_attention.reference.exact import exact
-from lowbit_attention.reference.masks import Masking
 from lowbit_attention.reference.quantize import Means
 from lowbit_attention.reference.rotation import hadamard_size
 

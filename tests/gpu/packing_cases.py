@@ -5,10 +5,10 @@ import dataclasses
 import torch
 from kernel_cases import inputs
 
-from lowbit_attention.cuda.instances import WGMMA_FORMAT, wgmma_format
-from lowbit_attention.cuda.packing import pack_kv
-from lowbit_attention.machine import MACHINES
-from lowbit_attention.recipe_options import AllTokens
+from lowbit_attention.backends.cuda.instances import WGMMA_FORMAT, wgmma_format
+from lowbit_attention.backends.cuda.packing import pack_kv
+from lowbit_attention.recipes.machine import MACHINES
+from lowbit_attention.recipes.options import AllTokens
 from lowbit_attention.reference.quantize import pack
 from lowbit_attention.reference.smoothing import sampled
 

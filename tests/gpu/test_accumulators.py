@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(
 
 from accumulator_probe import FAMILIES, KERNELS, Probe, problems  # noqa: E402
 
-from lowbit_attention.machine import SM90_MMA, SM90_WGMMA  # noqa: E402
+from lowbit_attention.recipes.machine import SM90_MMA, SM90_WGMMA  # noqa: E402
 from lowbit_attention.reference.accumulate import accumulate  # noqa: E402
 
 

@@ -33,13 +33,13 @@ from mma_cases import (
 )
 
 from lowbit_attention import compare, recipe
-from lowbit_attention.ablations import UNSMOOTHED_4B
-from lowbit_attention.cuda.instances import mma_config
-from lowbit_attention.cuda.layout import TOKEN_ORDER
+from lowbit_attention.backends.cuda.instances import mma_config
+from lowbit_attention.backends.cuda.layout import TOKEN_ORDER
+from lowbit_attention.call.masks import LOG2E, Masking
+from lowbit_attention.evaluation.ablations import UNSMOOTHED_4B
+from lowbit_attention.evaluation.synthetic import FAMILIES
 from lowbit_attention.reference.exact import exact
-from lowbit_attention.reference.masks import LOG2E, Masking
 from lowbit_attention.reference.quantize import Means, pack
-from lowbit_attention.synthetic import FAMILIES
 
 pytestmark = hopper_only
 

@@ -13,10 +13,10 @@ from kernel_cases import FAR_SHAPES, far_apart, hopper_only, inputs, same, soil,
 from mma_cases import FEW, INT4, INT8, NAMED, Changed, answers, assert_agrees, in_spoilt_memory, request_for, run
 
 from lowbit_attention import UnsupportedError, attention, attention_varlen, explain, recipe
-from lowbit_attention.cuda import launch, mma, packing
-from lowbit_attention.cuda.mma import MmaAttention, kernel_alone
-from lowbit_attention.jit import cache as cache_module
-from lowbit_attention.jit.cache import CaptureError, KernelCache
+from lowbit_attention.backends.cuda import launch, mma, packing
+from lowbit_attention.backends.cuda.jit import cache as cache_module
+from lowbit_attention.backends.cuda.jit.cache import CaptureError, KernelCache
+from lowbit_attention.backends.cuda.mma import MmaAttention, kernel_alone
 
 pytestmark = hopper_only
 

@@ -12,11 +12,11 @@ from kernel_cases import DTYPES, hopper_only, inputs
 from wgmma_cases import BASE_ERROR, GEOMETRY, TESTED, assert_agrees, covering, reference, run, split_rows
 
 from lowbit_attention import compare, recipe
-from lowbit_attention.cuda import hopper, schedule
+from lowbit_attention.backends.cuda import hopper, schedule
+from lowbit_attention.call.masks import LOG2E, Masking
+from lowbit_attention.evaluation.synthetic import FAMILIES
 from lowbit_attention.reference.exact import exact
-from lowbit_attention.reference.masks import LOG2E, Masking
 from lowbit_attention.reference.quantize import pack
-from lowbit_attention.synthetic import FAMILIES
 
 pytestmark = hopper_only
 

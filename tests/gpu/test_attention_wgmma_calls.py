@@ -13,9 +13,9 @@ from kernel_cases import FAR_SHAPES, far_apart, hopper_only, inputs, same, soil,
 from wgmma_cases import KERNEL, TESTED, assert_agrees, run
 
 from lowbit_attention import UnsupportedError, attention, attention_varlen, compare, explain, recipe
-from lowbit_attention.cuda import hopper, launch, packing
-from lowbit_attention.jit import cache as cache_module
-from lowbit_attention.jit.cache import CaptureError, KernelCache
+from lowbit_attention.backends.cuda import hopper, launch, packing
+from lowbit_attention.backends.cuda.jit import cache as cache_module
+from lowbit_attention.backends.cuda.jit.cache import CaptureError, KernelCache
 
 pytestmark = hopper_only
 

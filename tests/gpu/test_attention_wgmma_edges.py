@@ -12,7 +12,7 @@ from kernel_cases import DTYPES, hopper_only, inputs, same
 from wgmma_cases import TESTED, assert_agrees, reference, run
 
 from lowbit_attention import compare
-from lowbit_attention.recipe_options import AllTokens
+from lowbit_attention.recipes.options import AllTokens
 from lowbit_attention.reference.exact import exact
 
 pytestmark = hopper_only

@@ -11,8 +11,8 @@ from packing_cases import assert_means, assert_same_bits, assert_tile_means, kv,
 from wgmma_cases import GEOMETRY
 
 from lowbit_attention import recipe
-from lowbit_attention.cuda.packing import PackPlan, pack_kv
-from lowbit_attention.recipe_options import SampledTokens
+from lowbit_attention.backends.cuda.packing import PackPlan, pack_kv
+from lowbit_attention.recipes.options import SampledTokens
 from lowbit_attention.reference.quantize import TINY
 from lowbit_attention.reference.smoothing import sampled
 

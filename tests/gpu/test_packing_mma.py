@@ -11,8 +11,8 @@ from mma_cases import GEOMETRY
 from packing_cases import assert_means, assert_same_bits, kv, referenced, same
 
 from lowbit_attention import recipe
-from lowbit_attention.cuda.instances import PackFormat
-from lowbit_attention.cuda.packing import pack_kv
+from lowbit_attention.backends.cuda.instances import PackFormat
+from lowbit_attention.backends.cuda.packing import pack_kv
 from lowbit_attention.reference.quantize import TINY
 
 pytestmark = hopper_only

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from lowbit_attention import RECIPES, attention, compare, doctor, explain
-from lowbit_attention.evaluation import Grid
-from lowbit_attention.machine import MACHINES, resolve_machine
-from lowbit_attention.reference.formats import round_e4m3, round_e5m2
+from lowbit_attention import RECIPES, attention, compare, explain
+from lowbit_attention.cli import diagnosis as doctor
+from lowbit_attention.evaluation.errors import Grid
+from lowbit_attention.evaluation.synthetic import FAMILIES, make
+from lowbit_attention.recipes.formats import round_e4m3, round_e5m2
+from lowbit_attention.recipes.machine import MACHINES, resolve_machine
 from lowbit_attention.reference.quantize import pack
-from lowbit_attention.synthetic import FAMILIES, make
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -11,16 +11,16 @@ import torch
 from kernel_cases import CAUSAL, DTYPES, HARD_FAMILIES, HEADS, LENGTHS, by_row, mean_logits, score_unit
 
 from lowbit_attention import attention, compare, explain, recipe
-from lowbit_attention.api import make_request
-from lowbit_attention.cuda.hopper import pieces_of
-from lowbit_attention.cuda.instances import HEAD_DIMS, MANIFEST, padded_head_dim, wgmma_config
-from lowbit_attention.cuda.launch import cache
-from lowbit_attention.cuda.packing import PackPlan, pack_kv
-from lowbit_attention.cuda.schedule import heads_side_by_side, multiprocessors
-from lowbit_attention.machine import MACHINES
+from lowbit_attention.backends.cuda.hopper import pieces_of
+from lowbit_attention.backends.cuda.instances import HEAD_DIMS, MANIFEST, padded_head_dim, wgmma_config
+from lowbit_attention.backends.cuda.launch import cache
+from lowbit_attention.backends.cuda.packing import PackPlan, pack_kv
+from lowbit_attention.backends.cuda.schedule import heads_side_by_side, multiprocessors
+from lowbit_attention.call.masks import Masking
+from lowbit_attention.call.request import make_request
+from lowbit_attention.recipes.machine import MACHINES
 from lowbit_attention.reference.attention import emulate
 from lowbit_attention.reference.exact import exact
-from lowbit_attention.reference.masks import Masking
 
 KERNEL = "attention_wgmma"
 MACHINE = MACHINES["sm_90a"]

@@ -6,14 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lowbit_attention import (
-    attention,
-    compare,
-    make_sdpa,
-    sdpa_enabled,
-)
+from lowbit_attention import attention, compare, make_sdpa, sdpa_enabled
+from lowbit_attention.call.masks import Masking
 from lowbit_attention.reference.exact import exact
-from lowbit_attention.reference.masks import Masking
 
 RECIPE = "sage2_8b"
 sdpa_8b = make_sdpa(RECIPE)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from ..errors import InvalidArgumentError, LowbitError
-from ..machine import Machine, resolve_machine
-from ..recipes import recipe as find_recipe
-from ..report.files import write_csv
-from ..report.saving import check_writable
+from ..output.files import write_csv
+from ..output.saving import check_writable
+from ..recipes.machine import Machine, resolve_machine
+from ..recipes.named import recipe as find_recipe
 from .choosing import Choice, Metric, Mode, choose, offered
 from .costs import CostTable, cost_table
 from .observing import Observer, observe

@@ -9,17 +9,20 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from ..console import fitting, visible
 from ..errors import InvalidArgumentError, shown
+from ..output.console import fitting, visible
+from ..recipes.named import RECIPES
+from ..recipes.named import recipe as find_recipe
 from .clock import CallKey
 from .costs import CostTable, cost_table
+from .fingerprint import Fingerprint
 from .optimise import Option, Solution, frontier, minimise_time
+from .policy import Policy, PolicyMismatchError
 from .records import Observations, Record
 
 if TYPE_CHECKING:
     import torch
 
-    from .policy import Policy
     from .sensitivity import Sensitivity
 
 Mode = Literal["joint", "per-layer", "per-timestep"]
@@ -108,8 +111,6 @@ class Choice:
         Raises:
             InvalidArgumentError: the observations are of another model.
         """
-        from .policy import make_policy
-
         return make_policy(self, model, default)
 
     def __str__(self) -> str:
@@ -394,3 +395,34 @@ def _error(record: Record, recipe: str, metric: str) -> float:
 
 def _seconds(table: CostTable, record: Record, recipe: str) -> float:
     return table.seconds(recipe, record.shape)
+
+
+def make_policy(choice: Choice, model: torch.nn.Module | None, default: str) -> Policy:
+    """A choice as a policy for ``model``."""
+    seen = choice.observations
+    if model is not None:
+        if seen.model is None:
+            raise InvalidArgumentError(
+                "the observations were made without a model: their calls have no names of modules"
+            )
+        if differences := seen.model.differences(Fingerprint.of(model)):
+            raise PolicyMismatchError(differences)
+    names = dict.fromkeys([*choice.recipes.values(), find_recipe(default).name])
+    known = {**seen.candidates, "exact": RECIPES["exact"]}
+    return Policy(
+        routes=dict(choice.recipes),
+        recipes={name: known.get(name) or find_recipe(name) for name in names},
+        default=find_recipe(default).name,
+        model=seen.model,
+        scores={key: {n: round(s.score, 6) for n, s in seen.records[key].scores.items()} for key in choice.recipes},
+        about={
+            "rule": choice.rule, "mode": choice.mode, "metric": choice.metric, "mean error": _finite(choice.error),
+            "cost": choice.cost.name, "cost table": choice.cost.summary, "modelled seconds": _finite(choice.seconds),
+            "modelled seconds, all exact": _finite(choice.exact_seconds), "scored like": seen.like,
+            "share": {n: round(s, 4) for n, s in choice.share().items()}, "notes": list(choice.notes),
+        },
+    )  # fmt: skip
+
+
+def _finite(value: float) -> float | None:
+    return float(f"{value:.6g}") if value == value and abs(value) != float("inf") else None

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import InvalidArgumentError, shown
-from ..report.files import json_text
-from ..report.saving import as_path, write_whole
+from ..output.files import json_text
+from ..output.saving import as_path, write_whole
 
 _MOST_BYTES = 1 << 29
 """Of a file: twice what the 200,000 calls that `observe` keeps take, at about 1 kB each."""

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.base import call_torch
 from ..bench.shapes import Shape
-from ..console import console, visible
 from ..errors import InvalidArgumentError, UnsupportedError
-from ..implementations import call_torch
 from ..integrations.intercept import intercepted
-from ..machine import Machine, resolve_machine
-from ..recipe import Recipe
-from ..recipes import recipe as find_recipe
+from ..output.console import console, visible
+from ..recipes.definition import Recipe
+from ..recipes.machine import Machine, resolve_machine
+from ..recipes.named import recipe as find_recipe
 from .clock import CallKey, Clock, driven
 from .distributions import add_call, new_distribution
 from .fingerprint import Fingerprint

@@ -14,29 +14,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._version import __version__
-from ..checks import check_flag
+from ..call.checks import check_flag
 from ..errors import InvalidArgumentError, shown
-from ..recipe import Recipe
-from ..recipes import RECIPES
-from ..recipes import recipe as find_recipe
+from ..recipes.definition import Recipe
+from ..recipes.named import RECIPES
 from .clock import CallKey
-from .documents import (
-    DAMAGE,
-    check_plain,
-    list_of,
-    number_of,
-    object_of,
-    read_document,
-    text_of,
-    write_lines,
-)
+from .documents import DAMAGE, check_plain, list_of, number_of, object_of, read_document, text_of, write_lines
 from .fingerprint import Fingerprint
 from .records import key_of, recipes_of
+from .routing import Applied
 
 if TYPE_CHECKING:
-    from ..machine import Machine
-    from .choosing import Choice
-    from .routing import Applied
+    from ..recipes.machine import Machine
 
 SCHEMA = 1
 FORMAT = "lowbit-attention policy"
@@ -105,8 +94,6 @@ class Policy:
         Raises:
             PolicyMismatchError: another model. InvalidArgumentError: no model at all, or an option of a wrong type.
         """
-        from .routing import Applied
-
         check_flag("strict", strict)
         self._check(model, strict)
         return Applied(self, model, timesteps, like)
@@ -168,7 +155,7 @@ class Policy:
     def save(self, path: str | Path) -> None:
         """Write it as JSON, a line for each call. The same policy gives the same bytes.
 
-        It is written whole or not at all, whoever else writes there (`lowbit_attention.report.saving`). A path that is
+        It is written whole or not at all, whoever else writes there (`lowbit_attention.output.saving`). A path that is
         a symbolic link is written at its target; another user's link, a folder, a device and a pipe are refused.
 
         Raises:
@@ -254,34 +241,3 @@ def _check_key(key: Any) -> None:
     if not isinstance(key, CallKey):
         raise ValueError(f"{shown(key)} is no CallKey")
     key_of(key.as_dict())
-
-
-def make_policy(choice: Choice, model: torch.nn.Module | None, default: str) -> Policy:
-    """A choice as a policy for ``model``."""
-    seen = choice.observations
-    if model is not None:
-        if seen.model is None:
-            raise InvalidArgumentError(
-                "the observations were made without a model: their calls have no names of modules"
-            )
-        if differences := seen.model.differences(Fingerprint.of(model)):
-            raise PolicyMismatchError(differences)
-    names = dict.fromkeys([*choice.recipes.values(), find_recipe(default).name])
-    known = {**seen.candidates, "exact": RECIPES["exact"]}
-    return Policy(
-        routes=dict(choice.recipes),
-        recipes={name: known.get(name) or find_recipe(name) for name in names},
-        default=find_recipe(default).name,
-        model=seen.model,
-        scores={key: {n: round(s.score, 6) for n, s in seen.records[key].scores.items()} for key in choice.recipes},
-        about={
-            "rule": choice.rule, "mode": choice.mode, "metric": choice.metric, "mean error": _finite(choice.error),
-            "cost": choice.cost.name, "cost table": choice.cost.summary, "modelled seconds": _finite(choice.seconds),
-            "modelled seconds, all exact": _finite(choice.exact_seconds), "scored like": seen.like,
-            "share": {n: round(s, 4) for n, s in choice.share().items()}, "notes": list(choice.notes),
-        },
-    )  # fmt: skip
-
-
-def _finite(value: float) -> float | None:
-    return float(f"{value:.6g}") if value == value and abs(value) != float("inf") else None

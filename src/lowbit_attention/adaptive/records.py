@@ -12,20 +12,11 @@ from typing import Any
 from .._version import __version__
 from ..bench.shapes import Shape, parse_shape
 from ..errors import InvalidArgumentError, shown
-from ..metrics import Metrics
-from ..recipe import Recipe
+from ..evaluation.metrics import Metrics
+from ..recipes.definition import Recipe
 from .clock import CallKey
 from .distributions import Distribution, Summary, new_distribution
-from .documents import (
-    DAMAGE,
-    count_of,
-    list_of,
-    number_of,
-    object_of,
-    read_document,
-    text_of,
-    write_lines,
-)
+from .documents import DAMAGE, count_of, list_of, number_of, object_of, read_document, text_of, write_lines
 from .fingerprint import Fingerprint
 
 SCHEMA = 1
@@ -197,7 +188,7 @@ class Observations:
         }  # fmt: skip
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON, a line for each call; whole or not at all (`lowbit_attention.report.saving`).
+        """Write it as JSON, a line for each call; whole or not at all (`lowbit_attention.output.saving`).
 
         A number that is not finite, such as the error of a recipe that gave NaN, is ``null`` there.
 

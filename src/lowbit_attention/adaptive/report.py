@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidArgumentError
-from ..report.saving import write_whole
+from ..output.saving import write_whole
 from .choosing import METRICS, Choice, Metric, pareto
 from .clock import CallKey
 from .distributions import edges

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..implementations import call_torch
+from ..backends.base import call_torch
+from ..functional import SDPA, make_sdpa
 from ..integrations.intercept import intercepted
-from ..machine import Machine
-from ..sdpa import SDPA, make_sdpa
-from .clock import ROOT, Clock, driven
+from ..recipes.definition import Recipe
+from ..recipes.machine import Machine
+from .clock import ROOT, CallKey, Clock, driven
 
-if TYPE_CHECKING:
-    from .policy import Policy
+
+class Routes(Protocol):
+    """What is put to work of a `Policy`: recipe names by call, what they mean, and what unknown calls run."""
+
+    @property
+    def routes(self) -> Mapping[CallKey, str]: ...
+    @property
+    def recipes(self) -> Mapping[str, Recipe]: ...
+    @property
+    def default(self) -> str: ...
+
 
 _at_work: set[Applied] = set()
 """Policies that were applied and not removed: they hold although nobody else refers to them."""
@@ -29,7 +40,7 @@ class Applied:
     """
 
     def __init__(
-        self, policy: Policy, model: torch.nn.Module | None, timesteps: Any, like: str | Machine | None
+        self, policy: Routes, model: torch.nn.Module | None, timesteps: Any, like: str | Machine | None
     ) -> None:
         self.policy = policy
         self.clock = Clock()

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ..api import attention
+from ..call.masks import Masking, valid_keys
 from ..errors import InvalidArgumentError
-from ..machine import DEFAULT_MACHINE, Machine
-from ..metrics import Metrics, compare
-from ..recipe import Recipe
+from ..evaluation.metrics import Metrics, compare
+from ..functional import make_call
+from ..recipes.definition import Recipe
+from ..recipes.machine import DEFAULT_MACHINE, Machine
 from ..reference.exact import exact
-from ..reference.masks import Masking, valid_keys
-from ..sdpa import make_call
 
 _TURN = (math.sqrt(5) - 1) / 2
 """The golden ratio: multiples of it, mod 1, are evenly spread however many there are."""

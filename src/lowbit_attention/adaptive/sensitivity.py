@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from ..errors import InvalidArgumentError, shown
-from ..metrics import compare
+from ..evaluation.metrics import compare
 from .clock import CallKey
 from .documents import DAMAGE, list_of, number_of, object_of, read_document, text_of, write_lines
 from .policy import Policy
@@ -51,7 +51,7 @@ class Sensitivity:
             raise InvalidArgumentError(f"no effect of {recipe} in {self.by} {group} was measured") from None
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON; whole or not at all (`lowbit_attention.report.saving`).
+        """Write it as JSON; whole or not at all (`lowbit_attention.output.saving`).
 
         Raises:
             InvalidArgumentError: the path is no file's. SaveError: it cannot be written.
@@ -156,6 +156,6 @@ def sensitivity(
 
 
 def _exact() -> Any:
-    from ..recipes import EXACT
+    from ..recipes.named import EXACT
 
     return EXACT

@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from ..api import attention, make_request
+from ..api import attention
+from ..backends.dispatch import choose as dispatch_choose
 from ..bench.shapes import Shape
 from ..bench.timing import Limits, interleave, make_timer, percentile
-from ..dispatch import choose as dispatch_choose
+from ..call.request import make_request
 from ..errors import UnsupportedError
-from ..recipe import Recipe
-from ..recipes import RECIPES
-from ..recipes import recipe as find_recipe
+from ..recipes.definition import Recipe
+from ..recipes.named import RECIPES
+from ..recipes.named import recipe as find_recipe
 from .costs import CostTable, Point, Rate
 
 _LIMITS = Limits(seconds=1.0)

@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .machine import DEFAULT_MACHINE
-from .recipe import Recipe
-from .reference.attention import emulate
-from .reference.exact import exact
-from .reference.masks import Masking
-from .request import Request
+from ..call.masks import Masking
+from ..call.request import Request
+from ..recipes.definition import Recipe
+from ..recipes.machine import DEFAULT_MACHINE
+from ..reference.attention import emulate
+from ..reference.exact import exact
 
 MAX_HEAD_DIM = 256
 """The largest head dimension of quantised attention."""

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from importlib import resources
 
-from .recipe import Recipe
-from .recipes import RECIPES
+from ..recipes.definition import Recipe
+from ..recipes.named import RECIPES
 
 YARDSTICK = "sage2_8b"
 """What errors are shown beside."""

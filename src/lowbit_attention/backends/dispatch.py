@@ -14,15 +14,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..call.request import Request, device_name
+from ..errors import UnsupportedError
+from ..output.console import fitting
+from ..recipes.definition import Recipe
+from ..recipes.named import EXACT
 from . import failures
+from .base import Emulation, Implementation, Output, TiledExact, TorchSDPA
 from .budget import outside_reasons
-from .console import fitting
-from .errors import UnsupportedError
-from .implementations import Emulation, Implementation, Output, TiledExact, TorchSDPA
-from .recipe import Recipe
-from .recipes import EXACT
 from .registry import IMPLEMENTATIONS
-from .request import Request, device_name
 
 AUTO_MIN_LENGTH = 8192
 """From how many queries and keys ``auto`` trusts a kernel on a card nobody has timed. On an H100 a whole call of

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import FallbackWarning, KernelUnavailableError
-from .jit.cache import CaptureError
-from .recipe import Recipe
-from .request import Request
+from ..call.request import Request
+from ..errors import FallbackWarning, KernelUnavailableError
+from ..recipes.definition import Recipe
+from .cuda.jit.cache import CaptureError
 
 Key = tuple[str, Recipe, torch.dtype, torch.device, int, int]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from .base import Emulation, Implementation, TiledExact, TorchSDPA
 from .cuda.hopper import KERNEL
 from .cuda.mma import MMA_KERNEL
-from .implementations import Emulation, Implementation, TiledExact, TorchSDPA
 
 IMPLEMENTATIONS: list[Implementation] = [KERNEL, MMA_KERNEL, TorchSDPA(), TiledExact(), Emulation()]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..console import visible
-from ..report.plots import figure, label, save
+from ..output.console import visible
+from ..output.plots import figure, label, save
 from .results import Row
 
 

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from packaging.version import Version
 from torch import Tensor
 
-from .. import __version__
+from .._version import __version__
 from ..api import attention, explain
+from ..backends.base import Emulation
 from ..errors import InvalidArgumentError, UnsupportedError
-from ..implementations import Emulation
-from ..recipe import Recipe
-from ..recipes import RECIPES
-from ..recipes import recipe as find_recipe
+from ..recipes.definition import Recipe
+from ..recipes.named import RECIPES
+from ..recipes.named import recipe as find_recipe
 from .base import Call, Part, Provider, Unsupported, first_line, need_cuda, need_square_causal
 from .cudnn_fp8 import CudnnFp8
 from .peers import ComfyKitchen, FlashAttention3, SageAttention, Xformers

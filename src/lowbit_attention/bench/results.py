@@ -13,9 +13,9 @@ from typing import Any, get_type_hints
 
 import torch
 
-from .. import __version__
+from .._version import __version__
 from ..errors import InvalidArgumentError, shown
-from ..report.saving import appending, check_writable
+from ..output.saving import appending, check_writable
 from .shapes import Shape
 
 CUDNN = "torch_cudnn"

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
-from .errors import InvalidArgumentError
+from ..errors import InvalidArgumentError
 
 LAYOUTS = ("HND", "NHD")
 CAUSAL_ALIGNMENTS = ("bottom_right", "top_left")

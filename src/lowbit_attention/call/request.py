@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .machine import Machine
-from .recipe import Recipe
+from ..recipes.definition import Recipe
+from ..recipes.machine import Machine, resolve_machine
 
 MaskKind = Literal["none", "bool", "float"]
 
@@ -93,3 +93,32 @@ def has_tangent(*tensors: Tensor | None) -> bool:
 def _tangent(t: Tensor) -> Tensor | None:
     tangent: Tensor | None = forward_ad.unpack_dual(t).tangent  # type: ignore[no-untyped-call]
     return tangent
+
+
+def make_request(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, recipe: Recipe | None, machine: Machine | None, **options: Any
+) -> Request:
+    """The request of checked ``[B, H, N, D]`` tensors, with the mask's four dimensions if there is one."""
+    if recipe is not None and machine is None:
+        recipe.check_geometry(resolve_machine(None).geometry)
+    if options["is_causal"] and (k.shape[2] - q.shape[2] if options["bottom_right"] else 0) >= k.shape[2] - 1:
+        options["is_causal"] = False  # every query sees every key: a single one, as in decoding
+    kind: Literal["none", "bool", "float"] = "none" if mask is None else "bool" if mask.dtype == torch.bool else "float"
+    return Request(
+        recipe=recipe,
+        machine=machine,
+        batch=q.shape[0],
+        q_heads=q.shape[1],
+        kv_heads=k.shape[1],
+        q_len=q.shape[2],
+        kv_len=k.shape[2],
+        head_dim=q.shape[3],
+        v_head_dim=v.shape[3],
+        dtype=q.dtype,
+        device=q.device,
+        mask=kind,
+        mask_dtype=None if mask is None else mask.dtype,
+        needs_grad=wants_grad(q, k, v, mask),
+        forward_ad=has_tangent(q, k, v, mask),
+        **options,
+    )

@@ -11,8 +11,7 @@ import os
 import sys
 from typing import Any
 
-INTERRUPTED = 130
-"""The exit code after Ctrl-C: 128 and the signal's number, as shells have it."""
+from .exit_codes import INTERRUPTED
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -36,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _tell(message: str) -> None:
     """One line on stderr: what is in it, a file's name say, neither breaks the line nor moves the cursor."""
-    from ..console import fitting, visible
+    from ..output.console import fitting, visible
 
     text = fitting(f"lowbit: {visible(' '.join(message.split()))}", getattr(sys.stderr, "encoding", None))
     with contextlib.suppress(OSError):

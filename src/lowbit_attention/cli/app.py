@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import typer
 
-from .. import __version__
+from .._version import __version__
 from ..errors import LowbitError
-from . import INTERRUPTED, bench, calibrate, demo, doctor, evaluate, inspect, recipes, warmup
+from . import bench, calibrate, demo, doctor, evaluate, inspect, recipes, warmup
+from .exit_codes import INTERRUPTED
 
 app = typer.Typer(
     name="lowbit",

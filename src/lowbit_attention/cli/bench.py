@@ -17,11 +17,11 @@ from ..bench.results import Row, append_csv, check_csv
 from ..bench.run import DTYPES, Note, Result, Settings, run, split_available
 from ..bench.shapes import SETS, Shape, parse_shape, shape_set
 from ..bench.timing import Limits
-from ..console import plain
 from ..errors import InvalidArgumentError
-from ..memory import check_fits
-from ..report.files import write_json
-from ..report.saving import write_whole
+from ..evaluation.memory import check_fits
+from ..output.console import plain
+from ..output.files import write_json
+from ..output.saving import write_whole
 from .common import RECIPE_HELP, check_outputs, console, new_table, progress, write_results
 
 _SHAPE_HELP = (

@@ -18,8 +18,8 @@ from ..adaptive.records import Observations
 from ..adaptive.scoring import Sample
 from ..adaptive.sensitivity import By, Sensitivity
 from ..adaptive.subjects import SUBJECTS, find_subject
-from ..console import plain
 from ..errors import InvalidArgumentError
+from ..output.console import plain
 from .common import LIKE_HELP, console, new_table, parse_like, progress, shaded
 
 DEFAULT_BUDGET = 0.05

@@ -12,14 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from ..console import as_text, plain
-from ..console import console as new_console
 from ..errors import InvalidArgumentError, LowbitError
-from ..machine import MACHINES, Machine, resolve_machine
-from ..recipe import Recipe
-from ..recipes import RECIPES, recipe
-from ..report.plots import check_plot
-from ..report.saving import check_writable
+from ..output.console import as_text, plain
+from ..output.console import console as new_console
+from ..output.plots import check_plot
+from ..output.saving import check_writable
+from ..recipes.definition import Recipe
+from ..recipes.machine import MACHINES, Machine, resolve_machine
+from ..recipes.named import RECIPES, recipe
 
 console = new_console()
 LIKE_HELP = f"Whose numbers to emulate: {', '.join(MACHINES)}. Default: sm_89 (an RTX 4090)."

@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..ablations import UNSMOOTHED_4B
-from ..console import plain
 from ..demo import study
 from ..demo.minilm import MiniLM
 from ..demo.study import Study
-from ..recipe import Recipe
-from ..recipes import recipe
-from ..report.files import Row, write_csv, write_json
+from ..evaluation.ablations import UNSMOOTHED_4B
+from ..output.console import plain
+from ..output.files import Row, write_csv, write_json
+from ..recipes.definition import Recipe
+from ..recipes.named import recipe
 from .common import (
     LIKE_HELP,
     RECIPE_HELP,
@@ -153,7 +153,7 @@ def _summary_table(result: Study) -> Table:
 
 
 def _plot(result: Study, path: Path) -> None:
-    from ..report.plots import grouped_bars
+    from ..output.plots import grouped_bars
 
     layers = [f"layer {n}" for n in range(len(result.of("chunks", result.recipes[0])))]
     series = {_heading(name): [m.l1 for m in result.of("chunks", name)] for name in result.recipes}

@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from ._version import __version__
-from .env import readonly_cache_dirs
-from .errors import InvalidArgumentError
-from .jit.bindings import installed_nvrtc, one_line
-from .jit.compiler import MIN_NVRTC
-from .jit.probe import Trial, try_compiler
-from .jit.store import GENERATION, OwnStore
-from .recipes import RECIPES
-from .registry import IMPLEMENTATIONS
-from .request import Request, device_name
+from .._version import __version__
+from ..backends.cuda.jit.bindings import installed_nvrtc, one_line
+from ..backends.cuda.jit.compiler import MIN_NVRTC
+from ..backends.cuda.jit.probe import Trial, try_compiler
+from ..backends.cuda.jit.store import GENERATION, OwnStore
+from ..backends.registry import IMPLEMENTATIONS
+from ..call.request import Request, device_name
+from ..env import readonly_cache_dirs
+from ..errors import InvalidArgumentError
+from ..recipes.named import RECIPES
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..console import console, plain
-from ..doctor import Report, examine
+from ..output.console import console, plain
+from .diagnosis import Report, examine
 
 NO_COMPILER = "nothing wrong was found; kernels cannot be compiled here"
 """Said in place of "no problems found" where none of the run-time compiler is installed."""

@@ -11,16 +11,16 @@ import torch
 import typer
 from rich.table import Table
 
-from .. import ablations
-from ..console import plain, visible
 from ..errors import InvalidArgumentError, LowbitError
-from ..evaluation import Case, HeadErrors
-from ..inputs import Inputs, from_family, from_file, not_finite
-from ..machine import Machine, resolve_machine
-from ..metrics import Metrics
-from ..recipe import Recipe
-from ..report.files import Row, write_csv, write_json
-from ..synthetic import CHANNEL_FAMILIES, FAMILIES
+from ..evaluation import ablations
+from ..evaluation.errors import Case, HeadErrors
+from ..evaluation.inputs import Inputs, from_family, from_file, not_finite
+from ..evaluation.metrics import Metrics
+from ..evaluation.synthetic import CHANNEL_FAMILIES, FAMILIES
+from ..output.console import plain, visible
+from ..output.files import Row, write_csv, write_json
+from ..recipes.definition import Recipe
+from ..recipes.machine import Machine, resolve_machine
 from .common import (
     LIKE_HELP,
     RECIPE_HELP,
@@ -196,7 +196,7 @@ def _inputs(
 
 
 def _plot(path: Path, title: str, labels: list[str], inputs: list[Inputs], results: Results) -> None:
-    from ..report.plots import grouped_bars
+    from ..output.plots import grouped_bars
 
     names = [i.name for i in inputs]
     found = {label: [results[label, n].l1 if (label, n) in results else math.nan for n in names] for label in labels}

@@ -12,14 +12,14 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..console import plain
-from ..cuda.inspect import Row, check_runs, inspect
-from ..cuda.instances import HEAD_DIMS, MMA_ARCHS, mma_recipes
-from ..cuda.machine_code import nvdisasm
-from ..recipe import Recipe
-from ..recipes import recipe as find_recipe
-from ..report.files import write_json
-from ..report.saving import write_whole
+from ..backends.cuda.inspect.kernels import Row, check_runs, inspect
+from ..backends.cuda.inspect.machine_code import nvdisasm
+from ..backends.cuda.instances import HEAD_DIMS, MMA_ARCHS, mma_recipes
+from ..output.console import plain
+from ..output.files import write_json
+from ..output.saving import write_whole
+from ..recipes.definition import Recipe
+from ..recipes.named import recipe as find_recipe
 from .common import RECIPE_HELP, check_outputs, console, new_table, progress, write_results
 
 

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..console import plain
-from ..recipes import RECIPES, recipe
+from ..output.console import plain
+from ..recipes.named import RECIPES, recipe
 from .common import console
 
 

@@ -11,13 +11,13 @@ from typing import Annotated
 import torch
 import typer
 
-from ..console import console, plain
-from ..cuda.instances import MANIFEST
-from ..cuda.launch import cache
-from ..cuda.mma import ARCH_OF
+from ..backends.cuda.instances import MANIFEST
+from ..backends.cuda.jit.export import ExportFolder
+from ..backends.cuda.launch import cache
+from ..backends.cuda.mma import ARCH_OF
 from ..env import CACHE_READONLY_VARIABLE
 from ..errors import InvalidArgumentError
-from ..jit.export import ExportFolder
+from ..output.console import console, plain
 from .common import progress
 
 

@@ -22,7 +22,7 @@ from .._version import __version__
 from ..errors import LowbitError
 
 if TYPE_CHECKING:
-    from ..recipe import Recipe
+    from ..recipes.definition import Recipe
 
 NAME = "sageattention"
 VERSION = f"2.2.0+lowbit.{__version__}"
@@ -43,7 +43,7 @@ class SageAttentionAlias(DistributionFinder):
     @cached_property
     def _sageattn(self) -> Callable[..., Any]:
         """``sageattention.sageattn``: the same function in every module of the alias."""
-        from ..sdpa import find_recipe_or_auto
+        from ..functional import find_recipe_or_auto
         from .sageattention import make_sageattn
 
         find_recipe_or_auto(self._recipe)
@@ -137,7 +137,7 @@ def install_as_sageattention(recipe: str | Recipe = "auto", *, force: bool = Fal
         InvalidRecipeError: an unknown recipe.
     """
     if "torch" in sys.modules or not isinstance(recipe, str):  # (finding a recipe imports torch)
-        from ..sdpa import find_recipe_or_auto
+        from ..functional import find_recipe_or_auto
 
         find_recipe_or_auto(recipe)
     if any(isinstance(finder, SageAttentionAlias) for finder in sys.meta_path):

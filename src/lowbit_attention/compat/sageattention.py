@@ -29,12 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
 from ..api import attention, attention_varlen
+from ..call import checks
 from ..errors import InvalidArgumentError, UnsupportedError
-from ..granularity import TOKEN_GRANULARITIES
-from ..recipe import Recipe
-from ..recipes import RECIPES
+from ..recipes.definition import Recipe
+from ..recipes.granularity import TOKEN_GRANULARITIES
+from ..recipes.named import RECIPES
 
 __all__ = [
     "sageattn",

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..api import attention
-from ..machine import Machine
-from ..metrics import Metrics, compare
-from ..recipe import Recipe
+from ..evaluation.metrics import Metrics, compare
+from ..recipes.definition import Recipe
+from ..recipes.machine import Machine
 from .minilm import MiniLM
 from .text import passages, sentences
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .errors import InvalidArgumentError
-from .recipe import Recipe
-from .recipes import RECIPES, recipe
+from ..errors import InvalidArgumentError
+from ..recipes.definition import Recipe
+from ..recipes.named import RECIPES, recipe
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import checks
-from .errors import InvalidArgumentError, UnsupportedError
-from .implementations import MAX_HEAD_DIM
-from .machine import DEFAULT_MACHINE, Machine
+from ..backends.base import MAX_HEAD_DIM
+from ..call import checks
+from ..call.masks import Masking
+from ..errors import InvalidArgumentError, UnsupportedError
+from ..recipes.definition import Recipe
+from ..recipes.machine import DEFAULT_MACHINE, Machine
+from ..recipes.options import AllTokens
+from ..reference.attention import emulate
+from ..reference.exact import exact
 from .metrics import Metrics, compare
-from .recipe import Recipe
-from .recipe_options import AllTokens
-from .reference.attention import emulate
-from .reference.exact import exact
-from .reference.masks import Masking
 from .synthetic import make
 
 DRAWN_ON_THE_CPU = 8192
@@ -106,8 +106,8 @@ class Case:
         Raises:
             UnsupportedError: no kernel runs it.
         """
-        from .api import attention, explain
-        from .registry import IMPLEMENTATIONS
+        from ..api import attention, explain
+        from ..backends.registry import IMPLEMENTATIONS
 
         told = explain(self.q, self.k, self.v, recipe=recipe, is_causal=self.is_causal)
         if told.implementation not in {i.name for i in IMPLEMENTATIONS if i.is_kernel}:

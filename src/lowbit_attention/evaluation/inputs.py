@@ -11,8 +11,8 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from . import checks
-from .errors import InvalidArgumentError
+from ..call import checks
+from ..errors import InvalidArgumentError
 from .memory import check_fits
 from .synthetic import make
 

@@ -7,7 +7,7 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
-from .errors import InvalidArgumentError
+from ..errors import InvalidArgumentError
 
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 """A container's own limit, where there is one."""

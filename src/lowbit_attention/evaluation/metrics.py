@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
-from .errors import InvalidArgumentError
+from ..errors import InvalidArgumentError
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import InvalidArgumentError
 from . import synthetic_sequences as sequences
-from .errors import InvalidArgumentError
 from .synthetic_sequences import Shape, Triple
 from .synthetic_sequences import channel_bias as _bias
 from .synthetic_sequences import normal as _randn

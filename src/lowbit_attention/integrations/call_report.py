@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..console import plain, rendered
+from ..output.console import plain, rendered
 
 if TYPE_CHECKING:
     from rich.table import Table

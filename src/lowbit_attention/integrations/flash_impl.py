@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ..api import resolve_like
-from ..dispatch import attempt, choose
+from ..backends.dispatch import attempt, choose
+from ..call.request import wants_grad
 from ..errors import LowbitError, UnsupportedError
-from ..machine import Machine
-from ..recipe import Recipe
-from ..request import wants_grad
-from ..sdpa import find_recipe_or_auto, make_call
+from ..functional import find_recipe_or_auto, make_call
+from ..recipes.definition import Recipe
+from ..recipes.machine import Machine
 from .call_report import TORCH, CallKind, CallReport
 from .torch_sdpa import DROPOUT, GRADIENTS, in_short, why_not_faster
 

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .. import checks
 from ..api import Training, resolve_like
-from ..dispatch import attempt, check_possible, choose, explain_request
+from ..backends.base import call_torch, torch_sdpa
+from ..backends.dispatch import attempt, check_possible, choose, explain_request
+from ..call import checks
+from ..call.request import wants_grad
 from ..errors import InvalidArgumentError, LowbitError, UnsupportedError
-from ..implementations import call_torch, torch_sdpa
-from ..machine import Machine
+from ..functional import as_autocast, find_recipe_or_auto, make_call, recipe_text
 from ..ops import operator, parse_recipe
-from ..recipe import Recipe
-from ..request import wants_grad
-from ..sdpa import as_autocast, find_recipe_or_auto, make_call, recipe_text
+from ..recipes.definition import Recipe
+from ..recipes.machine import Machine
 from .call_report import REPLACEMENT, TORCH, CallKind, CallReport
 from .intercept import intercepted
 from .scope import recomputes

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from ..call.request import has_tangent, wants_grad
+from ..functional import as_autocast, is_by_token, leading
 from ..ops import operator
-from ..request import has_tangent, wants_grad
-from ..sdpa import as_autocast, is_by_token, leading
 from .scope import Place, frames, running
 
 _INSIDE = "inside "

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..console import visible
 from ..errors import InvalidArgumentError, MissingExtraError
+from .console import visible
 from .saving import replacing
 
 _ENDINGS = (".png", ".svg", ".pdf")

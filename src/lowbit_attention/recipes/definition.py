@@ -1,39 +1,28 @@
 """`Recipe`: the method, frozen and printable. What is rounded, smoothed, scaled and promoted, and how often.
 
-The tiles and the machine's accumulators are not part of it: see `lowbit_attention.machine`.
+The tiles and the machine's accumulators are not part of it: see `lowbit_attention.recipes.machine`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
-from .errors import InvalidRecipeError, shown
+from ..errors import InvalidRecipeError, shown
+from .fields import RecipeFields
 from .granularity import (
     TOKEN_GRANULARITIES,
     VALUE_GRANULARITIES,
-    PerChannel,
-    PerThread,
-    TokenGranularity,
-    ValueGranularity,
 )
 from .machine import Geometry
-from .recipe_options import (
-    Accumulator,
-    AllTokens,
-    PVFormat,
-    Rotation,
-    RowSum,
-    RunningMax,
-    SoftmaxMax,
+from .options import (
     TileMax,
-    TokenSample,
     parse_softmax_max,
     parse_token_sample,
 )
-from .recipe_rules import contradictions, range_reasons
+from .rules import contradictions, range_reasons
 
 SCHEMA_VERSION = 1
 """Version of the JSON form of a recipe."""
@@ -44,68 +33,14 @@ _MOST_TEXT = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(RecipeFields):
     """A quantised attention method (SageAttention, SageAttention2, SageAttention2++ and variations).
 
-    Q·K:
-        qk_bits: 8 (INT8), 4 (INT4, values −7…7) or ``None`` (not quantised).
-        q_granularity, k_granularity: who shares a scale; see `lowbit_attention.granularity`.
-        smooth_q: subtract each query tile's mean and add its logits back (ΔS; SageAttention2 §3.1).
-        smooth_k: subtract the mean of K over the tokens (SageAttention §4.2).
-        k_sample: the tokens that mean is taken over.
-        rotation: ``"hadamard"`` rotates the head dimension of Q and K by an orthonormal Hadamard matrix.
-        smoothquant_alpha: move outliers between Q's and K's channels with this exponent; ``None`` for not at all.
-    P·V:
-        pv_format: ``e4m3``, ``e5m2``, ``int8`` (P signed), ``u8`` (P unsigned 0…255, V signed INT8), ``fp16`` or
-            ``fp32`` (not quantised).
-        p_max, v_max: P_r and V_r, what the largest P and the largest V of a scale group are mapped to.
-        v_granularity, v_headroom, v_scale_power_of_two: V's scale is ``headroom · max|V| / v_max`` per group,
-            rounded up to a power of two if asked.
-        smooth_v: subtract V's mean over the tokens and add it to the output.
-        v_sample: the tokens V's mean and maximum are taken over.
-        v_tile_means: subtract V's mean over each key tile in channels where it is large, and add it to the output by
-            the tile's row sums (docs/numerics.md, "V's mean by tile").
-    Softmax and sums:
-        softmax_max: which maximum is subtracted; see `lowbit_attention.recipe_options`.
-        accumulator: ``fp32``; ``fp8_f32`` (FP8 MMA, "f32" accumulator of the machine's kind); ``fp8_f16`` (FP8 MMA
-            with FP16 accumulator); ``fp16`` (FP16 MMA with FP16 accumulator); ``int32``.
-        keys_per_promotion: after how many keys the accumulator is added to the FP32 output and restarted: a multiple
-            of 32, ``"tile"``, or ``"never"`` (single level).
-        promote_first_tile: promote once after key tile 0, too, where attention sinks live.
-        row_sum: the softmax denominator sums P ``"unrounded"``, ``"rounded"``, or rounded and in the MMA's own
-            ``"accumulator"`` (a column of ones beside V).
+    Its options are `RecipeFields`', each explained there; `lowbit recipes NAME` shows them.
 
     Raises:
         InvalidRecipeError: with every reason, if the options contradict each other.
     """
-
-    name: str = field(default="custom", compare=False)
-    summary: str = field(default="", compare=False, repr=False)
-
-    qk_bits: int | None = 8
-    q_granularity: TokenGranularity = PerThread()
-    k_granularity: TokenGranularity = PerThread()
-    smooth_q: bool = False
-    smooth_k: bool = True
-    k_sample: TokenSample = AllTokens()
-    rotation: Rotation = "none"
-    smoothquant_alpha: float | None = None
-
-    pv_format: PVFormat = "e4m3"
-    p_max: float = 448.0
-    v_max: float = 448.0
-    v_granularity: ValueGranularity = PerChannel()
-    v_headroom: float = 1.0
-    v_scale_power_of_two: bool = False
-    smooth_v: bool = False
-    v_sample: TokenSample = AllTokens()
-    v_tile_means: bool = False
-
-    softmax_max: SoftmaxMax = RunningMax()
-    accumulator: Accumulator = "fp8_f32"
-    keys_per_promotion: int | Literal["tile", "never"] = "tile"
-    promote_first_tile: bool = False
-    row_sum: RowSum = "unrounded"
 
     def __post_init__(self) -> None:
         if reasons := _size_reasons(self) or contradictions(self):
@@ -113,21 +48,6 @@ class Recipe:
         # Written now, because torch.compile cannot trace the writing, and the operator takes text.
         data = {"schema": SCHEMA_VERSION, "name": self.name, "summary": self.summary, **self.options()}
         object.__setattr__(self, "_json", json.dumps(data))
-
-    @property
-    def quantises_qk(self) -> bool:
-        """Whether Q·K is quantised."""
-        return self.qk_bits is not None
-
-    @property
-    def quantises_pv(self) -> bool:
-        """Whether P·V is quantised."""
-        return self.pv_format != "fp32"
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether nothing is quantised."""
-        return not (self.quantises_qk or self.quantises_pv)
 
     @property
     def qk_max(self) -> int:

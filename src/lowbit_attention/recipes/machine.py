@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .errors import InvalidArgumentError
+from ..errors import InvalidArgumentError
 
 Fidelity = Literal["step", "instruction"]
 """``step``: one matrix product per instruction depth, then the running sum is truncated or rounded (fast, the

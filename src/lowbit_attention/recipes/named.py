@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .errors import InvalidRecipeError, shown
+from ..errors import InvalidRecipeError, shown
+from .definition import Recipe, decode_options
 from .granularity import PerBlock, PerThread, PerWarp
-from .recipe import Recipe, decode_options
-from .recipe_options import RestartedMax, SampledTokens, TileMax
+from .options import RestartedMax, SampledTokens, TileMax
 
 _SAGE2_8B = Recipe(
     name="sage2_8b",

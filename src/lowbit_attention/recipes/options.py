@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from .errors import InvalidArgumentError, shown
+from ..errors import InvalidArgumentError, shown
 
 Rotation = Literal["none", "hadamard"]
 PVFormat = Literal["e4m3", "e5m2", "int8", "u8", "fp16", "fp32"]

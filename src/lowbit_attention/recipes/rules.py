@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
+from .fields import RecipeFields
+from .formats import E4M3_MAX, E5M2_MAX, FP16_MAX, FP32_MAX
 from .granularity import PerChannel, PerChannelAndKeyTile, TokenGranularity, ValueGranularity
-from .recipe_options import (
-    Accumulator,
-    AllTokens,
-    PVFormat,
-    RestartedMax,
-    Rotation,
-    RowSum,
-    SoftmaxMax,
-    TileMax,
-    TokenSample,
-)
-from .reference.formats import E4M3_MAX, E5M2_MAX, FP16_MAX, FP32_MAX
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
+from .options import Accumulator, AllTokens, PVFormat, RestartedMax, Rotation, RowSum, SoftmaxMax, TileMax, TokenSample
 
 MMA_DEPTH = 32
 """Keys one 8-bit MMA sums (``m16n8k32``; a wgmma's k is 32, too)."""
@@ -51,12 +39,12 @@ def largest_rounded(value: float, pv_format: PVFormat) -> float:
     return min(round(value / quantum) * quantum, _FORMAT_MAX[pv_format])
 
 
-def contradictions(r: Recipe) -> list[str]:
+def contradictions(r: RecipeFields) -> list[str]:
     """Why these options do not go together; wrong types hide the rest."""
     return type_reasons(r) or [*_qk_reasons(r), *_pv_reasons(r), *_sum_reasons(r), *_tile_mean_reasons(r)]
 
 
-def type_reasons(r: Recipe) -> list[str]:
+def type_reasons(r: RecipeFields) -> list[str]:
     """Wrong types and values outside an option's own range, before options are held against each other."""
     choices = {
         "qk_bits": (8, 4, None),
@@ -109,7 +97,7 @@ def type_reasons(r: Recipe) -> list[str]:
     return reasons
 
 
-def _qk_reasons(r: Recipe) -> list[str]:
+def _qk_reasons(r: RecipeFields) -> list[str]:
     reasons = []
     if not r.quantises_qk:
         idle = [name for name in ("smooth_q", "smooth_k") if getattr(r, name)]
@@ -121,7 +109,7 @@ def _qk_reasons(r: Recipe) -> list[str]:
     return reasons
 
 
-def _pv_reasons(r: Recipe) -> list[str]:
+def _pv_reasons(r: RecipeFields) -> list[str]:
     reasons = []
     if not r.quantises_pv:
         idle = [name for name in ("smooth_v", "v_scale_power_of_two") if getattr(r, name)]
@@ -146,7 +134,7 @@ def _pv_reasons(r: Recipe) -> list[str]:
     return reasons
 
 
-def _sum_reasons(r: Recipe) -> list[str]:
+def _sum_reasons(r: RecipeFields) -> list[str]:
     reasons = []
     if r.accumulator not in _ACCUMULATORS_OF[r.pv_format]:
         allowed = ", ".join(_ACCUMULATORS_OF[r.pv_format])
@@ -180,7 +168,7 @@ def _sum_reasons(r: Recipe) -> list[str]:
     return reasons
 
 
-def _tile_mean_reasons(r: Recipe) -> list[str]:
+def _tile_mean_reasons(r: RecipeFields) -> list[str]:
     """What goes together with V's means by key tile: they are put back by sums that only P·V's own columns have."""
     if not r.v_tile_means:
         return []
@@ -201,7 +189,7 @@ def _tile_mean_reasons(r: Recipe) -> list[str]:
     return reasons
 
 
-def range_reasons(r: Recipe, keys: int | None) -> list[str]:
+def range_reasons(r: RecipeFields, keys: int | None) -> list[str]:
     """Whether a sum over ``keys`` keys stays in the accumulator's range, on the values *after* rounding."""
     if keys is None:
         return []

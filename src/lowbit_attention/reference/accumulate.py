@@ -19,11 +19,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..machine import AccumulatorModel, Fidelity
-from ..recipe_options import Accumulator
-from ..recipe_rules import MMA_DEPTH
+from ..recipes.formats import power_of_two, truncate_fraction
+from ..recipes.machine import AccumulatorModel, Fidelity
+from ..recipes.options import Accumulator
+from ..recipes.rules import MMA_DEPTH
 from .arithmetic import EXACT_BITS
-from .formats import power_of_two, truncate_fraction
 
 FP16_MMA_DEPTH = 16
 FP16_MMA_ALIGN_BITS = 25

@@ -9,12 +9,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..granularity import PerChannelAndKeyTile
-from ..machine import DEFAULT_MACHINE, Machine, row_sum_column
-from ..recipe import Recipe
+from ..call.masks import LOG2E, Masking, valid_keys
+from ..recipes.definition import Recipe
+from ..recipes.formats import FP32_MAX
+from ..recipes.granularity import PerChannelAndKeyTile
+from ..recipes.machine import DEFAULT_MACHINE, Machine, row_sum_column
 from .arithmetic import product, without_autocast
-from .formats import FP32_MAX
-from .masks import LOG2E, Masking, valid_keys
 from .quantize import Means, Packed, pack
 from .softmax import OnlineSoftmax, by_parabola, row_sum_columns
 

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..call.masks import Masking
 from .arithmetic import split_product, without_autocast
-from .masks import Masking
 
 _TILE_KEYS = 512
 _TILE_ELEMENTS = 1 << 21

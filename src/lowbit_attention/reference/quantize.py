@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..granularity import PerChannelAndKeyTile
-from ..machine import Geometry
-from ..recipe import Recipe
-from ..recipe_options import AllTokens, PVFormat
-from .formats import FP32_MAX, power_of_two, round_e4m3, round_e5m2, round_fp16, round_int
+from ..recipes.definition import Recipe
+from ..recipes.formats import FP32_MAX, power_of_two, round_e4m3, round_e5m2, round_fp16, round_int
+from ..recipes.granularity import PerChannelAndKeyTile
+from ..recipes.machine import Geometry
+from ..recipes.options import AllTokens, PVFormat
 from .rotation import rotate
 from .smoothing import sampled, smoothquant_factor, tile_mean, token_mean, value_tile_means
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .formats import FP32_MAX
+from ..recipes.formats import FP32_MAX
 
 
 def hadamard_size(head_dim: int) -> int:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..recipe_options import SampledTokens, TokenSample
-from .formats import FP32_MAX
+from ..recipes.formats import FP32_MAX
+from ..recipes.options import SampledTokens, TokenSample
 
 _LARGEST_SMOOTHED = 2.0**126  # |a − mean(a)| ≤ 2 · max|a| < 2^128
 _LARGEST_MEAN = 2.0**103  # |a − mean| < FP32_MAX + 2^103, half its ulp, for every a: rounded, FP32_MAX at the most

@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from ..machine import Machine, parabola_keys
-from ..recipe import Recipe
-from ..recipe_options import RestartedMax, TileMax
+from ..recipes.definition import Recipe
+from ..recipes.machine import Machine, parabola_keys
+from ..recipes.options import RestartedMax, TileMax
 from .accumulate import E4M3_MIN_EXPONENT, FP16_MIN_EXPONENT, accumulate, round_to_accumulator
 from .arithmetic import product
 from .quantize import SIGNIFICANT_BITS, round_probabilities

@@ -11,7 +11,7 @@ from lowbit_attention import RECIPES, Metrics
 from lowbit_attention.adaptive import CallKey, Observations, Record, Score
 from lowbit_attention.adaptive.distributions import new_distribution
 from lowbit_attention.bench.shapes import parse_shape
-from lowbit_attention.synthetic import make
+from lowbit_attention.evaluation.synthetic import make
 
 CANDIDATES = ("sage2_8b", "sage2pp_8b", "sage2_4b", "rotated_4b")
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowbit_attention import RECIPES, InvalidArgumentError, UnsupportedError, registry
+from lowbit_attention import RECIPES, InvalidArgumentError, UnsupportedError
 from lowbit_attention.adaptive import CostTable, Rate, cost_table, tune, tuning
+from lowbit_attention.backends import registry
+from lowbit_attention.backends.base import Emulation
 from lowbit_attention.bench.shapes import parse_shape
 from lowbit_attention.bench.timing import Limits
-from lowbit_attention.implementations import Emulation
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "h200.csv"
 

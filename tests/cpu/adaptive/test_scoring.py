@@ -6,8 +6,8 @@ import torch
 from lowbit_attention import InvalidArgumentError, attention, compare, recipe
 from lowbit_attention.adaptive import Sample
 from lowbit_attention.adaptive.scoring import Call, score, slices, spread, take
-from lowbit_attention.machine import MACHINES
-from lowbit_attention.synthetic import make
+from lowbit_attention.evaluation.synthetic import make
+from lowbit_attention.recipes.machine import MACHINES
 
 ADA = MACHINES["sm_89"]
 RECIPES = [recipe(name) for name in ("sage2_8b", "sage2_4b", "int8_u8")]

@@ -6,7 +6,7 @@ import torch
 
 from lowbit_attention import InvalidArgumentError
 from lowbit_attention.adaptive import Policy, Sensitivity, observe, relative_l1, sensitivity
-from lowbit_attention.recipes import EXACT, RECIPES
+from lowbit_attention.recipes.named import EXACT, RECIPES
 
 
 def steps(model):

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lowbit_attention import InvalidArgumentError, UnsupportedError, attention, compare, recipe
+from lowbit_attention.call.masks import Masking
 from lowbit_attention.compat import sageattention as sage
 from lowbit_attention.reference.exact import exact
-from lowbit_attention.reference.masks import Masking
 
 DENSE = [getattr(sage, name) for name in sage.__all__ if name != "sageattn_varlen"]
 IDS = [f.__name__ for f in DENSE]

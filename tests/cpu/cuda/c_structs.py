@@ -4,7 +4,7 @@ import contextlib
 import math
 import re
 
-from lowbit_attention.cuda.instances import CSRC
+from lowbit_attention.backends.cuda.instances import CSRC
 
 # ---- C structs by the x86-64 ABI, which the device's compiler follows: every member at a multiple of its alignment
 

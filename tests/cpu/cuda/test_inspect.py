@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from lowbit_attention import recipe
-from lowbit_attention.cuda import inspect
-from lowbit_attention.cuda.instances import mma_config
+from lowbit_attention.backends.cuda import inspect
+from lowbit_attention.backends.cuda.instances import mma_config
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -4,7 +4,7 @@ import shutil
 
 import kernels_same
 
-CSRC = "src/lowbit_attention/cuda/csrc"
+CSRC = "src/lowbit_attention/backends/cuda/csrc"
 ONLY = "smooth_q sm_89 HEAD_DIM=64"  # (the smallest: a compilation takes a quarter of a second)
 
 

@@ -1,7 +1,7 @@
 """Packed tiles and registers lie where the tensor cores look for them, shown by models of the hardware's own order.
 
 The models come from the PTX manual's pictures of wgmma: the swizzles of shared memory, and which thread holds what of
-an accumulator and of an operand in registers. Nothing of `lowbit_attention.cuda.layout` is used to build them.
+an accumulator and of an operand in registers. Nothing of `lowbit_attention.backends.cuda.layout` is used to build them.
 """
 
 import re
@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit_attention.cuda.instances import CSRC, TILE_KEYS
-from lowbit_attention.cuda.layout import TOKEN_ORDER, swizzled_offsets, unpack_keys, unpack_values
-from lowbit_attention.granularity import PerThread
-from lowbit_attention.machine import MACHINES, row_sum_column
+from lowbit_attention.backends.cuda.instances import CSRC, TILE_KEYS
+from lowbit_attention.backends.cuda.layout import TOKEN_ORDER, swizzled_offsets, unpack_keys, unpack_values
+from lowbit_attention.recipes.granularity import PerThread
+from lowbit_attention.recipes.machine import MACHINES, row_sum_column
 
 # (rows, row bytes) of what wgmma reads: Q, K and Vᵀ for 128 and for 64 channels
 TILES = [(64, 128), (128, 128), (64, 64), (128, 64)]

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from lowbit_attention import recipe
-from lowbit_attention.cuda import machine_code
-from lowbit_attention.cuda.hopper import KERNEL
-from lowbit_attention.cuda.instances import (
+from lowbit_attention.backends.cuda import machine_code
+from lowbit_attention.backends.cuda.hopper import KERNEL
+from lowbit_attention.backends.cuda.inspect.machine_code import instructions, problems
+from lowbit_attention.backends.cuda.instances import (
     DTYPE_CODES,
     HEAD_DIMS,
     MANIFEST,
@@ -17,8 +18,7 @@ from lowbit_attention.cuda.instances import (
     wgmma_config,
     wgmma_format,
 )
-from lowbit_attention.cuda.machine_code import instructions, problems
-from lowbit_attention.jit.compiler import compile_source
+from lowbit_attention.backends.cuda.jit.compiler import compile_source
 
 
 @pytest.fixture(scope="module")

@@ -3,17 +3,17 @@
 The models come from the PTX manual: which thread holds what of the operands and results of mma.m16n8k16 (16-bit),
 m16n8k32 (8-bit) and m16n8k64 (4-bit), and what ldmatrix brings. Tiles are written by packers made from the comments in
 pack.cu and swizzle.cuh; what a lane asks ldmatrix for follows the comments in attention_mma.cu. Nothing of
-`lowbit_attention.cuda.layout` is used to build them.
+`lowbit_attention.backends.cuda.layout` is used to build them.
 """
 
 import numpy as np
 import pytest
 import torch
 
-from lowbit_attention.cuda.instances import PackFormat
-from lowbit_attention.cuda.layout import swizzled_offsets, unpack_keys, unpack_values
-from lowbit_attention.granularity import PerThread
-from lowbit_attention.machine import MACHINES
+from lowbit_attention.backends.cuda.instances import PackFormat
+from lowbit_attention.backends.cuda.layout import swizzled_offsets, unpack_keys, unpack_values
+from lowbit_attention.recipes.granularity import PerThread
+from lowbit_attention.recipes.machine import MACHINES
 
 KEYS = 64  # of a tile
 LANE = np.arange(32)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit_attention import RECIPES
-from lowbit_attention.cuda import mma
-from lowbit_attention.cuda.instances import (
+from lowbit_attention.backends.cuda import mma
+from lowbit_attention.backends.cuda.instances import (
     DTYPE_CODES,
     HEAD_DIMS,
     MANIFEST,
@@ -26,9 +26,9 @@ from lowbit_attention.cuda.instances import (
     pack_instance,
     smooth_q_instance,
 )
-from lowbit_attention.cuda.mma import delta_chunk
-from lowbit_attention.cuda.packing import PackPlan
-from lowbit_attention.cuda.schedule import divisor, log2_rounded_down
+from lowbit_attention.backends.cuda.mma import delta_chunk
+from lowbit_attention.backends.cuda.packing import PackPlan
+from lowbit_attention.backends.cuda.schedule import divisor, log2_rounded_down
 
 FILE = "mma/block.cuh"
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lowbit_attention import RECIPES
-from lowbit_attention.cuda.instances import CSRC, HEAD_DIMS, WgmmaConfig, wgmma_config
-from lowbit_attention.machine import MACHINES, parabola_keys
-from lowbit_attention.recipe_options import RunningMax
+from lowbit_attention.backends.cuda.instances import CSRC, HEAD_DIMS, WgmmaConfig, wgmma_config
+from lowbit_attention.recipes.machine import MACHINES, parabola_keys
+from lowbit_attention.recipes.options import RunningMax
 from lowbit_attention.reference import softmax
 
 MACHINE = MACHINES["sm_90a"]

@@ -8,7 +8,7 @@ from fuzz_recipes import compiled_badly, instances_of
 from recipe_cases import DTYPES, GPU_CASES, GPU_LENGTH, KERNELS, Case, accepted_recipe, first_cases, reasons_of
 
 from lowbit_attention import RECIPES, recipe
-from lowbit_attention.cuda.instances import MANIFEST, wgmma_config
+from lowbit_attention.backends.cuda.instances import MANIFEST, wgmma_config
 
 RECIPES_DRAWN = 300
 EVERY_KERNEL = pytest.mark.parametrize("kernel", KERNELS)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lowbit_attention.cuda.schedule import Pieces, cut
+from lowbit_attention.backends.cuda.schedule import Pieces, cut
 
 ROWS = 64  # of a warpgroup
 

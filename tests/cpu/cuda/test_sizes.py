@@ -11,10 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit_attention import RECIPES, recipe
-from lowbit_attention.cuda import hopper, mma, packing
-from lowbit_attention.cuda.instances import DTYPE_CODES, HEAD_DIMS, TILE_KEYS, PackFormat, WgmmaConfig, wgmma_config
-from lowbit_attention.cuda.packing import PackPlan, statistics_bytes
-from lowbit_attention.recipe_options import AllTokens, SampledTokens
+from lowbit_attention.backends.cuda import hopper, mma, packing
+from lowbit_attention.backends.cuda.instances import (
+    DTYPE_CODES,
+    HEAD_DIMS,
+    TILE_KEYS,
+    PackFormat,
+    WgmmaConfig,
+    wgmma_config,
+)
+from lowbit_attention.backends.cuda.packing import PackPlan, statistics_bytes
+from lowbit_attention.recipes.options import AllTokens, SampledTokens
 from lowbit_attention.reference.smoothing import sampled
 
 

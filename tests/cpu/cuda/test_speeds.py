@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lowbit_attention import recipe
-from lowbit_attention.cuda import hopper, speeds
-from lowbit_attention.dispatch import explain_request
-from lowbit_attention.request import Request
+from lowbit_attention.backends.cuda import hopper, speeds
+from lowbit_attention.backends.dispatch import explain_request
+from lowbit_attention.call.request import Request
 
 FAST = recipe("fast_8b")
 
@@ -67,10 +67,10 @@ def test_other_cards_are_not_timed(monkeypatch):
 def test_auto_takes_torch_where_it_is_faster_and_says_so(monkeypatch):
     monkeypatch.setattr(speeds, "_table", lambda: (row(0.7, 8, 4096), row(1.8, 40, 75600)))
     monkeypatch.setattr(hopper, "_device_reasons", lambda device: ())
-    monkeypatch.setattr("lowbit_attention.dispatch.device_name", lambda device: "NVIDIA H200")
-    monkeypatch.setattr("lowbit_attention.request.device_name", lambda device: "NVIDIA H200")
-    monkeypatch.setattr("lowbit_attention.cuda.mma._arch", lambda device: "sm_90")
-    monkeypatch.setattr("lowbit_attention.cuda.mma._device_reasons", lambda device: ())
+    monkeypatch.setattr("lowbit_attention.backends.dispatch.device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr("lowbit_attention.call.request.device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr("lowbit_attention.backends.cuda.mma._arch", lambda device: "sm_90")
+    monkeypatch.setattr("lowbit_attention.backends.cuda.mma._device_reasons", lambda device: ())
     long = explain_request(request(40, 75600))
     assert (long.implementation, long.recipe) == ("attention_wgmma", "fast_8b")
     assert "measured on NVIDIA H200: 1." in str(long)

@@ -20,7 +20,7 @@ from lowbit_attention import (
     sdpa_enabled,
 )
 from lowbit_attention.integrations import intercept
-from lowbit_attention.machine import MACHINES
+from lowbit_attention.recipes.machine import MACHINES
 
 HEADS, DIM = 4, 16
 

@@ -14,16 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from lowbit_attention.jit import bindings, compiler, fresh
-from lowbit_attention.jit import cache as cache_module
-from lowbit_attention.jit import store as store_module
-from lowbit_attention.jit.cache import KernelCache
-from lowbit_attention.jit.compiler import Compiled, Options, cache_key
-from lowbit_attention.jit.export import ExportFolder
-from lowbit_attention.jit.folder import UnusableFolderError, own_folder
-from lowbit_attention.jit.source import Source
-from lowbit_attention.jit.store import OwnStore, write
-from lowbit_attention.jit.sweep import UNUSED_DAYS
+from lowbit_attention.backends.cuda.jit import bindings, compiler, fresh
+from lowbit_attention.backends.cuda.jit import cache as cache_module
+from lowbit_attention.backends.cuda.jit import store as store_module
+from lowbit_attention.backends.cuda.jit.cache import KernelCache
+from lowbit_attention.backends.cuda.jit.compiled import Compiled, Options
+from lowbit_attention.backends.cuda.jit.compiler import cache_key
+from lowbit_attention.backends.cuda.jit.export import ExportFolder
+from lowbit_attention.backends.cuda.jit.folder import UnusableFolderError, own_folder
+from lowbit_attention.backends.cuda.jit.source import Source
+from lowbit_attention.backends.cuda.jit.store import OwnStore, write
+from lowbit_attention.backends.cuda.jit.sweep import UNUSED_DAYS
 
 KEY = "ab" * 32
 KERNEL = Compiled(b"code", {}, ())
@@ -146,7 +147,7 @@ def test_what_a_rootless_container_does_not_know_may_own_what_is_above(place, mo
     os.chown(place, 65534, 65534)
     with pytest.raises(UnusableFolderError, match="belongs to another user"):
         own_folder(folder)
-    from lowbit_attention.jit import folder as folder_module
+    from lowbit_attention.backends.cuda.jit import folder as folder_module
 
     monkeypatch.setattr(folder_module, "_is_outside", lambda uid: uid == 65534)
     assert own_folder(folder) == folder
@@ -321,7 +322,7 @@ def test_a_fork_waits_for_a_thread_that_imports(monkeypatch):
 @pytest.mark.parametrize("text", ['extern "C" __global__ void f() {}\n', "this is no CUDA"])
 def test_a_child_forked_while_nvrtc_compiles_has_it_done_elsewhere(monkeypatch, tmp_path, text):
     """T4: NVRTC's own locks are held in the child for ever."""
-    root = Path(cache_module.__file__).resolve().parents[1]
+    root = Path(cache_module.__file__).resolve().parents[3]
     light = (  # (the package's root would import torch, which takes seconds and is not needed)
         "import sys, types; root = types.ModuleType('lowbit_attention'); sys.modules['lowbit_attention'] = root\n"
         f"root.__path__ = [{str(root)!r}]\n"

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from lowbit_attention.backends.cuda.jit import cache as cache_module
+from lowbit_attention.backends.cuda.jit.cache import CaptureError, KernelCache
+from lowbit_attention.backends.cuda.jit.compiled import Compiled, Options, Resources
+from lowbit_attention.backends.cuda.jit.source import Source
 from lowbit_attention.env import CACHE_DIR_VARIABLE
-from lowbit_attention.jit import cache as cache_module
-from lowbit_attention.jit.cache import CaptureError, KernelCache
-from lowbit_attention.jit.compiler import Compiled, Options, Resources
-from lowbit_attention.jit.source import Source
 
 SOURCE = Source("f.cu", 'extern "C" __global__ void f(int* x) { *x = 1; }\n')
 OPTIONS = Options.of("sm_89")
@@ -122,9 +122,9 @@ def test_threads_that_want_the_same_make_it_once(tmp_path, monkeypatch):
 def test_processes_that_want_the_same_make_it_once(tmp_path):
     program = (
         "import logging, sys; logging.basicConfig(level=logging.INFO, stream=sys.stdout)\n"
-        "from lowbit_attention.jit.cache import KernelCache\n"
-        "from lowbit_attention.jit.compiler import Options\n"
-        "from lowbit_attention.jit.source import Source\n"
+        "from lowbit_attention.backends.cuda.jit.cache import KernelCache\n"
+        "from lowbit_attention.backends.cuda.jit.compiled import Options\n"
+        "from lowbit_attention.backends.cuda.jit.source import Source\n"
         f"KernelCache().get(Source({SOURCE.name!r}, {SOURCE.text!r}), Options.of('sm_89'))\n"
     )
     environment = {**os.environ, CACHE_DIR_VARIABLE: str(tmp_path)}
@@ -140,9 +140,9 @@ def test_processes_that_want_the_same_make_it_once(tmp_path):
 
 def test_threads_of_a_fresh_process_may_all_be_the_first(tmp_path):
     program = (
-        "from lowbit_attention.jit.cache import KernelCache\n"
-        "from lowbit_attention.jit.compiler import Options\n"
-        "from lowbit_attention.jit.source import Source\n"
+        "from lowbit_attention.backends.cuda.jit.cache import KernelCache\n"
+        "from lowbit_attention.backends.cuda.jit.compiled import Options\n"
+        "from lowbit_attention.backends.cuda.jit.source import Source\n"
         f"source = Source({SOURCE.name!r}, {SOURCE.text!r})\n"
         "KernelCache().get_all([(source, Options.of('sm_89', {'N': n})) for n in range(8)], workers=8)\n"
     )

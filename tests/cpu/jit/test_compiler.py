@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from lowbit_attention import InvalidArgumentError, MissingExtraError
-from lowbit_attention.jit import compiler
-from lowbit_attention.jit.compiler import CompileError, Options, Resources, cache_key, compile_source, read_report
-from lowbit_attention.jit.source import Source, read_source
+from lowbit_attention.backends.cuda.jit import compiler
+from lowbit_attention.backends.cuda.jit.compiled import CompileError, Options, Resources
+from lowbit_attention.backends.cuda.jit.compiler import cache_key, compile_source, read_report
+from lowbit_attention.backends.cuda.jit.source import Source, read_source
 
 ADD = Source("add.cu", 'extern "C" __global__ void add(float* x) { x[threadIdx.x] += AMOUNT; }\n')
 GPU_TESTS = Path(__file__).resolve().parents[2] / "gpu"
@@ -92,8 +93,8 @@ def test_the_key_changes_with_everything_that_changes_the_code(monkeypatch):
 
 def test_a_key_does_not_load_the_compiler():
     program = (
-        "import sys\nfrom lowbit_attention.jit.compiler import Options, cache_key\n"
-        "from lowbit_attention.jit.source import Source\n"
+        "import sys\nfrom lowbit_attention.backends.cuda.jit.compiler import Options, cache_key\n"
+        "from lowbit_attention.backends.cuda.jit.source import Source\n"
         "cache_key(Source('a.cu', ''), Options.of('sm_89'))\n"
         "sys.exit('cuda.core' in sys.modules)\n"
     )

@@ -12,17 +12,23 @@ import pytest
 import torch
 
 from lowbit_attention import InvalidArgumentError, LowbitError, MissingExtraError
-from lowbit_attention.cuda import launch
-from lowbit_attention.cuda.launch import Kernel, LaunchError, LoadError
+from lowbit_attention.backends.cuda import launch
+from lowbit_attention.backends.cuda.jit import bindings, compiler, probe
+from lowbit_attention.backends.cuda.jit.bindings import (
+    CompilerBrokenError,
+    CompilerMissingError,
+    compiler_reasons,
+    import_bindings,
+)
+from lowbit_attention.backends.cuda.jit.cache import CaptureError, KernelCache
+from lowbit_attention.backends.cuda.jit.compiled import Compiled, CompileError, Options
+from lowbit_attention.backends.cuda.jit.compiler import compile_source, nvrtc_version
+from lowbit_attention.backends.cuda.jit.source import Source, SourceError, read_source
+from lowbit_attention.backends.cuda.launch import Kernel, LaunchError, LoadError
 from lowbit_attention.errors import KernelUnavailableError
-from lowbit_attention.jit import bindings, compiler, probe
-from lowbit_attention.jit.bindings import CompilerBrokenError, CompilerMissingError, compiler_reasons, import_bindings
-from lowbit_attention.jit.cache import CaptureError, KernelCache
-from lowbit_attention.jit.compiler import Compiled, CompileError, Options, compile_source, nvrtc_version
-from lowbit_attention.jit.source import Source, SourceError, read_source
 
 SOURCE, OPTIONS = Source("f.cu", 'extern "C" __global__ void f() {}\n'), Options.of("sm_89")
-PACKAGE = Path(bindings.__file__).resolve().parents[2]
+PACKAGE = Path(bindings.__file__).resolve().parents[4]
 
 
 def raises_when_asked(error):
@@ -259,7 +265,7 @@ def test_four_lines_are_compiled_with_a_real_library_that_is(tmp_path, kind):
     program = (  # (the package's root would import torch, which takes seconds and is not needed)
         "import sys, types; root = types.ModuleType('lowbit_attention'); sys.modules['lowbit_attention'] = root\n"
         f"root.__path__ = [{str(PACKAGE / 'lowbit_attention')!r}]\n"
-        "from lowbit_attention.jit.probe import main; main()"
+        "from lowbit_attention.backends.cuda.jit.probe import main; main()"
     )
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE)}
     run = subprocess.run([python, "-c", program], env=environment, capture_output=True, text=True, check=False)

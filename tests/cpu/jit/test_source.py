@@ -3,7 +3,7 @@
 import pytest
 
 from lowbit_attention import InvalidArgumentError
-from lowbit_attention.jit.source import read_source
+from lowbit_attention.backends.cuda.jit.source import read_source
 
 
 def write(root, files):

@@ -3,11 +3,11 @@
 import os
 import time
 
-from lowbit_attention.jit import sweep as sweep_module
-from lowbit_attention.jit.compiler import Compiled
-from lowbit_attention.jit.folder import own_folder
-from lowbit_attention.jit.store import OwnStore
-from lowbit_attention.jit.sweep import LEFTOVER_DAYS, UNUSED_DAYS, sweep
+from lowbit_attention.backends.cuda.jit import sweep as sweep_module
+from lowbit_attention.backends.cuda.jit.compiled import Compiled
+from lowbit_attention.backends.cuda.jit.folder import own_folder
+from lowbit_attention.backends.cuda.jit.store import OwnStore
+from lowbit_attention.backends.cuda.jit.sweep import LEFTOVER_DAYS, UNUSED_DAYS, sweep
 
 KEY = "ab" * 32
 KERNEL = Compiled(b"code", {}, ())

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit_attention.machine import ADA_FP22, EXACT_SUMS, SM90_MMA, SM90_WGMMA, AccumulatorModel
+from lowbit_attention.recipes.machine import ADA_FP22, EXACT_SUMS, SM90_MMA, SM90_WGMMA, AccumulatorModel
 from lowbit_attention.reference.accumulate import accumulate, round_to_accumulator
 
 WGMMA_F16, WGMMA_F32 = (SM90_WGMMA, "fp8_f16"), (SM90_WGMMA, "fp8_f32")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit_attention.reference import formats
+from lowbit_attention.recipes import formats
 
 
 @dataclass(frozen=True)

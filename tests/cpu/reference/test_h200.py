@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit_attention.machine import SM90_MMA, SM90_WGMMA
+from lowbit_attention.recipes.machine import SM90_MMA, SM90_WGMMA
 from lowbit_attention.reference.accumulate import accumulate
 
 RECORDING = np.load(Path(__file__).parent / "data" / "h200_accumulators.npz")

@@ -30,12 +30,12 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit_attention.granularity import PerChannelAndKeyTile
-from lowbit_attention.machine import EXACT_SUMS, MACHINES, SM90_MMA, AccumulatorModel, Machine
-from lowbit_attention.recipe import Recipe
-from lowbit_attention.recipe_options import RestartedMax, RunningMax, TileMax
+from lowbit_attention.call.masks import Masking
+from lowbit_attention.recipes.definition import Recipe
+from lowbit_attention.recipes.granularity import PerChannelAndKeyTile
+from lowbit_attention.recipes.machine import EXACT_SUMS, MACHINES, SM90_MMA, AccumulatorModel, Machine
+from lowbit_attention.recipes.options import RestartedMax, RunningMax, TileMax
 from lowbit_attention.reference.attention import Result, emulate
-from lowbit_attention.reference.masks import Masking
 from lowbit_attention.reference.softmax import by_parabola, power_by_parabola
 
 f16, f32, f64 = np.float16, np.float32, np.float64

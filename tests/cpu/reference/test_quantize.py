@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit_attention.granularity import TOKEN_GRANULARITIES, PerBlock, PerChannelAndKeyTile
-from lowbit_attention.machine import Geometry
-from lowbit_attention.recipe import Recipe
-from lowbit_attention.recipe_options import SampledTokens
+from lowbit_attention.recipes.definition import Recipe
+from lowbit_attention.recipes.granularity import TOKEN_GRANULARITIES, PerBlock, PerChannelAndKeyTile
+from lowbit_attention.recipes.machine import Geometry
+from lowbit_attention.recipes.options import SampledTokens
 from lowbit_attention.reference.quantize import Means, Packed, pack, quantize_tokens
 
 TILES = Geometry(b_q=64, b_k=32, warp_rows=32)

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit_attention.machine import EXACT_SUMS, Geometry, Machine
-from lowbit_attention.recipe import Recipe
-from lowbit_attention.recipe_options import AllTokens, SampledTokens
+from lowbit_attention.call.masks import Masking
+from lowbit_attention.recipes.definition import Recipe
+from lowbit_attention.recipes.machine import EXACT_SUMS, Geometry, Machine
+from lowbit_attention.recipes.options import AllTokens, SampledTokens
 from lowbit_attention.reference.attention import Result, emulate
-from lowbit_attention.reference.masks import Masking
 from lowbit_attention.reference.quantize import Packed, pack
 from lowbit_attention.reference.rotation import hadamard_size, rotate
 from lowbit_attention.reference.smoothing import sampled, smoothquant_factor, tile_mean, token_mean

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from lowbit_attention import compare, recipe
-from lowbit_attention.machine import MACHINES
+from lowbit_attention.call.masks import Masking
+from lowbit_attention.recipes.machine import MACHINES
 from lowbit_attention.reference.attention import emulate
 from lowbit_attention.reference.exact import exact
-from lowbit_attention.reference.masks import Masking
 
 
 @pytest.mark.parametrize(

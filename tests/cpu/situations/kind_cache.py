@@ -16,16 +16,17 @@ from unittest import mock
 from situation import Situation, gives, holds, refused
 from typer.testing import CliRunner
 
-from lowbit_attention import doctor
+from lowbit_attention.backends.cuda.instances import MANIFEST
+from lowbit_attention.backends.cuda.jit.cache import KernelCache
+from lowbit_attention.backends.cuda.jit.compiled import Compiled, Resources
+from lowbit_attention.backends.cuda.jit.compiler import cache_key
+from lowbit_attention.backends.cuda.jit.export import ExportFolder
+from lowbit_attention.backends.cuda.jit.probe import Trial
+from lowbit_attention.backends.cuda.jit.store import OwnStore, find_shared, write
+from lowbit_attention.cli import diagnosis as doctor
 from lowbit_attention.cli.app import app
-from lowbit_attention.cuda.instances import MANIFEST
 from lowbit_attention.env import readonly_cache_dirs
 from lowbit_attention.errors import LowbitError
-from lowbit_attention.jit.cache import KernelCache
-from lowbit_attention.jit.compiler import Compiled, Resources, cache_key
-from lowbit_attention.jit.export import ExportFolder
-from lowbit_attention.jit.probe import Trial
-from lowbit_attention.jit.store import OwnStore, find_shared, write
 
 KEY, OTHER_KEY = "ab" * 32, "cd" * 32
 KERNEL = Compiled(b"\x7fELF machine code\n\x00", {"f": Resources(7, 0, 0, 0, 16)}, ("a remark",))
@@ -288,7 +289,7 @@ def modes(folder: Path) -> set[str]:
     old = os.umask(0o077)
     try:
         exported = ExportFolder(folder / "shared" / "kernels")
-        with mock.patch("lowbit_attention.jit.cache.compile_source", return_value=KERNEL):
+        with mock.patch("lowbit_attention.backends.cuda.jit.cache.compile_source", return_value=KERNEL):
             exported.add(MANIFEST[0].source(), MANIFEST[0].options())
     finally:
         os.umask(old)
@@ -300,7 +301,7 @@ def run_warmup(chosen: str, *arguments: str) -> str:
     one = ["--arch", "sm_90a", "--recipe", "pack sm_90a HEAD_DIM=64 INPUT_DTYPE=2"]
     with (
         environment(LOWBIT_CACHE_DIR=chosen),
-        mock.patch("lowbit_attention.jit.cache.compile_source", return_value=KERNEL),
+        mock.patch("lowbit_attention.backends.cuda.jit.cache.compile_source", return_value=KERNEL),
         mock.patch("lowbit_attention.cli.warmup.cache", KernelCache),
     ):
         result = CliRunner().invoke(app, ["warmup", *one, *arguments])

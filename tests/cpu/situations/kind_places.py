@@ -17,9 +17,9 @@ from situation import Situation, gives, holds, refused
 from lowbit_attention.adaptive import Policy
 from lowbit_attention.bench.results import append_csv
 from lowbit_attention.errors import LowbitError, SaveError
-from lowbit_attention.report.files import write_csv, write_json
-from lowbit_attention.report.png import write_png
-from lowbit_attention.report.saving import replacing
+from lowbit_attention.output.files import write_csv, write_json
+from lowbit_attention.output.png import write_png
+from lowbit_attention.output.saving import replacing
 
 
 def _kept(path: Path, act: Callable[[], Any]) -> tuple[int, str]:

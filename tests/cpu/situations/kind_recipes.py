@@ -13,7 +13,7 @@ from lowbit_attention.adaptive.clock import Clock
 from lowbit_attention.bench.sensors import parse_smi
 from lowbit_attention.bench.shapes import parse_shape
 from lowbit_attention.errors import InvalidArgumentError, InvalidRecipeError
-from lowbit_attention.recipe_options import RestartedMax, SampledTokens
+from lowbit_attention.recipes.options import RestartedMax, SampledTokens
 
 
 def raises(case: str, what: str, act: Callable[[], Any], *words: str, error: Any = InvalidArgumentError) -> Situation:

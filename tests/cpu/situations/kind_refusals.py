@@ -31,7 +31,7 @@ from lowbit_attention import (
     sdpa_enabled,
 )
 from lowbit_attention.adaptive import observe
-from lowbit_attention.machine import MACHINES
+from lowbit_attention.recipes.machine import MACHINES
 
 RECIPE = "sage2_8b"
 Call = Callable[..., Tensor]

@@ -22,8 +22,8 @@ from situation import Situation, exits, holds
 
 from lowbit_attention import cli
 from lowbit_attention.adaptive import choose
+from lowbit_attention.backends.cuda import inspect as cuda_inspect
 from lowbit_attention.bench.run import Note
-from lowbit_attention.cuda import inspect as cuda_inspect
 
 T = torch.randn(1, 1, 8, 16, generator=torch.Generator().manual_seed(0))
 

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 from situation import Situation, gives, holds, refused
 
-from lowbit_attention import memory
 from lowbit_attention.adaptive import PolicyMismatchError
 from lowbit_attention.errors import (
     InvalidArgumentError,
@@ -25,7 +24,8 @@ from lowbit_attention.errors import (
     MissingExtraError,
     UnsupportedError,
 )
-from lowbit_attention.inputs import from_file, not_finite
+from lowbit_attention.evaluation import memory
+from lowbit_attention.evaluation.inputs import from_file, not_finite
 
 T = torch.randn(1, 2, 8, 16, generator=torch.Generator().manual_seed(0))
 

@@ -10,29 +10,21 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..errors import InvalidRecipeError, UnsupportedError
-from ..granularity import PerChannel, PerThread
-from ..implementations import Implementation, Output, inference_only
-from ..jit.bindings import compiler_reasons
-from ..recipe import Recipe
-from ..recipe_options import AllTokens, RestartedMax, RunningMax
-from ..recipes import RECIPES
-from ..recipes import recipe as find_recipe
-from ..reference.formats import round_e4m3
-from ..reference.masks import LOG2E
-from ..request import Request
+from ...call.masks import LOG2E
+from ...call.request import Request, make_request
+from ...errors import InvalidRecipeError, UnsupportedError
+from ...recipes.definition import Recipe
+from ...recipes.formats import round_e4m3
+from ...recipes.granularity import PerChannel, PerThread
+from ...recipes.named import RECIPES
+from ...recipes.named import recipe as find_recipe
+from ...recipes.options import AllTokens, RestartedMax, RunningMax
+from ..base import Implementation, Output, inference_only
 from .instances import TILE_KEYS, WgmmaConfig, pack_instance, padded_head_dim, wgmma_config
+from .jit.bindings import compiler_reasons
 from .launch import Arguments, Kernel, cache, load
 from .packing import Packer, PackPlan, loadable, packer, sample_reasons
-from .schedule import (
-    Pieces,
-    cut,
-    heads_side_by_side,
-    log2_rounded_down,
-    multiprocessors,
-    request_reasons,
-    schedule,
-)
+from .schedule import Pieces, cut, heads_side_by_side, log2_rounded_down, multiprocessors, request_reasons, schedule
 from .speeds import speedup
 
 ARGUMENTS = Arguments("P3q P3q P 7P 6f 11i 4i 8I P i 2P P".replace(" ", ""))
@@ -261,7 +253,6 @@ def kernel_alone(
     Raises:
         UnsupportedError: the kernel cannot run it, with every reason.
     """
-    from ..api import make_request
 
     chosen = find_recipe(recipe)
     request = make_request(

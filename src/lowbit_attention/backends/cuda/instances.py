@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from ..jit.compiler import Options
-from ..jit.source import Source, read_source
-from ..machine import MACHINES
-from ..recipe import Recipe
-from ..recipe_options import RestartedMax
-from ..recipes import RECIPES
+from ...recipes.definition import Recipe
+from ...recipes.machine import MACHINES
+from ...recipes.named import RECIPES
+from ...recipes.options import RestartedMax
+from .jit.compiled import Options
+from .jit.source import Source, read_source
 
 CSRC = Path(__file__).parent / "csrc"
 

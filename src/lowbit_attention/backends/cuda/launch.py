@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from ..errors import KernelUnavailableError, LowbitError
-from ..jit.bindings import import_bindings, one_line
-from ..jit.cache import KernelCache
-from ..jit.compiler import Compiled
+from ...errors import KernelUnavailableError, LowbitError
 from .instances import Instance
+from .jit.bindings import import_bindings, one_line
+from .jit.cache import KernelCache
+from .jit.compiled import Compiled
 
 _MOST_CONFIGS = 1024
 

@@ -13,19 +13,18 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..errors import InvalidRecipeError, UnsupportedError
-from ..granularity import PerBlock, PerChannel, PerThread, PerWarp
-from ..implementations import Implementation, Output, inference_only
-from ..jit.bindings import compiler_reasons
-from ..machine import MACHINES, Machine
-from ..recipe import Recipe
-from ..recipe_options import AllTokens, RunningMax
-from ..recipes import RECIPES
-from ..recipes import recipe as find_recipe
-from ..reference.formats import round_e4m3
-from ..reference.masks import LOG2E
-from ..reference.rotation import hadamard_size
-from ..request import Request
+from ...call.masks import LOG2E
+from ...call.request import Request, make_request
+from ...errors import InvalidRecipeError, UnsupportedError
+from ...recipes.definition import Recipe
+from ...recipes.formats import round_e4m3
+from ...recipes.granularity import PerBlock, PerChannel, PerThread, PerWarp
+from ...recipes.machine import MACHINES, Machine
+from ...recipes.named import RECIPES
+from ...recipes.named import recipe as find_recipe
+from ...recipes.options import AllTokens, RunningMax
+from ...reference.rotation import hadamard_size
+from ..base import Implementation, Output, inference_only
 from .instances import (
     DTYPE_CODES,
     INT4_MMA_ARCHS,
@@ -36,6 +35,7 @@ from .instances import (
     padded_head_dim,
     smooth_q_instance,
 )
+from .jit.bindings import compiler_reasons
 from .launch import Arguments, Kernel, cache, load
 from .packing import Packer, PackPlan, has_dependent_launch, loadable, packer, sample_reasons
 from .schedule import heads_side_by_side, log2_rounded_down, request_reasons, schedule
@@ -365,7 +365,6 @@ def kernel_alone(
     Raises:
         UnsupportedError: the kernel cannot run it, with every reason.
     """
-    from ..api import make_request
 
     chosen = find_recipe(recipe)
     request = make_request(

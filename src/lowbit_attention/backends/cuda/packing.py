@@ -8,10 +8,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..granularity import PerThread
-from ..recipe import Recipe
-from ..recipe_options import SampledTokens
-from ..reference.quantize import Means
+from ...recipes.definition import Recipe
+from ...recipes.granularity import PerThread
+from ...recipes.options import SampledTokens
+from ...reference.quantize import Means
 from .instances import WGMMA_FORMAT, PackFormat, pack_instance, padded_head_dim, wgmma_format
 from .launch import Arguments, Kernel, load
 from .layout import unpack_keys, unpack_values

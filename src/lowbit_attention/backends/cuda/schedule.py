@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from ..request import Request
+from ...call.request import Request
 from .instances import DTYPE_CODES, HEAD_DIMS
 from .packing import PackPlan
 

@@ -10,9 +10,9 @@ from functools import lru_cache
 from importlib import resources
 from typing import Any
 
-from ..recipe import Recipe
-from ..recipes import RECIPES
-from ..request import Request, device_name
+from ...call.request import Request, device_name
+from ...recipes.definition import Recipe
+from ...recipes.named import RECIPES
 from .instances import padded_head_dim
 
 CARDS = ("H100", "H200")

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import UnsupportedError
+from ....errors import UnsupportedError
+from ....recipes.definition import Recipe
+from ....reference.rotation import hadamard_size
+from ..instances import MMA_GEOMETRY, MmaConfig, mma_config
 from ..jit.compiler import compile_source
-from ..recipe import Recipe
-from ..reference.rotation import hadamard_size
-from .instances import MMA_GEOMETRY, MmaConfig, mma_config
+from ..mma import MMA_KERNEL, _recipe_reasons
 from .machine_code import Loop, disassemble, loops
-from .mma import MMA_KERNEL, _recipe_reasons
 
 
 @dataclass(frozen=True)

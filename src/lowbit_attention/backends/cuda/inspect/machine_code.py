@@ -12,9 +12,9 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
-from ..errors import MissingExtraError
-from ..jit.compiler import Compiled
-from .instances import Instance
+from ....errors import MissingExtraError
+from ..instances import Instance
+from ..jit.compiled import Compiled
 
 _WHEEL = "nvidia-cuda-nvdisasm"
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)(.*);", re.MULTILINE)

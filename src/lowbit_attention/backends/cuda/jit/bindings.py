@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import KernelUnavailableError, MissingExtraError
+from ....errors import KernelUnavailableError, MissingExtraError
 
 NVRTC_WHEELS = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 """The packages that bring NVRTC, of CUDA 13 and of CUDA 12."""

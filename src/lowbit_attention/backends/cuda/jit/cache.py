@@ -19,9 +19,10 @@ from pathlib import Path
 
 import torch
 
-from ..env import readonly_cache_dirs
-from ..errors import InvalidArgumentError, LowbitError
-from .compiler import Compiled, Options, cache_key, compile_source, made_of
+from ....env import readonly_cache_dirs
+from ....errors import InvalidArgumentError, LowbitError
+from .compiled import Compiled, Options
+from .compiler import cache_key, compile_source, made_of
 from .source import Source
 from .store import LOCK_SECONDS, OwnStore, find_shared
 

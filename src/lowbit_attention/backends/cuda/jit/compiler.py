@@ -8,13 +8,12 @@ import json
 import os
 import re
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ..errors import InvalidArgumentError, KernelUnavailableError
 from .bindings import broken, import_bindings, installed_nvrtc, no_fork_meanwhile, one_line
+from .compiled import Compiled, CompileError, Options, Resources
+from .fresh import compile_elsewhere
 from .source import Source
 
 SCHEMA = 2
@@ -24,8 +23,6 @@ MIN_NVRTC = (12, 8)
 """Older compilers build a trap for the FP8 MMA with an FP16 accumulator."""
 _CACHES = (12, 9)
 """Older compilers know neither a cache of their own nor the option that turns it off."""
-
-_ARCH = re.compile(r"sm_\d{2,3}[af]?")
 
 
 _running: set[int] = set()
@@ -42,50 +39,6 @@ def _after_fork_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-class CompileError(KernelUnavailableError):
-    """NVRTC refused a source; ``details`` holds its diagnostics."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """Everything besides the source that changes the machine code.
-
-    arch: ``sm_89``, ``sm_90a``, …; defines: preprocessor macros.
-    """
-
-    arch: str
-    defines: tuple[tuple[str, str], ...] = ()
-
-    def __post_init__(self) -> None:
-        if not _ARCH.fullmatch(self.arch):
-            raise InvalidArgumentError(f"arch={self.arch!r} is none like 'sm_89' or 'sm_90a'")
-
-    @classmethod
-    def of(cls, arch: str, defines: Mapping[str, int | str] | None = None) -> Options:
-        """Options with macros given as a mapping; their order does not matter."""
-        return cls(arch, tuple(sorted((name, str(value)) for name, value in (defines or {}).items())))
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What ptxas says one kernel uses: registers a thread, and bytes of stack, spills and static shared memory."""
-
-    registers: int
-    stack: int
-    spill_stores: int
-    spill_loads: int
-    shared: int
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """Machine code for one architecture, what its kernels use (by name), and the compiler's other remarks."""
-
-    cubin: bytes
-    resources: dict[str, Resources]
-    remarks: tuple[str, ...]
 
 
 @lru_cache(maxsize=1)
@@ -145,9 +98,7 @@ def compile_source(source: Source, options: Options) -> Compiled:
         CompilerBrokenError: it is, and does not work.
     """
     if _forked_meanwhile:
-        from .fresh import compile_elsewhere
-
-        return compile_elsewhere(source, options)
+        return compile_elsewhere(cache_key(source, options), source, options)
     core = _core()
     if nvrtc_version() < MIN_NVRTC:
         raise CompileError(

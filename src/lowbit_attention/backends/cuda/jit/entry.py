@@ -16,7 +16,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from .compiler import Compiled, Resources
+from .compiled import Compiled, Resources
 from .folder import HAS_OWNERS
 
 _MAGIC = b"lowbit-kernel 2\n"

@@ -8,7 +8,8 @@ import stat
 from pathlib import Path
 
 from .cache import KernelCache
-from .compiler import Compiled, Options, cache_key, made_of
+from .compiled import Compiled, Options
+from .compiler import cache_key, made_of
 from .folder import HAS_OWNERS, UnusableFolderError, shown
 from .source import Source
 from .store import GENERATION, write

@@ -12,8 +12,8 @@ import os
 import stat
 from pathlib import Path
 
-from ..env import CACHE_DIR_VARIABLE
-from ..errors import LowbitError
+from ....env import CACHE_DIR_VARIABLE
+from ....errors import LowbitError
 
 HAS_OWNERS = hasattr(os, "geteuid")
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH

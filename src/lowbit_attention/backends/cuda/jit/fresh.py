@@ -6,16 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-from ..errors import KernelUnavailableError
 from . import entry
-from .compiler import Compiled, CompileError, Options, cache_key, compile_source
+from .compiled import Compiled, CompileError, Options
 from .source import Source
 
 _SECONDS = 300.0
 """The slowest kernel takes ten; beyond this the compiler hangs there, too."""
-_ANSWER, _ERROR = b"\x02kernel\x03", b"\x02error\x03"  # (whatever else is printed lacks these)
+ANSWER, ERROR = b"\x02kernel\x03", b"\x02error\x03"  # (whatever else is printed lacks these)
 
 
 def run_fresh(program: str, seconds: float, given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
@@ -31,23 +29,23 @@ def run_fresh(program: str, seconds: float, given: bytes = b"") -> subprocess.Co
     )  # fmt: skip
 
 
-def compile_elsewhere(source: Source, options: Options) -> Compiled:
-    """`compile_source` in a process of its own.
+def compile_elsewhere(key: str, source: Source, options: Options) -> Compiled:
+    """`compiler.compile_source` in a process of its own (`child`); ``key``: the source's and options' together.
 
     Raises:
         CompileError: it fails there, or the process gives no answer.
     """
     root = None if source.root is None else str(source.root)
     job = [source.name, source.text, source.headers, root, options.arch, options.defines]
-    program = "from lowbit_attention.jit.fresh import main; main()"
+    program = "from lowbit_attention.backends.cuda.jit.child import main; main()"
     try:
         done = run_fresh(program, _SECONDS, json.dumps(job).encode())
     except (subprocess.SubprocessError, OSError, ValueError, TypeError) as error:
         raise CompileError(f"{source.name} cannot be compiled in another process ({error})") from None
-    _, said_error, error_text = done.stdout.partition(_ERROR)
+    _, said_error, error_text = done.stdout.partition(ERROR)
     if said_error:
         raise CompileError(*json.loads(error_text))
-    compiled = entry.decode(cache_key(source, options), done.stdout.partition(_ANSWER)[2])
+    compiled = entry.decode(key, done.stdout.partition(ANSWER)[2])
     if compiled is None:
         raise CompileError(
             f"{source.name} cannot be compiled in another process (exit code {done.returncode})",
@@ -55,15 +53,3 @@ def compile_elsewhere(source: Source, options: Options) -> Compiled:
             done.stderr.decode("utf-8", "replace"),
         )
     return compiled
-
-
-def main() -> None:
-    """The program of the process: a job on stdin, an entry or an error on stdout."""
-    name, text, headers, root, arch, defines = json.loads(sys.stdin.buffer.read())
-    source = Source(name, text, tuple((n, t) for n, t in headers), None if root is None else Path(root))
-    options = Options(arch, tuple((n, v) for n, v in defines))
-    try:
-        answer = _ANSWER + entry.encode(cache_key(source, options), {}, compile_source(source, options))
-    except KernelUnavailableError as error:
-        answer = _ERROR + json.dumps([error.reason, error.way_out, error.details]).encode()
-    sys.stdout.buffer.write(answer)

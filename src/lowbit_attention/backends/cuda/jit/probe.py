@@ -10,9 +10,10 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-from ..errors import KernelUnavailableError
+from ....errors import KernelUnavailableError
 from .bindings import CompilerMissingError
-from .compiler import Options, compile_source, nvrtc_version
+from .compiled import Options
+from .compiler import compile_source, nvrtc_version
 from .fresh import run_fresh
 from .source import Source
 
@@ -42,7 +43,7 @@ class Trial:
 def try_compiler() -> Trial:
     """Load NVRTC and compile four lines, in a process that sees the same packages and the current folder."""
     try:
-        done = run_fresh("from lowbit_attention.jit.probe import main; main()", _SECONDS)
+        done = run_fresh("from lowbit_attention.backends.cuda.jit.probe import main; main()", _SECONDS)
     except subprocess.TimeoutExpired:
         return Trial(False, False, f"the run-time compiler hangs: nothing came of it in {_SECONDS:g} s")
     except (OSError, ValueError, TypeError) as error:  # (TypeError: an interpreter that has no path)

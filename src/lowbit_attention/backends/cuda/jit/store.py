@@ -14,11 +14,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..console import visible
-from ..env import cache_dir
-from ..errors import InvalidArgumentError
+from ....env import cache_dir
+from ....errors import InvalidArgumentError
+from ....output.console import visible
 from . import entry
-from .compiler import SCHEMA, Compiled
+from .compiled import Compiled
+from .compiler import SCHEMA
 from .folder import WAY_OUT, UnusableFolderError, is_own_alone, own_folder
 from .sweep import sweep
 

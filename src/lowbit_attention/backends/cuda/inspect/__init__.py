@@ -1,0 +1,1 @@
+"""Kernels looked at without a GPU: registers, spills, instructions."""

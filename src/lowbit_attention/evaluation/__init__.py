@@ -1,0 +1,1 @@
+"""Recipes measured: metrics, inputs, errors by family and length. For the command line, benchmarks and calibration."""
