@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:  # (for type checkers and editors; a test compares it with `_WHERE`)
-    from .api import attention, attention_varlen, explain
+    from .api import attention, attention_varlen, explain, pack_kv
+    from .call.mask_types import ALiBi, BlockMask, KeyPadding, Window
     from .errors import (
         FallbackWarning,
         InvalidArgumentError,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # (for type checkers and editors; a test compares it with `_W
     from .functional import make_sdpa, sdpa
     from .integrations.call_report import CallReport
     from .integrations.torch_sdpa import disable_sdpa, enable_sdpa, sdpa_enabled
+    from .parallel.merging import merge_state
     from .recipes.definition import Recipe
     from .recipes.granularity import PerBlock, PerChannel, PerChannelAndKeyTile, PerTensor, PerThread, PerToken, PerWarp
     from .recipes.machine import AccumulatorModel, Geometry, Machine
@@ -35,14 +37,17 @@ if TYPE_CHECKING:  # (for type checkers and editors; a test compares it with `_W
 
 __all__ = [
     "RECIPES",
+    "ALiBi",
     "AccumulatorModel",
     "AllTokens",
+    "BlockMask",
     "CallReport",
     "FallbackWarning",
     "Geometry",
     "InvalidArgumentError",
     "InvalidRecipeError",
     "KernelUnavailableError",
+    "KeyPadding",
     "LowbitError",
     "Machine",
     "Metrics",
@@ -61,6 +66,7 @@ __all__ = [
     "SaveError",
     "TileMax",
     "UnsupportedError",
+    "Window",
     "__version__",
     "attention",
     "attention_varlen",
@@ -69,13 +75,17 @@ __all__ = [
     "enable_sdpa",
     "explain",
     "make_sdpa",
+    "merge_state",
+    "pack_kv",
     "recipe",
     "sdpa",
     "sdpa_enabled",
 ]
 
 _NAMES_IN = {
-    "api": ("attention", "attention_varlen", "explain"),
+    "api": ("attention", "attention_varlen", "explain", "pack_kv"),
+    "call.mask_types": ("ALiBi", "BlockMask", "KeyPadding", "Window"),
+    "parallel.merging": ("merge_state",),
     "errors": (
         "FallbackWarning",
         "InvalidArgumentError",

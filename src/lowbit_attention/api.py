@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal, TypedDict, overload
+from typing import Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from typing_extensions import Unpack
 from . import ops
 from .backends.dispatch import Choice, Explanation, check_possible, explain_request, run_request
 from .call import checks
+from .call.mask_types import Mask, as_tensor, tensors_of
 from .call.request import Request, make_request, wants_grad
-from .errors import InvalidArgumentError
+from .errors import InvalidArgumentError, UnsupportedError
 from .recipes.definition import Recipe
 from .recipes.formats import FP32_MAX
 from .recipes.machine import Machine, resolve_machine
@@ -39,9 +40,13 @@ class _Options(TypedDict, total=False):
 
 
 class _AttentionOptions(_Options, total=False):
-    attn_mask: Tensor | None
+    attn_mask: Mask | None
     layout: Layout
     training: Training
+    sinks: Tensor | None
+    qk_norm: tuple[Tensor, Tensor] | None
+    rope: tuple[Tensor, Tensor] | None
+    out_dtype: torch.dtype | None
 
 
 @overload
@@ -60,12 +65,16 @@ def attention(
     recipe: str | Recipe = "auto",
     is_causal: bool = False,
     causal_alignment: CausalAlignment | None = None,
-    attn_mask: Tensor | None = None,
+    attn_mask: Mask | None = None,
     sm_scale: float | None = None,
     layout: Layout = "HND",
     return_lse: bool = False,
     like: str | Machine | None = None,
     training: Training = "refuse",
+    sinks: Tensor | None = None,
+    qk_norm: tuple[Tensor, Tensor] | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention ``softmax(sm_scale · Q Kᵀ + mask) V``, quantised as ``recipe`` says.
 
@@ -80,8 +89,9 @@ def attention(
         causal_alignment: ``"bottom_right"`` (the default with ``is_causal``: the last query sees the last key) or
             ``"top_left"`` (``j ≤ i``, PyTorch's).
         attn_mask: broadcastable to ``[B, Hq, Nq, Nk]`` in either layout; bool (True: may see) or floating (added to
-            the logits). May be combined with ``is_causal``. Keys that a key-padding mask hides from every query are
-            left out of the means and scales.
+            the logits); or a `KeyPadding`, `Window`, `ALiBi` or `BlockMask`, which say it in a few numbers. May be
+            combined with ``is_causal``. Keys that a key-padding mask hides from every query are left out of the means
+            and scales.
         sm_scale: ``1 / √D`` if None; also one of numpy's numbers, or a tensor without dimensions. A quantising recipe
             takes what float32 holds.
         layout: ``"HND"`` or ``"NHD"``.
@@ -90,6 +100,7 @@ def attention(
             ``"sm_120a"``, or a `Machine`. Only with a named, quantising recipe.
         training: a call whose gradients autograd would record is an error with a quantising recipe (``"refuse"``), or
             runs exact attention instead, by torch and with gradients (``"exact"``).
+        sinks, qk_norm, rope, out_dtype: not yet; docs/api.md says what they will be. ``None`` is all they take.
     Returns:
         The output in q's dtype and layout (``Dv`` last, contiguous); with ``return_lse`` also the natural logarithm of
         the softmax's denominator, float32 ``[B, Hq, Nq]`` in both layouts. A row that sees no key gives 0 and −inf.
@@ -106,7 +117,8 @@ def attention(
         InvalidRecipeError: an unknown recipe or option, or a contradiction.
         UnsupportedError: nothing can run the call (a gradient of a quantised recipe, say), with every reason.
     """
-    recipe, like = for_training(training, recipe, like, q, k, v, attn_mask)
+    _refuse_unbuilt(sinks=sinks, qk_norm=qk_norm, rope=rope, out_dtype=out_dtype)
+    recipe, like = for_training(training, recipe, like, q, k, v, *tensors_of(attn_mask))
     if goes_through_the_op(q, k, v, attn_mask):
         # (torch.compile cannot trace how changes are read: the operator refuses wrong ones)
         named = recipe.partition(":")[0] if torch.compiler.is_compiling() and isinstance(recipe, str) else recipe
@@ -129,7 +141,7 @@ def run_attention(
     recipe: str | Recipe,
     is_causal: bool,
     causal_alignment: str | None,
-    attn_mask: Tensor | None,
+    attn_mask: Mask | None,
     sm_scale: float | None,
     layout: str,
     return_lse: bool,
@@ -179,13 +191,13 @@ _calls: dict[tuple[object, ...], tuple[float, Request]] = {}
 """The scale and the request of calls that passed every check, by all that those look at: most calls are repeated."""
 
 
-def goes_through_the_op(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> bool:
+def goes_through_the_op(q: Tensor, k: Tensor, v: Tensor, attn_mask: Mask | None) -> bool:
     """Whether the call is traced, or its tensors hold no data: then one operator stands for it (`ops`).
 
     A gradient is torch's matter, or refused.
     """
     if torch.compiler.is_compiling() or isinstance(q, FakeTensor) or (isinstance(q, Tensor) and q.is_meta):
-        return not wants_grad(q, k, v, attn_mask)
+        return not wants_grad(q, k, v, *tensors_of(attn_mask))
     return False
 
 
@@ -200,6 +212,26 @@ def for_training(
     return recipe, like
 
 
+def _refuse_unbuilt(**given: object) -> None:
+    """Arguments whose names stand fast and that nothing reads yet.
+
+    Raises:
+        UnsupportedError: one is given.
+    """
+    if asked := [name for name, value in given.items() if value is not None]:
+        raise UnsupportedError(f"{', '.join(asked)}: not yet (docs/api.md says what it will be); leave it None")
+
+
+def pack_kv(k: Tensor, v: Tensor, *, recipe: str | Recipe, layout: Layout = "HND") -> Any:
+    """K and V packed once, for several calls: not yet. docs/api.md says what it will be.
+
+    Raises:
+        UnsupportedError: always.
+    """
+    del k, v, recipe, layout
+    raise UnsupportedError("pack_kv: not yet (docs/api.md says what it will be); give k and v to attention itself")
+
+
 def explain(
     q: Tensor,
     k: Tensor,
@@ -208,7 +240,7 @@ def explain(
     recipe: str | Recipe = "auto",
     is_causal: bool = False,
     causal_alignment: CausalAlignment | None = None,
-    attn_mask: Tensor | None = None,
+    attn_mask: Mask | None = None,
     sm_scale: float | None = None,
     layout: Layout = "HND",
     return_lse: bool = False,
@@ -227,7 +259,7 @@ def explain(
     """
     if torch.compiler.is_compiling():
         raise InvalidArgumentError("explain(…) inside torch.compile: call it outside, on tensors of the same shapes")
-    recipe, like = for_training(training, recipe, like, q, k, v, attn_mask)
+    recipe, like = for_training(training, recipe, like, q, k, v, *tensors_of(attn_mask))
     *_, request = _attention_request(
         q, k, v, recipe, is_causal, causal_alignment, attn_mask, sm_scale, layout, return_lse, like
     )
@@ -349,7 +381,7 @@ def _attention_request(
     recipe: str | Recipe,
     is_causal: bool,
     causal_alignment: str | None,
-    attn_mask: Tensor | None,
+    attn_mask: Mask | None,
     sm_scale: float | None,
     layout: str,
     return_lse: bool,
@@ -364,7 +396,7 @@ def _attention_request(
     checks.check_hnd(q, k, v)
     scale = checks.resolve_scale("sm_scale", sm_scale, q.shape[3])
     chosen = for_scale("sm_scale", scale, chosen)
-    mask = checks.check_mask(attn_mask, q, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+    mask = checks.check_mask(as_tensor(attn_mask, q, k), q, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
     request = make_request(
         q, k, v, mask, chosen, machine,
         is_causal=is_causal, bottom_right=causal_alignment != "top_left", return_lse=return_lse, layout=layout,

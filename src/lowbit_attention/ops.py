@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .call.checks import TRANSFORMED
+from .call.mask_types import Mask, from_text, tensors_of, to_text
 from .call.request import has_tangent
 from .errors import InvalidArgumentError, UnsupportedError
 from .recipes.definition import Recipe
@@ -72,13 +73,13 @@ def _vmap(info: object, in_dims: object, *arguments: object) -> NoReturn:
     raise InvalidArgumentError(f"the call {TRANSFORMED}")
 
 
-def refuse_tangents(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, *options: Any) -> None:
+def refuse_tangents(q: Tensor, k: Tensor, v: Tensor, mask_tensors: list[Tensor], *options: Any) -> None:
     """The check of an operator that has no forward-mode derivative.
 
     Raises:
         UnsupportedError: one is asked for.
     """
-    if has_tangent(q, k, v, attn_mask):
+    if has_tangent(q, k, v, *mask_tensors):
         raise UnsupportedError(
             "quantised attention has no forward-mode derivative (make_dual, jvp, jacfwd, hessian), and in compiled "
             "code exact attention has none, either; call torch.nn.functional.scaled_dot_product_attention"
@@ -86,9 +87,9 @@ def refuse_tangents(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, *
 
 
 def _fake(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, recipe: str, *options: Any
+    q: Tensor, k: Tensor, v: Tensor, mask_tensors: list[Tensor], mask: str, recipe: str, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    del k, attn_mask
+    del k, mask_tensors, mask
     if recipe != "auto":
         find_recipe(parse_recipe(recipe))
     layout, return_lse = options[3], options[4]
@@ -98,31 +99,33 @@ def _fake(
     return out, q.new_empty(lse, dtype=torch.float32)
 
 
+SCHEMA = (
+    "attention(Tensor q, Tensor k, Tensor v, Tensor[] mask_tensors, str mask, str recipe, bool is_causal, "
+    "str? causal_alignment, float? sm_scale, str layout, bool return_lse, str? like) -> (Tensor, Tensor)"
+)
+"""A mask crosses as its tensors and a text (`call.mask_types`): new kinds of masks need no new schema. docs/api.md has
+what will be added behind ``like``."""
+
+
 def implement(run: Run) -> None:
     """Let ``run`` (`api.run_attention`) be what the operator does on every device."""
 
     def implementation(
-        q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, recipe: str, *options: Any
+        q: Tensor, k: Tensor, v: Tensor, mask_tensors: list[Tensor], mask: str, recipe: str, *options: Any
     ) -> tuple[Tensor, Tensor]:
         is_causal, causal_alignment, sm_scale, layout, return_lse, like = options
-        chosen = parse_recipe(recipe)
+        chosen, attn_mask = parse_recipe(recipe), from_text(mask, mask_tensors)
         result = run(q, k, v, chosen, is_causal, causal_alignment, attn_mask, sm_scale, layout, return_lse, like)
         return result if return_lse else (result, q.new_empty(0, dtype=torch.float32))
 
-    operator(
-        "attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, str recipe, bool is_causal, "
-        "str? causal_alignment, float? sm_scale, str layout, bool return_lse, str? like) -> (Tensor, Tensor)",
-        implementation,
-        _fake,
-        refuse_tangents,
-    )
+    operator(SCHEMA, implementation, _fake, refuse_tangents)
 
 
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    attn_mask: Tensor | None,
+    attn_mask: Mask | None,
     recipe: str | Recipe,
     is_causal: bool,
     causal_alignment: str | None,
@@ -144,6 +147,17 @@ def attention(
         )
     text = recipe if isinstance(recipe, str) else recipe.to_json()
     out, lse = torch.ops.lowbit_attention.attention(
-        q, k, v, attn_mask, text, is_causal, causal_alignment, sm_scale, layout, return_lse, like
+        q,
+        k,
+        v,
+        tensors_of(attn_mask),
+        to_text(attn_mask),
+        text,
+        is_causal,
+        causal_alignment,
+        sm_scale,
+        layout,
+        return_lse,
+        like,
     )
     return out, lse

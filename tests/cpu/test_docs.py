@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lowbit_attention import cli
+from lowbit_attention import attention, cli, ops
 from lowbit_attention.backends.cuda import launch
 from lowbit_attention.backends.cuda.jit.cache import KernelCache
 from lowbit_attention.cli import warmup
@@ -40,6 +40,21 @@ def test_the_pytorch_page_runs(capsys):
     for block in blocks:
         exec(compile(block, "docs/pytorch.md", "exec"), namespace)
     assert "1 calls of scaled_dot_product_attention, 1 by this library" in capsys.readouterr().out
+
+
+def test_the_signature_page_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/api.md").read_text(encoding="utf-8"), flags=re.S)
+    assert len(blocks) >= 2
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "docs/api.md", "exec"), namespace)
+    assert capsys.readouterr().out == "torch.Size([2, 4, 64, 32])\n"
+    assert torch.allclose(namespace["out"], attention(*(namespace[n] for n in "qkv")), atol=1e-6)
+
+
+def test_the_signature_page_has_the_operators_schema():
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    assert " ".join(f"lowbit_attention::{ops.SCHEMA}".split()) in " ".join(page.split())
 
 
 def test_the_examples_of_the_adaptive_page_run(capsys):

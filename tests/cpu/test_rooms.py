@@ -24,7 +24,7 @@ ROOMS = (
     ("backends",),
     ("ops",),
     ("api",),
-    ("functional",),
+    ("functional", "parallel"),
     ("integrations",),
     ("compat",),
     ("evaluation",),
