@@ -18,14 +18,16 @@ from packaging.metadata import Metadata
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lowbit_attention"
-LARGEST = 18_800_000
-"""Bytes of the wheel. It is 18.4 million, 18.0 of them the study's weights."""
+LARGEST = 400 * 1024
+"""Bytes of the wheel: code, and tables of measurements."""
 NEEDED = (
     "py.typed", "backends/cuda/csrc/ptx/mma.cuh",
     "backends/cuda/csrc/kernels/attention_wgmma.cu", "data/family_errors.json",
     "adaptive/page/report.html", "cli/__init__.py", "compat/alias.py",
 )  # fmt: skip
-UNWANTED = ("__pycache__", ".pyc", "tests/", ".hypothesis", ".cache", "_cache/", ".venv", "training/", "/out/")
+UNWANTED = (
+    "__pycache__", ".pyc", "tests/", ".hypothesis", ".cache", "_cache/", ".venv", "studies/", ".safetensors", "/out/",
+)  # fmt: skip
 SMOKE = """
 import sys, lowbit_attention
 from importlib import metadata, resources

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import InvalidArgumentError
-from .saving import write_whole
+from lowbit_attention import InvalidArgumentError
 
 _GAP = 2
 
@@ -47,4 +46,4 @@ def write_png(path: Path, pixels: Tensor) -> None:
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB, no interlace
     body = zlib.compress(bytes(unfiltered.flatten().tolist()), 9)
-    write_whole(path, b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b""))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b""))

@@ -9,9 +9,9 @@ from PIL import Image
 from skimage import metrics
 
 from lowbit_attention import InvalidArgumentError
-from lowbit_attention.output.png import grid, write_png
-from lowbit_attention.subjects import stdlib
-from lowbit_attention.subjects.quality import psnr, ssim
+from lowbit_studies.png import grid, write_png
+from lowbit_studies.subjects import stdlib
+from lowbit_studies.subjects.quality import psnr, ssim
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ from study import UNIFORM, Row, Settings, Study, run
 from lowbit_attention import InvalidArgumentError
 from lowbit_attention.adaptive import Sample, find_subject, observe
 from lowbit_attention.adaptive.calibrate import observe_subject
-from lowbit_attention.subjects import load_subject, weights
-from lowbit_attention.subjects.base import EndMetric
-from lowbit_attention.subjects.calibration import calibrated
-from lowbit_attention.subjects.diffusion import DiffusionConfig, DiffusionTransformer
-from lowbit_attention.subjects.dit import DiffusionSubject
-from lowbit_attention.subjects.language import LanguageConfig, LanguageModel
-from lowbit_attention.subjects.lm import LanguageSubject
+from lowbit_studies.subjects import load_subject, weights
+from lowbit_studies.subjects.base import EndMetric
+from lowbit_studies.subjects.calibration import calibrated
+from lowbit_studies.subjects.diffusion import DiffusionConfig, DiffusionTransformer
+from lowbit_studies.subjects.dit import DiffusionSubject
+from lowbit_studies.subjects.language import LanguageConfig, LanguageModel
+from lowbit_studies.subjects.lm import LanguageSubject
 
 LM = LanguageConfig(dim=64, heads=1, layers=5, hidden=64)
 DIT = DiffusionConfig(size=16, dim=64, heads=1, layers=2, hidden=64, classes=3)

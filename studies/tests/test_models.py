@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lowbit_attention import InvalidArgumentError
-from lowbit_attention.subjects import rope, weights
-from lowbit_attention.subjects.diffusion import DiffusionConfig, DiffusionTransformer, flow_loss, noise_of, sample
-from lowbit_attention.subjects.language import LanguageConfig, LanguageModel, score
+from lowbit_studies.subjects import rope, weights
+from lowbit_studies.subjects.diffusion import DiffusionConfig, DiffusionTransformer, flow_loss, noise_of, sample
+from lowbit_studies.subjects.language import LanguageConfig, LanguageModel, score
 
 SMALL_LM = LanguageConfig(dim=64, heads=1, layers=2, hidden=64)
 SMALL_DIT = DiffusionConfig(size=16, dim=64, heads=1, layers=2, hidden=64, classes=3)

@@ -7,6 +7,10 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install './studies[smollm2]'")
 
+from model_cases import llama
+
+from lowbit_attention import InvalidArgumentError, recipe, sdpa_enabled
+from lowbit_attention.adaptive import CallKey, Policy
 from lowbit_studies.smollm2 import __main__ as command
 from lowbit_studies.smollm2 import page, policies, study, texts
 from lowbit_studies.smollm2.measure import (
@@ -20,10 +24,6 @@ from lowbit_studies.smollm2.measure import (
     yardsticks,
 )
 from lowbit_studies.smollm2.model import Witness, find
-from model_cases import llama
-
-from lowbit_attention import InvalidArgumentError, recipe, sdpa_enabled
-from lowbit_attention.adaptive import CallKey, Policy
 
 LAYERS = 3
 

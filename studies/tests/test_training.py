@@ -10,9 +10,9 @@ import train_dit
 import train_lm
 from loop import Options
 
-from lowbit_attention.subjects import weights
-from lowbit_attention.subjects.diffusion import DiffusionConfig, DiffusionTransformer
-from lowbit_attention.subjects.language import LanguageConfig, LanguageModel
+from lowbit_studies.subjects import weights
+from lowbit_studies.subjects.diffusion import DiffusionConfig, DiffusionTransformer
+from lowbit_studies.subjects.language import LanguageConfig, LanguageModel
 
 TINY = {"dim": 32.0, "heads": 1.0, "layers": 2.0, "hidden": 32.0}
 

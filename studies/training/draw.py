@@ -1,4 +1,4 @@
-"""Draw what `training/evaluate.py` found: `python training/draw.py OUT docs/images` (the extra `plot`)."""
+"""Draw what `evaluate.py` found: `python draw.py OUT docs/images` (the extra `plot`)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from lowbit_attention.output.plots import figure, save
-from lowbit_attention.subjects.base import Subject
-from lowbit_attention.subjects.dit import DiffusionSubject
-from lowbit_attention.subjects.encoder import EncoderSubject
-from lowbit_attention.subjects.lm import LanguageSubject
+from lowbit_studies.subjects.base import Subject
+from lowbit_studies.subjects.dit import DiffusionSubject
+from lowbit_studies.subjects.encoder import EncoderSubject
+from lowbit_studies.subjects.lm import LanguageSubject
 
 _KINDS: dict[str, type[Subject]] = {"lm": LanguageSubject, "dit": DiffusionSubject, "minilm": EncoderSubject}
 _SHOWN = ("exact", "sage2pp_8b", "adaptive 60", "adaptive 80", "rotated_4b", "sage2_4b")

@@ -1,7 +1,7 @@
 """The table: every subject by every recipe, adaptive policies, and random policies of the same shares.
 
-    python training/evaluate.py --out out/subjects                        # all, small, on a CPU
-    python training/evaluate.py --out out/subjects --device cuda --full   # as in docs/subjects.md: minutes on an H100
+    python studies/training/evaluate.py --out out/subjects                   # all, small, on a CPU
+    python studies/training/evaluate.py --out out/subjects --device cuda --full   # as in docs/subjects.md, on an H100
 
 Subjects: `lm:2048` and `lm:8192` (the language model at a context), `dit`, `minilm`.
 """
@@ -20,13 +20,13 @@ from study import Settings, Study, run
 from tables import markdown, rows
 from torch import Tensor
 
-from lowbit_attention.errors import LowbitError
+from lowbit_attention import LowbitError
 from lowbit_attention.output.files import write_csv, write_json
-from lowbit_attention.output.png import grid, write_png
-from lowbit_attention.subjects import load_subject, weights
-from lowbit_attention.subjects.base import Subject
-from lowbit_attention.subjects.diffusion import DiffusionConfig, DiffusionTransformer
-from lowbit_attention.subjects.language import LanguageConfig, LanguageModel
+from lowbit_studies.png import grid, write_png
+from lowbit_studies.subjects import load_subject, weights
+from lowbit_studies.subjects.base import Subject
+from lowbit_studies.subjects.diffusion import DiffusionConfig, DiffusionTransformer
+from lowbit_studies.subjects.language import LanguageConfig, LanguageModel
 
 SUBJECTS = ("lm:2048", "lm:8192", "dit", "minilm")
 FULL_TEXT, FULL_PICTURES = 64 * 2048, 24
@@ -74,7 +74,7 @@ def _model(options: argparse.Namespace, kind: str) -> Any:
 def pictures(study: Study, folder: Path) -> None:
     """Pictures of the first seeds by the rows that matter, and eight times their difference from exact's.
 
-    ``pictures.npz`` keeps them for `training/draw.py`, which writes the rows' names beside them.
+    ``pictures.npz`` keeps them for `studies/training/draw.py`, which writes the rows' names beside them.
     """
     exact = study.kept["exact"]
     lines = [exact]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit_attention.subjects import weights
+from lowbit_studies.subjects import weights
 
 SAVE_EVERY_SECONDS = 60.0
 WARMUP_STEPS = 200
@@ -39,7 +39,7 @@ class Options:
 def parse(description: str, data: Path, batch: int, learning_rate: float) -> Options:
     """The options of a training script."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=data, help="from training/prepare.py (default: %(default)s)")
+    parser.add_argument("--data", type=Path, default=data, help="from prepare.py (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="the weights (.safetensors); the log goes beside them")
     parser.add_argument("--minutes", type=float, default=4.0, help="wall time for everything (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="so many steps instead: the same result on the same machine")

@@ -1,7 +1,7 @@
-"""Prepare the training data, once, on a machine that has it: `python training/prepare.py`.
+"""Prepare the training data, once, on a machine that has it: `python prepare.py`.
 
 Writes `corpus.npz` (the sources of this Python's standard library, split by file) and `images.npz` (the natural
-pictures inside scikit-learn's and scikit-image's wheels, nothing is downloaded) to training/data, which git ignores.
+pictures inside scikit-learn's and scikit-image's wheels, nothing is downloaded) to data, which git ignores.
 `pip install scikit-image scikit-learn` brings the pictures and Pillow. docs/subjects.md has the licences.
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from lowbit_attention.errors import InvalidArgumentError
-from lowbit_attention.subjects import stdlib
+from lowbit_attention import InvalidArgumentError
+from lowbit_studies.subjects import stdlib
 
 FOLDER = Path(__file__).parent / "data"
 PICTURES = {

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowbit_attention import recipe
+from lowbit_attention import LowbitError, recipe
 from lowbit_attention.adaptive import (
     Choice,
     Observations,
@@ -23,8 +23,7 @@ from lowbit_attention.adaptive import (
     sensitivity,
 )
 from lowbit_attention.adaptive.sensitivity import By
-from lowbit_attention.errors import LowbitError
-from lowbit_attention.subjects.base import Subject
+from lowbit_studies.subjects.base import Subject
 
 UNIFORM = ("sage2_8b", "sage2pp_8b", "fast_8b", "int8_u8", "sage2_4b", "sage2pp_4b", "rotated_4b")
 """Recipes that every call runs, beside exact."""

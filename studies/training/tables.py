@@ -9,7 +9,7 @@ import torch
 from study import Row, Study
 from torch import Tensor
 
-from lowbit_attention.subjects.base import EndMetric
+from lowbit_studies.subjects.base import EndMetric
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:

@@ -1,6 +1,6 @@
-"""Train the diffusion transformer: `python training/train_dit.py --out dit.safetensors --minutes 4`.
+"""Train the diffusion transformer: `python train_dit.py --out dit.safetensors --minutes 4`.
 
-Crops of 64 × 64 from the photographs inside scikit-learn's and scikit-image's wheels (training/prepare.py), one class a
+Crops of 64 × 64 from the photographs inside scikit-learn's and scikit-image's wheels (prepare.py), one class a
 photograph; rectified flow with times from a logit-normal distribution.
 """
 
@@ -14,8 +14,8 @@ import torch
 from loop import Options, parse, sizes, train
 from torch import Tensor, nn
 
-from lowbit_attention.output.png import grid, write_png
-from lowbit_attention.subjects.diffusion import DiffusionConfig, DiffusionTransformer, flow_loss, noise_of, sample
+from lowbit_studies.png import grid, write_png
+from lowbit_studies.subjects.diffusion import DiffusionConfig, DiffusionTransformer, flow_loss, noise_of, sample
 
 SAMPLES_A_CLASS = 4
 

@@ -1,6 +1,6 @@
-"""Train the language model: `python training/train_lm.py --out lm.safetensors --minutes 4`.
+"""Train the language model: `python train_lm.py --out lm.safetensors --minutes 4`.
 
-Bytes of the standard library's sources (training/prepare.py). The first part of the time sees windows of 2048 bytes,
+Bytes of the standard library's sources (prepare.py). The first part of the time sees windows of 2048 bytes,
 the rest windows of 8192, as models for long contexts are made.
 """
 
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from loop import Options, parse, sizes, train
 from torch import Tensor, nn
 
-from lowbit_attention.subjects import stdlib
-from lowbit_attention.subjects.language import BYTES, LanguageConfig, LanguageModel, score
+from lowbit_studies.subjects import stdlib
+from lowbit_studies.subjects.language import BYTES, LanguageConfig, LanguageModel, score
 
 SHORT, LONG = 2048, 8192
 LONG_FROM = 0.6

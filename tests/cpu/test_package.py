@@ -63,7 +63,7 @@ def test_attention_brings_no_more_than_it_needs():
     modules = loaded("import torch; from lowbit_attention import attention, recipe") - torchs
     for heavy in ("rich", "typer", "click", "safetensors", "cuda", "numpy", "torch._inductor", "torch._dynamo"):
         assert not belong(modules, heavy), heavy
-    for room in ("cli", "bench", "demo", "adaptive", "subjects", "report", "integrations", "compat"):
+    for room in ("cli", "bench", "demo", "adaptive", "report", "integrations", "compat"):
         assert not belong(modules, f"lowbit_attention.{room}"), room
 
 

@@ -31,7 +31,6 @@ ROOMS = (
     ("bench",),
     ("demo",),
     ("adaptive",),
-    ("subjects",),
     ("cli",),
     ("",),
 )

@@ -65,17 +65,38 @@ def minilm(chunks: int = 3, tokens: int = 512) -> Subject:
 
 
 def lm() -> Subject:
-    """The trained language model of bytes (docs/subjects.md), on training text."""
-    from ..subjects.calibration import lm as make
+    """The trained language model of bytes (docs/subjects.md), on training text.
 
-    return make()
+    Raises:
+        InvalidArgumentError: lowbit-attention-studies is not installed.
+    """
+    return _of_a_study("lm")
 
 
 def dit() -> Subject:
-    """The trained diffusion transformer (docs/subjects.md), drawing two pictures a prompt."""
-    from ..subjects.calibration import dit as make
+    """The trained diffusion transformer (docs/subjects.md), drawing two pictures a prompt.
 
-    return make()
+    Raises:
+        InvalidArgumentError: lowbit-attention-studies is not installed.
+    """
+    return _of_a_study("dit")
+
+
+def _of_a_study(name: str) -> Subject:
+    """A subject whose weights are in the package of the studies (by its name: nothing here needs it otherwise)."""
+    try:
+        made: Subject = getattr(importlib.import_module(f"{_STUDIES}.subjects.calibration"), name)()
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != _STUDIES:
+            raise
+        raise InvalidArgumentError(
+            f"subject {name!r} is part of lowbit-attention-studies, which is not installed: pip install "
+            "lowbit-attention-studies, or, in a clone of the repository, pip install ./studies"
+        ) from None
+    return made
+
+
+_STUDIES = "lowbit_studies"
 
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {"minilm": minilm, "lm": lm, "dit": dit}

@@ -24,7 +24,8 @@ from .common import LIKE_HELP, console, new_table, parse_like, progress, shaded
 
 DEFAULT_BUDGET = 0.05
 _SUBJECT_HELP = (
-    f"What to calibrate: {', '.join(SUBJECTS)}, or `module:function`, a function of yours that returns a "
+    f"What to calibrate: {', '.join(SUBJECTS)} (lm and dit: `pip install lowbit-attention-studies`), or "
+    "`module:function`, a function of yours that returns a "
     "`lowbit_attention.adaptive.Subject` (the module is imported)."
 )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InvalidArgumentError
+from lowbit_attention import InvalidArgumentError
 
 if TYPE_CHECKING:
     from .base import Subject

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from ..adaptive.subjects import Subject as Calibrated
+from lowbit_attention.adaptive import Subject as Calibrated
+
 from . import load_subject
 from .base import Subject
 

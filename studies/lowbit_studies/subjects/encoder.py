@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..demo.minilm import MiniLM
-from ..demo.study import CHUNK_TOKENS
-from ..demo.text import passages, sentences
+from lowbit_attention.demo.minilm import MiniLM
+from lowbit_attention.demo.study import CHUNK_TOKENS
+from lowbit_attention.demo.text import passages, sentences
+
 from .base import EndMetric, Restart, Subject
 
 _PASSAGES, _CALIBRATION_PASSAGES = 12, 4

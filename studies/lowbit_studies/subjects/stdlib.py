@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import InvalidArgumentError
+from lowbit_attention import InvalidArgumentError
+
 from .language import SEPARATOR
 
 Split = Literal["train", "held_out"]

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..errors import InvalidArgumentError
+from lowbit_attention import InvalidArgumentError
 
 FOLDER = Path(__file__).parent / "weights"
 SCHEMA = "1"

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+import types
 
 import cases
 import pytest
@@ -94,6 +95,24 @@ def test_wrong_input_is_one_line(tmp_path, capsys, arguments, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["lm", "dit"])
+def test_a_subject_of_the_studies_says_how_to_get_it(tmp_path, capsys, monkeypatch, name):
+    for module in [m for m in sys.modules if m.partition(".")[0] == "lowbit_studies"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "lowbit_studies", None)  # (importing it raises, as if it were not there)
+    assert command("-s", name, "-o", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"subject '{name}' is part of lowbit-attention-studies" in error
+    assert "pip install ./studies" in error
+    assert error.count("\n") == 1
+
+
+def test_a_fault_of_the_studies_is_not_hidden(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lowbit_studies.subjects.calibration", types.ModuleType("calibration"))
+    with pytest.raises(AttributeError, match="lm"):
+        find_subject("lm")
 
 
 def test_a_file_where_the_folder_should_be(tmp_path, capsys):

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from commands import written
 from kind_policies import _pipe as pipe
 from kind_policies import observations, policy
@@ -18,7 +17,6 @@ from lowbit_attention.adaptive import Policy
 from lowbit_attention.bench.results import append_csv
 from lowbit_attention.errors import LowbitError, SaveError
 from lowbit_attention.output.files import write_csv, write_json
-from lowbit_attention.output.png import write_png
 from lowbit_attention.output.saving import replacing
 
 
@@ -102,12 +100,6 @@ SITUATIONS = [
         "T34+",
         "a pipe for rows that are added",
         lambda f: _kept(pipe(f / "p"), lambda: append_csv(f / "p", [])),
-        still(stat.S_IFIFO, "is a pipe"),
-    ),
-    Situation(
-        "T34+",
-        "a pipe for a picture",
-        lambda f: _kept(pipe(f / "p"), lambda: write_png(f / "p", torch.zeros(1, 1, 3, dtype=torch.uint8))),
         still(stat.S_IFIFO, "is a pipe"),
     ),
     Situation("T34+", "a link to a device", lambda f: _link_to_device(f / "p"), still(stat.S_IFLNK, "is a device")),
