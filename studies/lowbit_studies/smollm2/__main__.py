@@ -129,6 +129,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name} does not run: {why}")
         if not found.complete:
             print("stopped before the end: run again with --resume")
+        if not found.ends:
+            return 0
     target = options.page or options.out / "smollm2.md"
     page.write(options.out, target, target.parent / "images")
     print(f"wrote {target}")

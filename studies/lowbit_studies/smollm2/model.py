@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +71,6 @@ def load(path: Path, device: str) -> Witness:
         InvalidArgumentError: transformers, gguf or accelerate is missing.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is to be fetched
-    os.environ.setdefault("TQDM_DISABLE", "1")  # (the study has a bar of its own)
     if missing := [name for name in ("transformers", "gguf", "accelerate") if importlib.util.find_spec(name) is None]:
         raise InvalidArgumentError(f"not installed: {', '.join(missing)}: {_HOW}")
     import transformers
@@ -78,9 +79,10 @@ def load(path: Path, device: str) -> Witness:
     transformers.logging.disable_progress_bar()
     folder, name = str(path.parent), path.name
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=name, dtype=torch.float32, attn_implementation="sdpa"
-    )
+    with contextlib.redirect_stderr(io.StringIO()):  # (a bar for every tensor; the study has its own)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, dtype=torch.float32, attn_implementation="sdpa"
+        )
 
     def tokenize(text: str) -> list[int]:
         return list(tokenizer(text).input_ids)
