@@ -76,7 +76,8 @@ def _softmax_max(r: random.Random) -> dict[str, Any]:
     if r.random() < 0.5:
         return {"softmax_max": r.choice((RunningMax(), RunningMax(), RunningMax(), TileMax()))}
     slack = r.choice((0.5, 4.0, 12.0, 20.0, 20.0, 40.0, 60.0))
-    return {"softmax_max": RestartedMax(slack, r.choice((0.0, 0.0, min(4.0, slack), slack * r.random(), slack)))}
+    headroom = r.choice((0.0, 0.0, min(4.0, slack), slack * r.random(), slack))
+    return {"softmax_max": RestartedMax(slack, headroom, r.choice((None, None, 1.0, 4.0, 10.0)))}
 
 
 def _sums(r: random.Random) -> dict[str, Any]:
@@ -214,7 +215,7 @@ class Case:
             c = wgmma_config(r, self.dim, DTYPES[self.dtype])
             keys = min(c.promotion_keys, 2 * WgmmaConfig.geometry.b_k)
             sums = f"{'f16' if c.sums_f16 else 'f32'}, {keys} keys" + (", first tile" if c.promote_first else "")
-            return {"sums": sums, "restart": c.restart, "sum_in_mma": c.sum_in_mma, "dim": self.dim}
+            return {"sums": sums, "restart": c.restart, "jump": c.jump, "sum_in_mma": c.sum_in_mma, "dim": self.dim}
         m = mma_config(r, self.dim, MMA_ARCH)
         sums = f"{'half' if m.v_half else 'e4m3'}, {'f16' if m.sums_f16 else 'f32'}" + ("" if m.promote else ", never")
         q = {"bits": r.qk_bits, "smooth_q": m.smooth_q, "rotate": m.rotate}

@@ -116,7 +116,7 @@ def test_what_a_request_may_not_ask(card: Any, changes: dict[str, Any], part: st
         ("exact", ["it quantises, and recipe exact does not"]),
         ("int8_u8", ["pv_format=u8", "softmax_max=tile", "accumulator=int32", "row_sum=rounded"]),
         ("smooth_attn", ["smoothquant_alpha=0.5"]),
-        ("fast_8b", ["v_tile_means=True", "softmax_max=restarted(20;4)", "not after 1024"]),
+        ("fast_8b", ["v_tile_means=True", "softmax_max=restarted(20;4;4)", "not after 1024"]),
         ("sage2_8b:pv_format=e5m2", ["pv_format=e5m2", "row_sum=accumulator with e5m2"]),
         ("sage2_8b:q_granularity=per_token", ["q_granularity=per_token"]),
         ("sage2_8b:k_granularity=per_tensor", ["k_granularity=per_tensor"]),

@@ -47,7 +47,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
                 "softmax_max": TileMax()},
     "fast_8b": {**SAGE2, "k_sample": SampledTokens(128), "v_tile_means": True, "p_max": 14, "v_max": 4.5,
                 "accumulator": "fp8_f16", "keys_per_promotion": 1024, "promote_first_tile": True,
-                "row_sum": "accumulator", "softmax_max": RestartedMax(20.0, 4.0)},
+                "row_sum": "accumulator", "softmax_max": RestartedMax(20.0, 4.0, 4.0)},
     "exact": {"qk_bits": None, "smooth_q": False, "smooth_k": False, "smooth_v": False, "rotation": "none",
               "smoothquant_alpha": None, "pv_format": "fp32", "accumulator": "fp32"},
 }  # fmt: skip
@@ -139,6 +139,7 @@ def test_json_takes_defaults_for_what_is_missing() -> None:
         ('{"schema": 1, "softmax_max": "restarted(99)"}', ["slack=99"]),
         ('{"schema": 1, "softmax_max": "restarted(1.2.3)"}', ["1.2.3"]),
         ('{"schema": 1, "softmax_max": "restarted(20;21)"}', ["headroom=21"]),
+        ('{"schema": 1, "softmax_max": "restarted(20;4;99)"}', ["jump=99"]),
         ('{"schema": 1, "p_max": NaN, "v_max": Infinity}', ["p_max=nan", "v_max=inf"]),
         ('{"schema": 1, "p_max": "448"}', ["p_max='448' is no finite number"]),
         ('{"schema": 1, "smooth_k": 1, "q_granularity": 3}', ["smooth_k=1", "q_granularity=3"]),
@@ -273,6 +274,7 @@ INVALID = [
     ({**INT8_PV, "keys_per_promotion": 64}, ["keys_per_promotion", "'tile'", "64"]),
     ({"softmax_max": TileMax(), "keys_per_promotion": 64}, ["softmax_max=tile", "64"]),
     ({"softmax_max": TileMax(), "keys_per_promotion": "never"}, ["softmax_max=tile", "'never'"]),
+    ({"softmax_max": RestartedMax(jump=4.0), "keys_per_promotion": 128}, ["restarted(20;0;4)", "promote_first_tile"]),
     ({"softmax_max": RestartedMax(), "keys_per_promotion": "never"}, ["softmax_max=restarted(20)", "'never'"]),
     ({"v_granularity": PerChannelAndKeyTile(), "keys_per_promotion": 64}, ["per_channel_and_key_tile", "'tile'"]),
     ({"v_granularity": PerChannelAndKeyTile(), "keys_per_promotion": "never"}, ["per_channel_and_key_tile"]),
@@ -349,6 +351,46 @@ def test_all_reasons_are_reported() -> None:
 def test_a_slack_that_leaves_fp32_is_refused(slack: float) -> None:
     with pytest.raises(InvalidArgumentError, match="slack"):
         RestartedMax(slack)
+
+
+@pytest.mark.parametrize("jump", [0.0, -1.0, 60.5, math.nan, True, "4"])
+def test_a_jump_is_a_positive_exponent(jump: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="jump"):
+        RestartedMax(20.0, 4.0, jump)
+
+
+@pytest.mark.parametrize(
+    ("maximum", "text"),
+    [
+        (RestartedMax(20.0, 0.0, 4.0), "restarted(20;0;4)"),
+        (RestartedMax(12.5, 2.25, 1 / 3), f"restarted(12.5;2.25;{1 / 3!r})"),
+        (RestartedMax(20.0, 4.0), "restarted(20;4)"),
+    ],
+)
+def test_text_and_json_keep_a_jump(maximum: RestartedMax, text: str) -> None:
+    r = RECIPES["fast_8b"].replace(softmax_max=maximum)
+    assert str(maximum) == text
+    assert Recipe.from_json(r.to_json()) == r == recipe(f"fast_8b:softmax_max={text}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "geometry", "bits"),
+    [
+        ({}, Geometry(64, 128, 16), 3),  # 1024 keys are 8 tiles; P_r = 14 becomes 112
+        ({}, Geometry(128, 64, 32), 4),
+        ({"keys_per_promotion": 384}, Geometry(64, 128, 16), 1),  # a power of two, whose products round alike
+        ({"keys_per_promotion": 128}, Geometry(64, 128, 16), None),  # every tile has an interval of its own
+        ({"p_max": 56.0, "v_max": 1.0}, Geometry(64, 128, 16), 2),  # 448 is E4M3's largest, and .7 % more not in it
+        ({"softmax_max": RestartedMax(20.0, 4.0, 2.5)}, Geometry(64, 128, 16), 2),
+        ({"softmax_max": RestartedMax(20.0, 4.0)}, Geometry(64, 128, 16), None),
+        ({"softmax_max": RunningMax()}, Geometry(64, 128, 16), None),
+    ],
+)
+def test_what_a_tile_that_jumps_gains(changes: dict[str, Any], geometry: Geometry, bits: int | None) -> None:
+    r = RECIPES["fast_8b"].replace(**changes)
+    assert r.jump_bits(geometry) == bits
+    if bits is not None:
+        assert geometry.b_k * r.p_max * 2**bits * r.v_max <= 65504
 
 
 @pytest.mark.parametrize("count", [0, -1, 2.0, True])

@@ -15,6 +15,7 @@ from lowbit_attention import compare, recipe
 from lowbit_attention.backends.cuda import hopper, schedule
 from lowbit_attention.call.masks import LOG2E, Masking
 from lowbit_attention.evaluation.synthetic import FAMILIES
+from lowbit_attention.recipes.options import RestartedMax
 from lowbit_attention.reference.exact import exact
 from lowbit_attention.reference.quantize import pack
 
@@ -63,7 +64,11 @@ def every_key_split(monkeypatch):
     hopper.KERNEL._plans.clear()
 
 
-SPLIT = [TESTED["fast_8b"], recipe("fast_8b:softmax_max=running"), recipe("fast_8b:promote_first_tile=false")]
+SPLIT = [
+    TESTED["fast_8b"],
+    recipe("fast_8b:softmax_max=running"),
+    recipe("fast_8b:promote_first_tile=false,softmax_max=restarted(20;4)"),
+]
 
 
 @pytest.mark.parametrize("r", SPLIT, ids=str)
@@ -77,6 +82,64 @@ def test_splits_along_the_keys(r, head_dim, lengths, family):
     out, lse = run(q, k, v, r)
     assert_agrees(out, lse, q, k, v, r)
     assert all(torch.equal(x, y) for x, y in zip(run(q, k, v, r), (out, lse), strict=True))
+
+
+SINKS = {  # tokens of 2700: 21 tiles and a bit; intervals of fast_8b begin with tiles 0, 1, 9, 17
+    "inside": (700,),
+    "where an interval begins": (9 * 128 + 5,),
+    "at a tile's ends": (4 * 128 - 1, 6 * 128),
+    "two neighbours": (500, 520, 640),
+    "three neighbours, on to the next interval": (7 * 128, 8 * 128, 9 * 128),
+    "last": (2699,),
+    "everywhere": (3, 300, 1000, 1100, 1300, 2100, 2600),
+}
+
+
+def with_sinks(tokens, seeing, dtype, head_dim, queries=300):
+    """Normal inputs whose queries that are ``seeing`` find ``tokens`` 10 nats above the others; their V is small."""
+    made = inputs("normal", heads=(4, 2), lengths=(queries, 2700), head_dims=(head_dim, head_dim))
+    q, k, v = (t.float() for t in made)
+    index = list(tokens)
+    q[..., 0] = torch.where(seeing, 8.0, 0.0)
+    k[..., 0] = 0.0
+    k[:, :, index] *= 0.1
+    k[:, :, index, 0] = 1.25 * math.sqrt(head_dim)
+    v[:, :, index] *= 0.01
+    return tuple(t.to(dtype) for t in (q, k, v))
+
+
+@pytest.mark.parametrize("tokens", SINKS.values(), ids=SINKS)
+@pytest.mark.parametrize("rows", ["all", "two of a warp", "one warp of a warpgroup", "every other pair"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, "bf16"), (128, "bf16"), (128, "fp32")])
+def test_tiles_that_jump(tokens, rows, causal, head_dim, dtype):
+    """Warps decide for themselves, while their MMAs are those of four; what two rows see makes no warp jump."""
+    row = torch.arange(300, device="cuda")
+    seeing = {
+        "all": row >= 0, "two of a warp": row % 16 % 11 == 2, "one warp of a warpgroup": row // 16 % 4 == 1,
+        "every other pair": row % 2 == 0,
+    }[rows]  # fmt: skip
+    q, k, v = with_sinks(tokens, seeing, DTYPES[dtype], head_dim)
+    r = TESTED["fast_8b"]
+    out, lse = run(q, k, v, r, is_causal=causal)
+    assert_agrees(out, lse, q, k, v, r, causal_offset=2400 if causal else None)
+    other, _ = run(q, k, v, r.replace(softmax_max=RestartedMax(20.0, 4.0)), is_causal=causal)
+    true, _ = exact(q, k, v, sm_scale=1 / math.sqrt(head_dim), masking=Masking(2400 if causal else None))
+    assert compare(true, out).l1 <= 1.05 * compare(true, other).l1
+
+
+@pytest.mark.parametrize("tokens", SINKS.values(), ids=SINKS)
+@pytest.mark.parametrize("queries", [300, 1])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.usefixtures("every_key_split")
+def test_tiles_that_jump_where_keys_are_split(tokens, queries, head_dim):
+    """Each part's first tile has an interval of its own; a warp with one row never jumps after that."""
+    seeing = torch.ones(queries, dtype=torch.bool, device="cuda")
+    q, k, v = with_sinks(tokens, seeing, torch.bfloat16, head_dim, queries)
+    r = TESTED["fast_8b"]
+    assert split_rows(q, k, v, r, None)[0] > 1
+    out, lse = run(q, k, v, r)
+    assert_agrees(out, lse, q, k, v, r)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

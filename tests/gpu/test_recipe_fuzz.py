@@ -18,7 +18,7 @@ RESTARTED_AT_EVERY_TILE = [
     "sage2_8b:softmax_max=restarted(20;4)",
     "sage2_8b:softmax_max=restarted(60)",
     "sage2pp_8b:softmax_max=restarted(20;4)",
-    "fast_8b:keys_per_promotion=128,p_max=112,promote_first_tile=false,v_tile_means=false",
+    "fast_8b:keys_per_promotion=128,p_max=112,promote_first_tile=false,v_tile_means=false,softmax_max=restarted(20;4)",
     "fast_8b:keys_per_promotion=128,p_max=112,v_tile_means=false",
 ]
 """Case K1, once accepted and wrong: O was not rescaled. From the second tile on, the more the longer."""

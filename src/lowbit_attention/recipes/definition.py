@@ -18,11 +18,12 @@ from .granularity import (
 )
 from .machine import Geometry
 from .options import (
+    RestartedMax,
     TileMax,
     parse_softmax_max,
     parse_token_sample,
 )
-from .rules import contradictions, range_reasons
+from .rules import alone_bits, contradictions, range_reasons
 
 SCHEMA_VERSION = 1
 """Version of the JSON form of a recipe."""
@@ -61,6 +62,17 @@ class Recipe(RecipeFields):
         if self.keys_per_promotion == "never":
             return None
         return geometry.b_k if self.keys_per_promotion == "tile" else self.keys_per_promotion
+
+    def jump_bits(self, geometry: Geometry) -> int | None:
+        """log2 of what a tile's P gains that jumps (`RestartedMax.jump`), at most ``jump``: else its equal would, too.
+
+        ``None`` if none is looked for, as where every tile has an interval of its own anyway.
+        """
+        keys = self.promotion_keys(geometry) or 0
+        jump = self.softmax_max.jump if isinstance(self.softmax_max, RestartedMax) else None
+        if jump is None or keys <= geometry.b_k:
+            return None
+        return min(alone_bits(self, keys // geometry.b_k), int(jump))
 
     def check_geometry(self, geometry: Geometry) -> None:
         """Refuse tiles that this recipe's promotion interval or number range does not fit.

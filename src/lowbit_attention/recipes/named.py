@@ -129,7 +129,10 @@ _ENTRIES = (
         # slower; 2048 keys (7, 4.5) cost outlier tokens 3 % and sinks 1 % of L1 (docs/kernels/hopper.md).
         p_max=14.0,
         v_max=4.5,
-        softmax_max=RestartedMax(20.0, 4.0),
+        # A sink's tile has an interval of its own and eight times more of P's range (1024 / 128 keys): L1 on sinks at
+        # 1K to 4K tokens falls by 3 to 36 % (docs/numerics.md). Few other tiles rise by 4 bits in all of a warp's rows;
+        # by 3 bits, some of normal inputs' first ones do.
+        softmax_max=RestartedMax(20.0, 4.0, 4.0),
         accumulator="fp8_f16",
         keys_per_promotion=1024,
         promote_first_tile=True,

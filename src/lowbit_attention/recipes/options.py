@@ -40,14 +40,24 @@ class RestartedMax:
     M is the maximum of all keys seen so far, in base-2 logits; ``slack`` (also base 2) bounds by ``2^slack`` the
     factor that the promoted sum is rescaled by. It keeps small terms apart from an attention sink's. With ``headroom``
     an interval that begins not far below M keeps M, which later tiles seldom exceed: fewer rescales.
+
+    ``jump`` (base 2, too; ``None``: off) gives tiles with attention sinks intervals of their own. A tile *jumps* if in
+    each of a warp's pairs of rows (r and r + 8) a maximum exceeds what was subtracted before by more than ``jump``; the
+    first tile always does. All of that warp's sums are then promoted before it and after it. Its own sum being short,
+    its P takes as much more of the format's range as leaves the sum no larger (`Recipe.jump_bits`). And with ``jump``
+    an interval begins with M where that is at most ``headroom`` above its first tile's maximum, else with the latter:
+    bits below a sink are lost to all other keys. After a tile that jumps, "before" is before that.
     """
 
     slack: float = 20.0
     headroom: float = 0.0
+    jump: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("slack", "headroom"):
+        for name in ("slack", "headroom", "jump"):
             value = getattr(self, name)
+            if name == "jump" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise InvalidArgumentError(f"{name}={shown(value)} is no number")
         if not 0 <= self.headroom <= self.slack:
@@ -58,9 +68,13 @@ class RestartedMax:
             raise InvalidArgumentError(
                 f"slack={shown(self.slack)}: a base-2 exponent in (0, 60], or sums leave FP32's range"
             )
+        if self.jump is not None and not 0 < self.jump <= 60:
+            raise InvalidArgumentError(f"jump={shown(self.jump)}: a base-2 exponent in (0, 60]")
 
     def __str__(self) -> str:
-        numbers = (self.slack, self.headroom) if self.headroom else (self.slack,)
+        numbers = [self.slack, self.headroom] if self.headroom or self.jump is not None else [self.slack]
+        if self.jump is not None:
+            numbers.append(self.jump)
         short = (f"{x:g}" if float(f"{x:g}") == x else repr(x) for x in numbers)
         return f"restarted({';'.join(short)})"
 
@@ -69,13 +83,13 @@ SoftmaxMax = RunningMax | TileMax | RestartedMax
 
 
 def parse_softmax_max(text: str) -> SoftmaxMax:
-    """``running``, ``tile``, ``restarted``, ``restarted(20)`` or ``restarted(20;4)``."""
+    """``running``, ``tile``, ``restarted``, ``restarted(20)``, ``restarted(20;4)`` or ``restarted(20;4;4)``."""
     if text == "running":
         return RunningMax()
     if text == "tile":
         return TileMax()
     number = r"([0-9.]+(?:e[+-]?[0-9]+)?)"
-    if match := re.fullmatch(rf"restarted(?:\({number}(?:;{number})?\))?", text):
+    if match := re.fullmatch(rf"restarted(?:\({number}(?:;{number}(?:;{number})?)?\))?", text):
         return RestartedMax(*(float(x) for x in match.groups() if x))
     raise InvalidArgumentError(f"{text!r} is no softmax maximum: 'running', 'tile' or 'restarted(20)'")
 

@@ -155,6 +155,8 @@ def _sum_reasons(r: RecipeFields) -> list[str]:
         reasons.append(
             "v_granularity=per_channel_and_key_tile needs keys_per_promotion='tile': each tile has its scale"
         )
+    if isinstance(r.softmax_max, RestartedMax) and r.softmax_max.jump is not None and not r.promote_first_tile:
+        reasons.append(f"softmax_max={r.softmax_max} gives the first tile its own interval: promote_first_tile=true")
     if r.promote_first_tile and not isinstance(r.keys_per_promotion, int):
         reasons.append("promote_first_tile needs keys_per_promotion to be a number of keys")
     if r.row_sum == "accumulator" and r.accumulator not in ("fp8_f32", "fp8_f16", "fp16"):
@@ -189,12 +191,25 @@ def _tile_mean_reasons(r: RecipeFields) -> list[str]:
     return reasons
 
 
+def _most_of_one(r: RecipeFields) -> float:
+    """What may become of P = 1: Hopper makes up to 1.0066 of it: .565 %, and two roundings of the exponent by 2⁻¹¹."""
+    return 1.007 if r.accumulator == "fp8_f16" else 1.0
+
+
+def alone_bits(r: RecipeFields, tiles: int) -> int:
+    """log2 of how much larger P may be in a tile that has an interval of ``tiles`` tiles to itself.
+
+    Its sum then stays in the same range; and P below its format's largest number.
+    """
+    room = _FORMAT_MAX[r.pv_format] / (r.p_max * _most_of_one(r))
+    return max(0, math.floor(math.log2(min(tiles, room))))
+
+
 def range_reasons(r: RecipeFields, keys: int | None) -> list[str]:
     """Whether a sum over ``keys`` keys stays in the accumulator's range, on the values *after* rounding."""
     if keys is None:
         return []
-    # Hopper makes up to 1.0066 of some exponentials: .565 %, and two roundings of the exponent by 2⁻¹¹
-    by_parabola = 1.007 if r.accumulator == "fp8_f16" else 1.0
+    by_parabola = _most_of_one(r)
     p, v = (
         largest_rounded(r.p_max * by_parabola, r.pv_format),
         largest_rounded(r.v_max, "int8" if r.pv_format == "u8" else r.pv_format),

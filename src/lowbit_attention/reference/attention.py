@@ -167,6 +167,8 @@ def _slices(
                 x = x.clamp_(-FP32_MAX, FP32_MAX)
             x = masking.hide(x, (b, h), seeing, tile)
 
+            before = _means_by_column(tile_means, key_tile - 1, softmax.row_sum_columns)
+            softmax.watch(seeing, x, number, fresh, before)
             p = softmax.choose_max(seeing, x, fresh, scores)
             step = geometry.b_k if interval is None else min(interval, geometry.b_k)
             for first in range(0, tile.stop - start, step):

@@ -60,6 +60,29 @@ class OnlineSoftmax:
         self.partial_m, self.partial_l = rows_of(-math.inf), rows_of(0.0)
         self.out = torch.zeros(slices, rows, columns, dtype=torch.float32, device=device)
         self.out_m, self.out_l = rows_of(-math.inf), rows_of(0.0)
+        # how much more of P's range a tile takes that jumps (None: none is looked for)
+        self.jump_bits = recipe.jump_bits(machine.geometry)
+        self.jumps = torch.zeros(slices, rows, dtype=torch.bool, device=device)  # the last tile that `watch` saw
+        self.begins = torch.zeros_like(self.jumps)  # that one, an interval
+        self.level = rows_of(-math.inf)  # what was subtracted before that one
+
+    def watch(self, rows: slice, x: Tensor, tile: int, fresh: bool, tile_means: Tensor | None) -> None:
+        """Before `choose_max`: find the rows that jump in the tile ``x``, and promote where they or the last tile did.
+
+        A warp's rows go together. ``tile``: its number; ``fresh``, ``tile_means``: see `choose_max` and `promote`.
+        """
+        kind = self.recipe.softmax_max
+        if self.jump_bits is None or not isinstance(kind, RestartedMax) or kind.jump is None:
+            return
+        before = self.jumps[:, rows] & (tile > 1)  # (the second tile begins an interval anyway)
+        level = torch.where(before, self.level[:, rows], self.partial_m[:, rows])
+        rises = x.amax(dim=-1) - level > kind.jump
+        jumps = _of_whole_warps(rises, self.machine.geometry.warp_rows) | (tile == 0)
+        self.level[:, rows] = self.partial_m[:, rows]
+        if not fresh:
+            self.promote(rows, None, tile_means, jumps | before)
+        self.begins[:, rows] = jumps | before | fresh
+        self.jumps[:, rows] = jumps
 
     def choose_max(self, rows: slice, x: Tensor, fresh: bool, scores: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Fix what is subtracted from the tile ``x`` ``[S, rows, keys]``; ``fresh``: the partial sum is empty.
@@ -77,12 +100,13 @@ class OnlineSoftmax:
         kind = self.recipe.softmax_max
         if isinstance(kind, TileMax):
             m = tile_max
+        elif isinstance(kind, RestartedMax) and self.jump_bits is not None:
+            m = self._max_with_jumps(kind, self.jump_bits, rows, tile_max)
+            if not fresh:  # (sums that an interval begins with are 0)
+                self._rescale(rows, m)
         elif not fresh:
             m = torch.maximum(self.partial_m[:, rows], tile_max)
-            factor = _power(self.partial_m[:, rows], m)
-            scaled = self.partial[:, rows] * factor[..., None]
-            self.partial[:, rows] = round_to_accumulator(scaled, self.recipe.accumulator, self.machine.accumulators)
-            self.partial_l[:, rows] *= factor
+            self._rescale(rows, m)
         elif isinstance(kind, RestartedMax):
             m = torch.maximum(seen - kind.slack, torch.minimum(seen, tile_max + kind.headroom))
         else:
@@ -97,6 +121,21 @@ class OnlineSoftmax:
             s, factor = (of[..., keys] for of in scores)
             p[..., keys] = power_by_parabola(_exponent(x[..., keys], s, factor, log2_p_max - m))
         return p
+
+    def _max_with_jumps(self, kind: RestartedMax, bits: int, rows: slice, tile_max: Tensor) -> Tensor:
+        """What is subtracted from a tile that `watch` has seen."""
+        seen = self.seen[:, rows]
+        first = torch.where(seen <= tile_max + kind.headroom, seen, tile_max)
+        first = torch.where(self.jumps[:, rows], tile_max - bits, first)
+        later = torch.maximum(self.partial_m[:, rows], tile_max)
+        return torch.where(self.begins[:, rows], torch.maximum(seen - kind.slack, first), later)
+
+    def _rescale(self, rows: slice, m: Tensor) -> None:
+        """The partial sums from their maximum to ``m``."""
+        factor = _power(self.partial_m[:, rows], m)
+        scaled = self.partial[:, rows] * factor[..., None]
+        self.partial[:, rows] = round_to_accumulator(scaled, self.recipe.accumulator, self.machine.accumulators)
+        self.partial_l[:, rows] *= factor
 
     def add(self, rows: slice, p: Tensor, v: Tensor) -> None:
         """Add ``p`` (unrounded, ``[S, rows, keys]``) times ``v`` (``[S, keys, columns]``) to the partial sums."""
@@ -115,11 +154,17 @@ class OnlineSoftmax:
             SIGNIFICANT_BITS[self.recipe.pv_format],
         )
 
-    def promote(self, rows: slice, scale: Tensor | None = None, tile_means: Tensor | None = None) -> None:
+    def promote(
+        self, rows: slice, scale: Tensor | None = None, tile_means: Tensor | None = None, of: Tensor | None = None
+    ) -> None:
         """Add the partial sums, times ``scale`` (``[S, 1, columns]``), to the output and start them afresh.
 
-        ``tile_means``: what was subtracted from V in the key tile of each column of ones, ``[S, columns, channels]``.
+        ``tile_means``: what was subtracted from V in the key tile of each column of ones, ``[S, columns, channels]``;
+        ``of``: only those of the rows, bool ``[S, rows]``.
         """
+        if of is not None and not of.any():
+            return
+        kept = None if of is None else [state[:, rows].clone() for state in self._states]
         m = self.partial_m[:, rows]
         if isinstance(self.recipe.softmax_max, TileMax):
             m = torch.maximum(self.out_m[:, rows], m)
@@ -135,6 +180,14 @@ class OnlineSoftmax:
         self.partial_m[:, rows] = m
         self.partial[:, rows] = 0
         self.partial_l[:, rows] = 0
+        for state, before in zip(self._states, kept or (), strict=False):
+            assert of is not None
+            state[:, rows] = torch.where(of[..., None] if state.dim() == 3 else of, state[:, rows], before)
+
+    @property
+    def _states(self) -> tuple[Tensor, ...]:
+        """What a promotion changes."""
+        return self.out, self.out_m, self.out_l, self.partial, self.partial_m, self.partial_l
 
     def merge(self, other: OnlineSoftmax) -> None:
         """Add the output state of ``other``, over other keys, to this one's; all partial sums have been promoted."""
@@ -150,6 +203,14 @@ class OnlineSoftmax:
         out = self.out[..., : self.channels]
         out = out / torch.where(row_sum == 0, 1.0, row_sum)[..., None]
         return out, self.out_m, row_sum / self.recipe.p_max
+
+
+def _of_whole_warps(rows: Tensor, warp_rows: int) -> Tensor:
+    """Whether each pair of rows in a row's warp has one of these (a thread holds r and r + 8), bool ``[S, rows]``."""
+    count = rows.shape[1]
+    whole = torch.nn.functional.pad(rows, (0, -count % warp_rows))  # (rows beyond the end never jump)
+    pairs = whole.reshape(whole.shape[0], -1, warp_rows // 16, 2, 8).any(dim=3).flatten(2)
+    return pairs.all(dim=2).repeat_interleave(warp_rows, dim=1)[:, :count]
 
 
 def _power(old: Tensor, new: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from lowbit_attention import RECIPES
 from lowbit_attention.backends.cuda.instances import CSRC, HEAD_DIMS, WgmmaConfig, wgmma_config
 from lowbit_attention.recipes.machine import MACHINES, parabola_keys
-from lowbit_attention.recipes.options import RunningMax
+from lowbit_attention.recipes.options import RestartedMax, RunningMax
 from lowbit_attention.reference import softmax
 
 MACHINE = MACHINES["sm_90a"]
@@ -117,7 +117,7 @@ def test_recipes_are_the_references(name, head_dim):
 def test_four_warpgroups_without_row_sums_in_the_mma():
     config = WgmmaConfig(64, torch.bfloat16, sums_f16=True, promotion_keys=256)
     assert config.consumers == 4
-    plain = FAST.replace(v_tile_means=False, promote_first_tile=False)
+    plain = FAST.replace(v_tile_means=False, promote_first_tile=False, softmax_max=RestartedMax(20.0, 4.0))
     r = plain.replace(keys_per_promotion=256, row_sum="unrounded", softmax_max=RunningMax())
     assert wgmma_config(r, 64, torch.bfloat16) == config
     assert not softmax.by_parabola(r, MACHINE, 64)

@@ -34,8 +34,10 @@ from lowbit_attention.call.masks import Masking
 from lowbit_attention.recipes.definition import Recipe
 from lowbit_attention.recipes.granularity import PerChannelAndKeyTile
 from lowbit_attention.recipes.machine import EXACT_SUMS, MACHINES, SM90_MMA, AccumulatorModel, Machine
+from lowbit_attention.recipes.named import RECIPES
 from lowbit_attention.recipes.options import RestartedMax, RunningMax, TileMax
 from lowbit_attention.reference.attention import Result, emulate
+from lowbit_attention.reference.exact import exact
 from lowbit_attention.reference.softmax import by_parabola, power_by_parabola
 
 f16, f32, f64 = np.float16, np.float32, np.float64
@@ -115,11 +117,12 @@ def attend(
     machine: Machine,
     units: np.ndarray | None = None,
     tile_means: np.ndarray | None = None,
+    jumps: list[bool] | None = None,
 ) -> Row:
     """One query row: base-2 logits ``x`` (−inf: hidden), ``v`` ``[keys, channels]``, scales ``[tiles or 1, ·]``.
 
     ``units``: what the integer scores were multiplied with, where every fourth 16 keys' exponentials are approximated;
-    ``tile_means``: what V lacks in each key tile, ``[tiles, channels]``.
+    ``tile_means``: what V lacks in each key tile, ``[tiles, channels]``; ``jumps``: the tiles that do.
     """
     b_k, model, kind = machine.geometry.b_k, machine.accumulators, r.accumulator
     per_tile = isinstance(r.v_granularity, PerChannelAndKeyTile)
@@ -159,8 +162,13 @@ def attend(
         stop = min(start + b_k, len(x))
         top = x[start:stop].max()
         seen = max(seen, top)
+        if jumps is not None and sums and (jumps[tile] or (tile > 1 and jumps[tile - 1])):
+            promote(-1)
         if isinstance(r.softmax_max, TileMax):
             m = top
+        elif jumps is not None and isinstance(r.softmax_max, RestartedMax) and not sums:
+            m = first_max(r, machine, top, seen, jumps[tile])
+            row.below += bool(m < seen)
         elif not sums:
             m = max(top, f32(seen - f32(r.softmax_max.slack))) if isinstance(r.softmax_max, RestartedMax) else seen
             row.below += bool(m < seen)
@@ -203,6 +211,39 @@ def attend(
         row.out, row.size = row.out / total * scale, row.size / f64(total) * scale
         row.lse = math.log(2) * f64(m_out) + math.log(f64(total) / r.p_max)
     return row
+
+
+def first_max(r: Recipe, machine: Machine, top: f32, seen: f32, jumps: bool) -> f32:
+    """What an interval begins with, where tiles may jump."""
+    kind, bits = r.softmax_max, r.jump_bits(machine.geometry)
+    assert isinstance(kind, RestartedMax)
+    assert bits is not None
+    m = f32(top - f32(bits)) if jumps else seen if seen <= f32(top + f32(kind.headroom)) else top
+    return max(m, f32(seen - f32(kind.slack)))
+
+
+def jumping_tiles(warp: list[np.ndarray], r: Recipe, machine: Machine) -> list[bool]:
+    """Which tiles jump for a warp's rows, of which the last ones may not exist."""
+    b_k, keys, kind = machine.geometry.b_k, int(r.keys_per_promotion), r.softmax_max
+    assert isinstance(kind, RestartedMax)
+    assert kind.jump is not None
+    m = level = seen = [-INF] * len(warp)
+    found: list[bool] = []
+    for tile, start in enumerate(range(0, len(warp[0]), b_k)):
+        tops = [x[start : start + b_k].max() for x in warp]
+        after_jump = tile > 1 and found[-1]
+        rises = [top - old > kind.jump for top, old in zip(tops, level if after_jump else m, strict=True)]
+        rises += [False] * (machine.geometry.warp_rows - len(rises))
+        pairs = [i for i in range(len(rises)) if i % 16 < 8]
+        found.append(tile == 0 or all(rises[i] or rises[i + 8] for i in pairs))
+        begins = tile == 0 or found[tile] or after_jump or (tile - 1) % (keys // b_k) == 0
+        seen = [max(s, top) for s, top in zip(seen, tops, strict=True)]
+        level = m
+        if begins:
+            m = [first_max(r, machine, top, s, found[tile]) for top, s in zip(tops, seen, strict=True)]
+        else:
+            m = [max(old, top) for old, top in zip(m, tops, strict=True)]
+    return found
 
 
 def attend_in_parts(x: np.ndarray, v: np.ndarray, v_scale: np.ndarray, r: Recipe, machine: Machine, parts: int) -> Row:
@@ -261,7 +302,12 @@ def compare(
             if parts == 1:
                 approximated = units if by_parabola(r, machine, HEAD_DIM) else None
                 means = None if packed.v_tile_means is None else packed.v_tile_means[b, h // heads].numpy()
-                row = attend(x, v_seen, v_scale, r, machine, approximated, means)
+                jumps = None
+                if r.jump_bits(machine.geometry) is not None:
+                    size = machine.geometry.warp_rows
+                    of_warp = range(i // size * size, min(i // size * size + size, q.shape[2]))
+                    jumps = jumping_tiles([logits(packed, b, h, j, machine, offset)[0] for j in of_warp], r, machine)
+                row = attend(x, v_seen, v_scale, r, machine, approximated, means, jumps)
             else:
                 row = attend_in_parts(x, v_seen, v_scale, r, machine, parts)
             out, lse = result.out[b, h, i].numpy().astype(f64), float(result.lse[b, h, i])
@@ -297,6 +343,14 @@ def inputs(family: str, n_q: int, n_k: int, heads: tuple[int, int], batch: int =
         v[:, :, 1:2] = 0
     if family == "rising":
         k[..., 0] += np.linspace(-14, 14, n_k)
+    several = [5, n_k // 3, n_k // 2, n_k // 2 + 60, n_k - 2]
+    sinks = {"sink_middle": [n_k // 2], "sink_last": [n_k - 1], "sinks": several}
+    for key in sinks.get(family.removesuffix("_of_two_rows"), []):
+        k[:, :, key, 0] += 10
+        v[:, :, key] = 0
+    if family.endswith("_of_two_rows"):  # of 16
+        others = np.arange(n_q) % 16 % 11 != 2
+        q[:, :, others, 0] -= 4
     if family == "far":
         k[..., 0] += 600
     return tuple(torch.from_numpy(t.astype(f32)) for t in (q, k, v))
@@ -488,6 +542,40 @@ def test_means_by_tile_are_put_back(family: str, keys: int, first: bool, parts: 
         scale = result.packed.v_scale[0, 0].numpy()
         row = attend_in_parts(x, whole[0, 0].numpy(), scale, r.replace(v_tile_means=False), exact, parts)
         np.testing.assert_allclose(result.out[0, 1, i], row.out, rtol=0, atol=64 * U * 4.5 * scale.max())
+
+
+SINKS = ["sink", "sink_middle", "sink_last", "sinks"]
+
+
+@machines
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("tiles", "by_tile"), [(2, False), (4, False), (4, True)])
+@pytest.mark.parametrize("family", ["normal", "rising", *SINKS, "sink_middle_of_two_rows"])
+def test_tiles_that_jump(family: str, tiles: int, by_tile: bool, causal: bool, machine: Machine) -> None:
+    """They have intervals of their own and more of P's range, first, inside or last, whatever is promoted anyway."""
+    options = {**F16_28, "row_sum": "accumulator", "promote_first_tile": True, "v_tile_means": by_tile}
+    maximum = RestartedMax(20.0, 4.0, 4.0)
+    r = Recipe(**options, keys_per_promotion=tiles * machine.geometry.b_k, softmax_max=maximum)
+    assert r.jump_bits(machine.geometry) == {2: 1, 4: 2}[tiles]
+    length = 6 * machine.geometry.b_k - 20
+    rows = check(r, machine, family, 90, length, causal=causal)
+    if not causal and tiles == 4:  # tile 0, tiles 1 to 4 and tile 5, unless something jumps among the middle ones
+        promotions = {round(float(np.median([row.promotions for row in rows])))}
+        expected = {"sink_middle": {5}, "sinks": {5, 6}, "sink_last": {3}, "sink": {3}, "normal": {3},
+                    "sink_middle_of_two_rows": {3}}  # fmt: skip
+        assert promotions <= expected.get(family, {3, 4, 5, 6})
+
+
+def test_sinks_in_tiles_of_their_own_leave_the_others_their_digits() -> None:
+    """A sink with V = 0 in the middle: the rest of its interval is as near to exact as without the sink."""
+    q, k, v = inputs("sink_middle", 64, 1024, (2, 1))
+    true = exact(q, k, v, sm_scale=SM_SCALE)[0]
+    fast = RECIPES["fast_8b"]
+    without = fast.replace(softmax_max=RestartedMax(20.0, 4.0))
+    off = [
+        float((emulate(q, k, v, r, sm_scale=SM_SCALE, machine=HOPPER).out - true).abs().mean()) for r in (fast, without)
+    ]
+    assert off[0] < 0.9 * off[1], off
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ from .packing import Packer, PackPlan, loadable, packer, sample_reasons
 from .schedule import Pieces, cut, heads_side_by_side, log2_rounded_down, multiprocessors, request_reasons, schedule
 from .speeds import speedup
 
-ARGUMENTS = Arguments("P3q P3q P 7P 6f 11i 4i 8I P i 2P P".replace(" ", ""))
-"""``AttentionArgs``; an instance without V's means by tile takes all but the last."""
+ARGUMENTS = Arguments("P3q P3q P 7P 6f 11i 4i 8I P i 2P P 2f".replace(" ", ""))
+"""``AttentionArgs``; an instance without V's means by tile or without jumps lacks the last ones."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class _Plan:
     grid: tuple[int, int, int]
     log2_p_max: float
     max_options: tuple[float, float]
+    jump_options: tuple[float, float]
     integers: tuple[int, ...]
     v_head_dim: int
     key_splits: int
@@ -109,7 +110,7 @@ class HopperAttention(Implementation):
                 sm_scale, abs(sm_scale) * LOG2E, plan.log2_p_max, plan.recipe.p_max, *plan.max_options,
                 *plan.integers,
                 workspace + pack.zeros, plan.key_splits, workspace + plan.partials, workspace + pack.zeros + 4,
-                workspace + pack.v_tile_means,
+                workspace + pack.v_tile_means, *plan.jump_options,
             )
         )  # fmt: skip
         plan.kernel(plan.grid, index, arguments, overlaps=overlaps)
@@ -145,7 +146,8 @@ def _make_plan(request: Request, recipe: Recipe, index: int) -> _Plan:
         offset, pack.tiles, pieces.count, pieces.whole, pieces.rest,
         *schedule(request, q_blocks, section),
     )  # fmt: skip
-    kind = recipe.softmax_max
+    kind, bits = recipe.softmax_max, recipe.jump_bits(config.geometry)
+    jump = kind.jump if isinstance(kind, RestartedMax) else None
     return _Plan(
         request=request,
         recipe=recipe,
@@ -155,6 +157,7 @@ def _make_plan(request: Request, recipe: Recipe, index: int) -> _Plan:
         grid=(min(pieces.count, multiprocessors(index)), 1, 1),
         log2_p_max=log2_rounded_down(recipe.p_max),
         max_options=(kind.slack, kind.headroom) if isinstance(kind, RestartedMax) else (0.0, 0.0),
+        jump_options=(jump or 0.0, float(bits or 0)),
         integers=integers,
         v_head_dim=request.v_head_dim,
         key_splits=pieces.key_splits,

@@ -140,7 +140,8 @@ class WgmmaConfig:
     instruction cache: docs/kernels/hopper.md); ``sums_f16``: P·V in FP16 sums, else in FP32-typed ones;
     ``promotion_keys``: after how many keys they are added to the FP32 output; ``promote_first``: after the first tile,
     too; ``restart``: each interval has its own maximum; ``sum_in_mma``: the row sum is that of the columns of ones;
-    ``tile_means``: these hold a tile's row sum each, by which V's means by tile are put back.
+    ``tile_means``: these hold a tile's row sum each, by which V's means by tile are put back;
+    ``jump``: tiles that jump have intervals of their own.
     """
 
     head_dim: int
@@ -151,6 +152,7 @@ class WgmmaConfig:
     restart: bool = False
     sum_in_mma: bool = False
     tile_means: bool = False
+    jump: bool = False
 
     geometry = MACHINES["sm_90a"].geometry
 
@@ -211,6 +213,7 @@ class WgmmaConfig:
                 ("SUM_IN_MMA", int(self.sum_in_mma)),
                 ("TILE_KEYS", TILE_KEYS),
                 *((("TILE_MEANS", 1),) if self.tile_means else ()),
+                *((("JUMP", 1),) if self.jump else ()),
             ),
             mma=(f"IGMMA.64x{scores}x32.S8.S8", f"QGMMA.64x{columns}x32.{sums}.E4M3.E4M3"),
             # the producer of four consumers has 32 registers, and time
@@ -232,6 +235,7 @@ def wgmma_config(recipe: Recipe, head_dim: int, dtype: torch.dtype) -> WgmmaConf
         restart=isinstance(recipe.softmax_max, RestartedMax),
         sum_in_mma=recipe.row_sum == "accumulator",
         tile_means=recipe.v_tile_means,
+        jump=recipe.jump_bits(WgmmaConfig.geometry) is not None,
     )
 
 

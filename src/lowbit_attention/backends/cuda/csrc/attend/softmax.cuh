@@ -94,6 +94,39 @@ struct Rows {  // what every tile asks of a thread's two rows
     change.moved = __any_sync(0xFFFFFFFF, moved) && !(kRestart && fresh);
   }
 
+  // The same where tiles may jump. `alone`: whether the last tile has, whose interval was its own; then whether this one
+  // has. `level`: what was subtracted before the last tile. `first`: it jumps from nothing.
+  template <class Args>
+  __device__ __forceinline__ void update_jumping(Change& change, float (&seen)[2], const float (&level)[2],
+                                                 const float (&a)[2], const float (&b)[2], bool& begins, bool& alone,
+                                                 bool first, const Args& args) {
+    float top[2], rise = -kInfinity;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      top[half] = max_nan_f32(a[half], b[half]);
+      change.old_m[half] = m[half];
+      rise = fmaxf(rise, top[half] - m[half]);  // (NaN counts for nothing)
+    }
+    change.moved = __any_sync(0xFFFFFFFF, rise > 0.0f);
+    if (alone) rise = fmaxf(top[0] - level[0], top[1] - level[1]);  // (two sinks in neighbouring tiles)
+    const bool jumps = __all_sync(0xFFFFFFFF, rise > args.jump) || first;
+    begins = begins || alone || jumps;
+    alone = jumps && !first;
+    if (begins) {
+      change.moved = false;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float all = max_nan_f32(max_nan_f32(seen[half], m[half]), top[half]);
+        seen[half] = all;
+        const float others = all <= top[half] + args.headroom ? all : top[half];
+        m[half] = max_nan_f32(all - args.slack, jumps ? top[half] - args.jump_bits : others);
+      }
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) m[half] = max_nan_f32(m[half], top[half]);
+    }
+  }
+
   // What sums with the old m are to be multiplied with.
   template <bool kMasked>
   __device__ __forceinline__ void rescale(const Change& change, float (&scale)[2]) const {

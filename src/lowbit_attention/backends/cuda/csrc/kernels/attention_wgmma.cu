@@ -17,6 +17,7 @@
 //   PROMOTION_KEYS   after how many keys they are added to the FP32 output: 64 or a multiple of 128
 //   PROMOTE_FIRST    promote after the first tile, too, and count from there
 //   RESTART          begin each interval with its own maximum (RestartedMax), else the running one
+//   JUMP             give tiles that jump intervals of their own (not defined: do not)
 //   SUM_IN_MMA       the row sum is a column of ones beside V, else the FP32 sum of P before rounding
 //   TILE_MEANS       V lacks its means by tile: promotions put them back (not defined: it has them)
 #include "attend/softmax.cuh"
@@ -63,9 +64,14 @@ struct Consumer {
   float factor;      // from scores to logits
   u32 p[16];         // A fragments of P
   bool begins;       // an interval
+#if JUMP
+  u32 after_jump;    // the tile after the last one that jumped, kNone if none has
+#endif
   float rescale[2];  // what O and sums before it are to be multiplied with
   Sums sums;
   bool ready;        // its V and the next tile's K are in shared memory
+
+  static constexpr u32 kNone = 0xFFFFFFFF;
 
   // What was promoted before the present interval.
   __device__ __forceinline__ Promoted& before() {
@@ -73,6 +79,13 @@ struct Consumer {
     return shared.promoted[thread.group][threadIdx.x % 128];
 #else
     return promoted_before;
+#endif
+  }
+  __device__ __forceinline__ float (&seen())[2] {
+#if SEEN_IN_SHARED
+    return shared.seen[thread.group][thread.warp][thread.quad];  // (four threads write the same)
+#else
+    return before().seen;
 #endif
   }
   __device__ __forceinline__ void wait_for_stage() { mbarrier_wait(&shared.full[ring.stage], ring.parity); }
@@ -215,7 +228,13 @@ struct Consumer {
     exchange_again(m, other, 2);
     begins = fresh(tile);
     Change change;
+#if JUMP
+    bool alone = tile == after_jump;
+    rows.update_jumping(change, seen(), before().m, m, other, begins, alone, tile == 0, args);
+    if (alone) after_jump = tile + 1;
+#else
     rows.update<RESTART>(change, before().seen, m, other, begins, args.slack, args.headroom);
+#endif
     if constexpr (!TIGHT) {
       pmevent_if(never);  // (else the assembler waits before the exchange)
       wgmma_wait_group<0>();
@@ -248,6 +267,11 @@ struct Consumer {
         } else {
           promote<false, 0>(sums, scale);
         }
+#if JUMP  // (An interval may begin in one warp alone, and an MMA adds to the sums of all warps or of none. Zeros that are
+        // no products, the assembler moves about, and lacks registers.)
+        rescale[0] = rescale[1] = 0.0f;
+        rescale_sums(sums, rescale);
+#endif
       } else if (change.moved) {
         rows.rescale<kMasked>(change, rescale);  // (here: nothing waits for the vote)
         rescale_sums(sums, rescale);
@@ -280,7 +304,11 @@ struct Consumer {
     } else {
       await_turn();
       if constexpr (kMore && !TIGHT) begin_scores();
+#if JUMP
+      begin_pv<0>(tile > 0);
+#else
       begin_pv<0>(MAKES_MORE ? !fresh(tile) : !begins);
+#endif
       if constexpr (kMore && TIGHT) {
         begin_scores<1>();
         wgmma_wait_group<1>();
@@ -417,7 +445,13 @@ struct Consumer {
 #endif
     rows.m[0] = rows.m[1] = -kInfinity;
     before().reset();
+#if SEEN_IN_SHARED
+    seen()[0] = seen()[1] = -kInfinity;
+#endif
     tile = 0;
+#if JUMP
+    after_jump = kNone;
+#endif
     if (mine.count > 0) {
       wait_for_stage();
 #if TIGHT

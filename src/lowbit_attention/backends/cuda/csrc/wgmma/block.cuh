@@ -31,8 +31,11 @@ struct AttentionArgs {
   i32 key_splits;         // a block's pieces of the rest: if 1, some of its rows and all keys, else all rows and some keys
   Vec16* partials;        // [key_splits][rest][kConsumers][4 warps][kDim / 8 + 1][32], where keys are split
   u32* arrivals;          // [rest][kConsumers][4 warps], zeros: the splits that have written theirs
-#if TILE_MEANS
+#if TILE_MEANS || JUMP
   const u16* v_tile_means;  // [B · Hkv][tiles][kDim], FP16: what was taken off V's codes
+#endif
+#if JUMP
+  float jump, jump_bits;  // of RestartedMax; log2 of what P gains in a tile that jumps
 #endif
 };
 
@@ -72,6 +75,8 @@ constexpr int kConsumers = CONSUMERS;
 #else
 #define MAKES_MORE 0
 #endif
+// (Such instances have no register left for what tiles that jump ask for.)
+#define SEEN_IN_SHARED (JUMP && MAKES_MORE)
 constexpr int kStages = kDim == 64 ? 4 : OUTPUT_IN_SHARED ? 2 : 3;  // pairs of tiles of K and V in flight
 constexpr int kThreads = 128 * (kConsumers + 1);
 // What setmaxnreg makes of the registers at launch: 168 · 384, 128 · 512 or 96 · 640.
@@ -116,6 +121,8 @@ struct Shared {
 #endif
 #if TIGHT
   Promoted promoted[kConsumers][128];       // a thread's own
+#elif SEEN_IN_SHARED
+  float seen[kConsumers][4][8][2];          // Promoted's, of rows r and r + 8
 #endif
   float v_scale[2][kDim], v_mean[2][kDim];  // of the head of each piece of work
 #if TILE_MEANS
