@@ -14,8 +14,10 @@ from wgmma_cases import KERNEL, TESTED, assert_agrees, run
 
 from lowbit_attention import UnsupportedError, attention, attention_varlen, compare, explain, recipe
 from lowbit_attention.backends.cuda import hopper, launch, packing
+from lowbit_attention.backends.cuda import kernel as host
 from lowbit_attention.backends.cuda.jit import cache as cache_module
 from lowbit_attention.backends.cuda.jit.cache import CaptureError, KernelCache
+from lowbit_attention.call.memo import IdentityMemo, Memo
 
 pytestmark = hopper_only
 
@@ -122,7 +124,7 @@ def test_permuted_entries_give_permuted_outputs():
 
 def test_the_kernel_alone_is_the_call():
     q, k, v = inputs("qkv_bias", lengths=(500, 700))
-    call = hopper.kernel_alone(q, k, v, "sage2_8b", is_causal=True)
+    call = hopper.KERNEL.kernel_alone(q, k, v, "sage2_8b", is_causal=True)
     expected = attention(q, k, v, recipe="sage2_8b", is_causal=True)
     assert all(torch.equal(call(), expected) for _ in range(3))
 
@@ -194,8 +196,9 @@ def test_nothing_is_compiled_during_a_capture(monkeypatch, tmp_path):
     fresh = KernelCache(tmp_path)
     monkeypatch.setattr(cache_module, "compile_source", compile_source)
     monkeypatch.setattr(launch, "cache", lambda: fresh)
-    monkeypatch.setattr(hopper, "cache", lambda: fresh)
-    monkeypatch.setattr(hopper.KERNEL, "_plans", {})
+    monkeypatch.setattr(host, "cache", lambda: fresh)
+    monkeypatch.setattr(hopper.KERNEL, "_plans", IdentityMemo())
+    monkeypatch.setattr(hopper.KERNEL, "_packings", Memo())
     for loaded in (hopper._kernel, packing.packer):
         loaded.cache_clear()
     q, k, v = inputs(lengths=(77, 99))

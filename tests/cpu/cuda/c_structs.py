@@ -75,13 +75,14 @@ def read(file, constants):
 
 
 def layout(file, name, constants=None):
-    """``(name, offset, `struct` code)`` of every member, ``Strided`` ones opened; the struct's size and alignment."""
+    """``(name, offset, `struct` code)`` of every member, structs opened (``q.data``); then size and alignment."""
     ((base, body),) = re.findall(rf"struct {name}(?: : (\w+))? \{{(.*?)\n\}};", read(file, constants), flags=re.DOTALL)
     body = re.split(r"\n\n?\s*(?:template|__device__)", body)[0]  # (functions come last)
     flat, end, widest = layout(NESTED[base], base, constants) if base else ([], 0, 1)
     for member, kind, pointer, asked, dims in members(body):
         if kind in NESTED:
             inner, size, alignment = layout(NESTED[kind], kind, constants)
+            inner = [(f"{member}.{label}", offset, code) for label, offset, code in inner]
         else:
             size = alignment = 8 if pointer else SIZES[kind]
             inner = [(member, 0, "P" if pointer else CODES.get(kind))]
