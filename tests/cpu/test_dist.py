@@ -1,8 +1,7 @@
 """`make dist`: what it would refuse."""
 
-import pytest
-
 import dist
+import pytest
 
 RIGHT = dict.fromkeys(dist.source_files(), 10) | {"lowbit_attention-1.dist-info/licenses/LICENSE": 1}
 TEXT = b"""Metadata-Version: 2.4

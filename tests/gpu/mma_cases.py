@@ -15,7 +15,7 @@ import torch
 from kernel_cases import CAUSAL, DTYPES, HARD_FAMILIES, HEADS, LENGTHS, by_row, mean_logits, same, score_unit
 
 from lowbit_attention import compare, recipe
-from lowbit_attention.backends.cuda import mma
+from lowbit_attention.backends.cuda import mma, smooth_q
 from lowbit_attention.backends.cuda.instances import (
     HEAD_DIMS,
     MANIFEST,
@@ -63,7 +63,7 @@ FEW = {n: NAMED[n] for n in ("sage1", "sage2_8b", "sage2pp_4b", "rotated_4b", "i
 
 
 class Changed(MmaAttention):
-    """The kernel, its plans made with other constants of `cuda.mma`."""
+    """The kernel, its plans made with other constants of `cuda.mma` and `cuda.smooth_q`."""
 
     def __init__(self, int4_mma=None, **constants):
         super().__init__(int4_mma)
@@ -72,7 +72,7 @@ class Changed(MmaAttention):
     def make_plan(self, request, recipe, packing):
         with pytest.MonkeyPatch.context() as patch:
             for name, value in self._constants.items():
-                patch.setattr(mma, name, value)
+                patch.setattr(mma if hasattr(mma, name) else smooth_q, name, value)
             return super().make_plan(request, recipe, packing)
 
 

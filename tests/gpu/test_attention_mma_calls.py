@@ -14,7 +14,7 @@ from mma_cases import FEW, INT4, INT8, NAMED, Changed, answers, assert_agrees, i
 
 from lowbit_attention import UnsupportedError, attention, attention_varlen, explain, recipe
 from lowbit_attention.backends.cuda import kernel as host
-from lowbit_attention.backends.cuda import launch, mma, packing
+from lowbit_attention.backends.cuda import launch, mma, packing, smooth_q
 from lowbit_attention.backends.cuda.jit import cache as cache_module
 from lowbit_attention.backends.cuda.jit.cache import CaptureError, KernelCache
 from lowbit_attention.backends.cuda.mma import MMA_KERNEL, MmaAttention
@@ -244,7 +244,7 @@ def test_nothing_is_compiled_during_a_capture(monkeypatch, tmp_path):
     monkeypatch.setattr(cache_module, "compile_source", compile_source)
     monkeypatch.setattr(launch, "cache", lambda: fresh)
     monkeypatch.setattr(host, "cache", lambda: fresh)
-    for loaded in (mma._kernel, mma._smooth_q_kernels, packing.packer):
+    for loaded in (mma._kernel, smooth_q._kernels, packing.packer):
         loaded.cache_clear()
     tensors = inputs(lengths=(77, 99))
     torch.cuda.synchronize()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit_attention import RECIPES
-from lowbit_attention.backends.cuda import mma
+from lowbit_attention.backends.cuda import smooth_q
 from lowbit_attention.backends.cuda.instances import (
     DTYPE_CODES,
     HEAD_DIMS,
@@ -26,9 +26,9 @@ from lowbit_attention.backends.cuda.instances import (
     pack_instance,
     smooth_q_instance,
 )
-from lowbit_attention.backends.cuda.mma import delta_chunk
 from lowbit_attention.backends.cuda.packing import PackPlan
 from lowbit_attention.backends.cuda.schedule import divisor, log2_rounded_down
+from lowbit_attention.backends.cuda.smooth_q import delta_chunk
 
 FILE = "mma/block.cuh"
 
@@ -208,8 +208,8 @@ def test_delta_of_real_sizes(heads, length, bits):
     config = MmaConfig("sm_89", 128, qk_lanes=bits, smooth_q=True)
     pack = PackPlan.of(1, heads, length, 128, 128, RECIPES["sage2_4b"], config.form)
     q_blocks, block_bytes = -(-length // config.q_rows), config.groups * pack.tiles * 64 * 4
-    most = max(mma._MOST_DELTA_BYTES, pack.layout.size // 4)
-    assert mma._MOST_DELTA_BYTES == 64 << 20
+    most = max(smooth_q._MOST_DELTA_BYTES, pack.layout.size // 4)
+    assert smooth_q._MOST_DELTA_BYTES == 64 << 20
     many, levels = delta_chunk(heads, q_blocks, block_bytes, most)
     held, whole = many * levels * block_bytes, heads * q_blocks * block_bytes
     assert held <= most

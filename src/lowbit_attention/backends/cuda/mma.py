@@ -11,7 +11,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ...call.masks import LOG2E
 from ...call.request import Request
 from ...recipes.definition import Recipe
 from ...recipes.granularity import PerBlock, PerChannel, PerThread, PerWarp
@@ -19,7 +18,7 @@ from ...recipes.machine import MACHINES, Machine
 from ...recipes.named import RECIPES
 from ...recipes.options import AllTokens, RunningMax
 from ...reference.rotation import hadamard_size
-from .arguments import Arguments, MmaArgs, SmoothArgs
+from .arguments import Arguments, MmaArgs
 from .instances import (
     DTYPE_CODES,
     INT4_MMA_ARCHS,
@@ -34,8 +33,9 @@ from .instances import (
 from .jit.bindings import compiler_reasons
 from .kernel import AttentionPlan, CudaKernel, PackedKV, Packing, point_to_call, sizes
 from .launch import Kernel, load
-from .packing import PackPlan, aligned, has_dependent_launch
+from .packing import has_dependent_launch
 from .schedule import heads_side_by_side, log2_rounded_down, schedule
+from .smooth_q import SmoothQ
 from .support import EXACT, number_reasons, option_reasons
 
 ARCH_OF = {
@@ -53,11 +53,6 @@ _GRANULARITIES = {PerThread(): 0, PerWarp(): 1, PerBlock(): 2}
 _LARGEST_FAST_FACTOR = {8: 0.0625, 4: 0.5}
 """Units of a score in logits, above which tiles take the careful way, by bits: a score's own rounding errs by hundreds
 of units at 8 bits and by tens at 4, and the fast way adds at most 1.75."""
-
-_MOST_DELTA_BYTES = 64 << 20
-"""ΔS held at once, if a quarter of packed K and V is not more."""
-_DELTA_TILES = 32
-"""Query tiles of a block of ``delta_s`` (kTiles)."""
 
 
 class MmaAttention(CudaKernel):
@@ -125,7 +120,7 @@ class MmaAttention(CudaKernel):
         pack, device = packing.plan, request.device.index
         config = self._config(recipe, pack.dim, request.device)
         q_blocks = -(-request.q_len // config.q_rows)
-        smooth_q = _smooth_q(request, config, pack, q_blocks) if recipe.smooth_q else None
+        smooth_q = SmoothQ.of(request, config, pack, q_blocks) if recipe.smooth_q else None
         section = 1 if smooth_q else heads_side_by_side(request, pack, device, equal=True)
         arguments = MmaArgs(
             **sizes(request, pack),
@@ -145,6 +140,7 @@ class MmaAttention(CudaKernel):
             scratch_size=smooth_q.scratch_size if smooth_q else 0,
             config=config,
             kernel=_kernel(config, device),
+            can_overlap=has_dependent_launch(config.arch),
             q_blocks=q_blocks,
             arguments=Arguments(arguments),
             smooth_q=smooth_q,
@@ -152,29 +148,12 @@ class MmaAttention(CudaKernel):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SmoothQ:
-    """The launches that smoothed Q takes besides: Q's means once, and ΔS for some blocks of rows at a time.
-
-    ``heads_a_chunk`` heads (of all batches) and ``levels_a_chunk`` blocks of each share a launch; ``query_tiles``: of a
-    head. ``delta``: where ΔS lies in the scratch memory, behind Q's means.
-    """
-
-    query_means: Kernel
-    delta_s: Kernel
-    arguments: Arguments[SmoothArgs]
-    query_tiles: int
-    heads_a_chunk: int
-    levels_a_chunk: int
-    delta: int
-    scratch_size: int
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class MmaPlan(AttentionPlan):
-    """One launch; or, with smooth Q, one for every chunk of ΔS."""
+    """One launch; or, with smooth Q, one for every chunk of ΔS. ``q_blocks``: blocks of rows of a head."""
 
     config: MmaConfig
     kernel: Kernel
+    can_overlap: bool
     q_blocks: int
     arguments: Arguments[MmaArgs]
     smooth_q: SmoothQ | None
@@ -194,89 +173,21 @@ class MmaPlan(AttentionPlan):
         args = arguments.values
         point_to_call(args, q, packed, out, lse, sm_scale)
         args.tiles = packed.address + packed.plan.layout.k_tiles
+        if smooth_q is None:
+            blocks = self.request.batch * self.request.q_heads * self.q_blocks
+            self.kernel((blocks, 1, 1), device, arguments.address, overlaps=after_packing and self.can_overlap)
+            return
         args.q_mean = scratch
-        args.delta = scratch + (smooth_q.delta if smooth_q else 0)
-        blocks = self.request.batch * self.request.q_heads * self.q_blocks
-        if smooth_q:
-            return self._launch_in_chunks(smooth_q, q, packed, scratch, sm_scale, device)
-        args.first_item = 0
-        overlaps = after_packing and has_dependent_launch(self.config.arch)
-        return self.kernel((blocks, 1, 1), device, arguments.address, overlaps=overlaps)
-
-    def _launch_in_chunks(
-        self, smooth_q: SmoothQ, q: Tensor, packed: PackedKV, scratch: int, sm_scale: float, device: int
-    ) -> None:
-        if packed.k is None:
-            raise ValueError("ΔS is made of K itself, which these packed K and V have not")
-        heads, groups = self.request.batch * self.request.q_heads, self.config.groups
-        args, address = smooth_q.arguments.values, smooth_q.arguments.address
-        args.q.point_to(q)
-        args.k.point_to(packed.k)
-        args.q_mean = scratch
-        args.k_mean = packed.address + packed.plan.layout.k_mean
         args.delta = scratch + smooth_q.delta
-        args.scale = sm_scale * LOG2E
-        smooth_q.query_means((smooth_q.query_tiles, heads, 1), device, address)
-        for first_head in range(0, heads, smooth_q.heads_a_chunk):
-            chunk = min(smooth_q.heads_a_chunk, heads - first_head)
-            for first_level in range(0, self.q_blocks, smooth_q.levels_a_chunk):
-                levels = min(smooth_q.levels_a_chunk, self.q_blocks - first_level)
-                args.first_head, args.first_level, args.levels = first_head, first_level, levels
-                grid = (packed.plan.tiles, -(-levels * groups // _DELTA_TILES), chunk)
-                smooth_q.delta_s(grid, device, address)
-                self.arguments.values.first_item = first_head * self.q_blocks + first_level
-                self.kernel((chunk * levels, 1, 1), device, self.arguments.address)
-
-
-def _smooth_q(request: Request, config: MmaConfig, pack: PackPlan, q_blocks: int) -> SmoothQ:
-    heads, query_tiles = request.batch * request.q_heads, -(-request.q_len // MMA_GEOMETRY.b_q)
-    block_bytes = config.groups * pack.tiles * MMA_GEOMETRY.b_k * 4
-    heads_a_chunk, levels_a_chunk = delta_chunk(
-        heads, q_blocks, block_bytes, max(_MOST_DELTA_BYTES, pack.layout.size // 4)
-    )
-    delta = aligned(heads * query_tiles * pack.dim * 4)
-    query_means, delta_s = _smooth_q_kernels(pack.dim, request.dtype, config.arch, request.device.index)
-    arguments = SmoothArgs(
-        **sizes(request, pack),
-        delta_stride=pack.tiles * MMA_GEOMETRY.b_k,
-        query_tiles=query_tiles,
-        groups=config.groups,
-        q_blocks=q_blocks,
-    )
-    return SmoothQ(
-        query_means=query_means,
-        delta_s=delta_s,
-        arguments=Arguments(arguments),
-        query_tiles=query_tiles,
-        heads_a_chunk=heads_a_chunk,
-        levels_a_chunk=levels_a_chunk,
-        delta=delta,
-        scratch_size=delta + heads_a_chunk * levels_a_chunk * block_bytes,
-    )
-
-
-def delta_chunk(heads: int, q_blocks: int, block_bytes: int, most_bytes: int) -> tuple[int, int]:
-    """For how many heads, and for how many query blocks of each, ΔS is made at once: whole heads, or a part of one.
-
-    Args:
-        heads: batch × query heads; q_blocks: of a head; block_bytes: of a query block's ΔS.
-        most_bytes: held at once, if one block is not more.
-    """
-    blocks = most_bytes // block_bytes
-    return max(1, min(heads, blocks // q_blocks)), min(q_blocks, max(1, blocks))
+        for first, count in smooth_q.chunks(q, packed, scratch, sm_scale, device):
+            args.first_item = first
+            self.kernel((count, 1, 1), device, arguments.address)
 
 
 @lru_cache(maxsize=64)
 def _kernel(config: MmaConfig, device: int) -> Kernel:
     del device
     return load(config.instance(), "attention_mma", config.threads, config.shared_bytes)
-
-
-@lru_cache(maxsize=64)
-def _smooth_q_kernels(dim: int, dtype: torch.dtype, arch: str, device: int) -> tuple[Kernel, Kernel]:
-    del device
-    instance = smooth_q_instance(dim, dtype, arch)
-    return load(instance, "query_means", 128), load(instance, "delta_s", 128)
 
 
 @lru_cache(maxsize=16)
