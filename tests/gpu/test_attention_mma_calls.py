@@ -167,6 +167,18 @@ def test_the_kernel_alone_is_the_call(name):
     assert all(torch.equal(call(), expected) for _ in range(3))
 
 
+@pytest.mark.parametrize("r", [SMOOTH, ROTATED, NAMED["sage1"]], ids=str)
+def test_packed_once_and_attended_by_several_q(r):
+    """Bit for bit as whole calls, in any order of sizes."""
+    q, k, v = inputs("qkv_bias", heads=(8, 2), lengths=(1500, 777))
+    for kernel in mma_cases.kernels_for(r):
+        packed = kernel.pack(k, v, r)
+        for rows in (1500, 1, 300, 1500):
+            some = q[:, :, :rows]
+            found = kernel.attend(some, packed, 0.1, request_for(some, k, v, r))
+            assert same(found, run(some, k, v, r, kernel=kernel, sm_scale=0.1)), rows
+
+
 @PLAIN
 def test_two_streams_at_once(r):
     """Each call has its own workspace: calls that run at the same time do not meet."""

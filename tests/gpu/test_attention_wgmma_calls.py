@@ -18,6 +18,7 @@ from lowbit_attention.backends.cuda import kernel as host
 from lowbit_attention.backends.cuda.jit import cache as cache_module
 from lowbit_attention.backends.cuda.jit.cache import CaptureError, KernelCache
 from lowbit_attention.call.memo import IdentityMemo, Memo
+from lowbit_attention.call.request import make_request
 
 pytestmark = hopper_only
 
@@ -127,6 +128,20 @@ def test_the_kernel_alone_is_the_call():
     call = hopper.KERNEL.kernel_alone(q, k, v, "sage2_8b", is_causal=True)
     expected = attention(q, k, v, recipe="sage2_8b", is_causal=True)
     assert all(torch.equal(call(), expected) for _ in range(3))
+
+
+@PLAIN
+def test_packed_once_and_attended_by_several_q(r):
+    """Bit for bit as whole calls, in any order of sizes; also where keys are split."""
+    q, k, v = inputs("qkv_bias", heads=(8, 2), lengths=(1500, 3000))
+    packed = hopper.KERNEL.pack(k, v, r)
+    for rows in (1500, 1, 300, 1500):
+        some = q[:, :, :rows]
+        request = make_request(
+            some, k, v, None, r, None, is_causal=False, bottom_right=True, return_lse=True, layout="HND"
+        )
+        found = hopper.KERNEL.attend(some, packed, 0.1, request)
+        assert same(found, run(some, k, v, r, sm_scale=0.1)), rows
 
 
 @PLAIN

@@ -1,9 +1,11 @@
 """How a C compiler lays out the structs of csrc, read from the sources: a helper of the tests, not a test."""
 
 import contextlib
+import ctypes
 import math
 import re
 
+from lowbit_attention.backends.cuda.arguments import Structure
 from lowbit_attention.backends.cuda.instances import CSRC
 
 # ---- C structs by the x86-64 ABI, which the device's compiler follows: every member at a multiple of its alignment
@@ -92,3 +94,19 @@ def layout(file, name, constants=None):
         flat += [(label, end + offset, code) for label, offset, code in inner]
         end, widest = end + size, max(widest, alignment)
     return flat, -(-end // widest) * widest, widest
+
+
+# ---- the host's
+
+CTYPES = {"P": ctypes.c_void_p, "i": ctypes.c_int32, "I": ctypes.c_uint32, "q": ctypes.c_int64, "f": ctypes.c_float}
+
+
+def fields(structure, prefix="", start=0):
+    """As `layout` of a host's structure: ``(name, offset, code)`` of every field, structures opened."""
+    for name, kind in structure._fields_:
+        offset = start + getattr(structure, name).offset
+        if issubclass(kind, Structure):
+            yield from fields(kind, f"{prefix}{name}.", offset)
+        else:
+            (code,) = (code for code, its in CTYPES.items() if its is kind)
+            yield prefix + name, offset, code

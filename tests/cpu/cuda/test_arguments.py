@@ -4,7 +4,7 @@ import ctypes
 import threading
 
 import pytest
-from c_structs import layout
+from c_structs import fields, layout
 
 from lowbit_attention.backends.cuda.arguments import (
     Arguments,
@@ -15,14 +15,9 @@ from lowbit_attention.backends.cuda.arguments import (
     Schedule,
     SmoothArgs,
     Strided,
-    Structure,
 )
 from lowbit_attention.backends.cuda.instances import TILE_KEYS
 
-CODES = {
-    ctypes.c_void_p: "P", ctypes.c_int32: "i", ctypes.c_uint32: "I", ctypes.c_int64: "q", ctypes.c_float: "f",
-}  # fmt: skip
-"""As `c_structs.CODES`."""
 MACROS = {"HEAD_DIM": 128, "TILE_KEYS": TILE_KEYS, "TILE_MEANS": 1, "V_TILE_MEANS": 1, "true": 1, "false": 0}
 STRUCTURES = {
     Strided: "tile/strided.cuh",
@@ -37,16 +32,6 @@ MACROS |= {
     "SUMS_F16": 1, "PROMOTION_KEYS": 256, "PROMOTE_FIRST": 1, "RESTART": 1, "SUM_IN_MMA": 1, "ROTATE": 0, "K_LANES": 8,
     "V_HALF": 0, "QK_LANES": 8, "PROMOTE": 1, "SMOOTH_Q": 1, "INPUT_DTYPE": 1,
 }  # fmt: skip
-
-
-def fields(structure, prefix="", start=0):
-    """``(dotted name, offset, code)`` of every field, structures opened."""
-    for name, kind in structure._fields_:
-        offset = start + getattr(structure, name).offset
-        if issubclass(kind, Structure):
-            yield from fields(kind, f"{prefix}{name}.", offset)
-        else:
-            yield prefix + name, offset, CODES[kind]
 
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: s.__name__)

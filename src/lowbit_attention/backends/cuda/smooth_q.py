@@ -87,6 +87,7 @@ class SmoothQ:
         args.k_mean = packed.address + packed.plan.layout.k_mean
         args.delta = scratch + self.delta
         args.scale = sm_scale * LOG2E
+        args.first_head, args.first_level, args.levels = 0, 0, self.levels_a_chunk
         self.query_means((self.query_tiles, self.heads, 1), device, address)
         for first_head in range(0, self.heads, self.heads_a_chunk):
             heads = min(self.heads_a_chunk, self.heads - first_head)
