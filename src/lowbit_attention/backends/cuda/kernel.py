@@ -29,6 +29,37 @@ from .packing import Packer, PackPlan, loadable, packer
 from .support import request_reasons
 
 
+class KvKind(NamedTuple):
+    """What decides, beside the recipe, how K ``[B, Hkv, N, D]`` and V are packed."""
+
+    batch: int
+    kv_heads: int
+    kv_len: int
+    head_dim: int
+    v_head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor) -> KvKind:
+        """What the tensors themselves say."""
+        batch, kv_heads, kv_len, head_dim = k.shape
+        return cls(batch, kv_heads, kv_len, head_dim, v.shape[3], k.dtype, k.device)
+
+    @classmethod
+    def of_request(cls, r: Request) -> KvKind:
+        """What a request says of them."""
+        return cls(r.batch, r.kv_heads, r.kv_len, r.head_dim, r.v_head_dim, r.dtype, r.device)
+
+    @property
+    def dim(self) -> int:
+        """The channels of a packed head."""
+        dim = padded_head_dim(max(self.head_dim, self.v_head_dim))
+        if dim is None:
+            raise ValueError(f"head_dim {max(self.head_dim, self.v_head_dim)} has no packed form")
+        return dim
+
+
 class Packing(NamedTuple):
     """How K and V of one kind are packed."""
 
@@ -157,8 +188,7 @@ class CudaKernel(Implementation):
     def pack(self, k: Tensor, v: Tensor, recipe: Recipe) -> PackedKV:
         """Pack K and V ``[B, Hkv, N, D]``, to be attended by any number of Q on the same stream."""
         with torch.cuda.device(k.device.index):
-            batch, kv_heads, kv_len, head_dim = k.shape
-            plan, packs = self._packing(batch, kv_heads, kv_len, head_dim, v.shape[3], k.dtype, k.device, recipe)
+            plan, packs = self._packing(KvKind.of(k, v), recipe)
             k, v = loadable(k), loadable(v)
             memory = torch.empty(plan.layout.size, dtype=torch.uint8, device=k.device)
             packs(k, v, plan, memory.data_ptr(), k.device.index)
@@ -167,7 +197,7 @@ class CudaKernel(Implementation):
     def attend(
         self, q: Tensor, packed: PackedKV, sm_scale: float, request: Request, scratch: Tensor | None = None
     ) -> Output:
-        """Attention of Q ``[B, H, N, D]`` and what `pack` gave, as ``request`` says (which has K's and V's sizes, too).
+        """Attention of Q ``[B, H, N, D]`` and what `pack` gave, as a supported request says (also K's and V's sizes).
 
         ``scratch``: by `scratch`, for calls of this request one after the other on a stream; else each has its own.
 
@@ -221,38 +251,26 @@ class CudaKernel(Implementation):
         """The launches of a supported request, on the current device; compiled and loaded."""
         found = self._plans.get(request, recipe)
         if found is None:
-            r = request
-            packing = self._packing(
-                r.batch, r.kv_heads, r.kv_len, r.head_dim, r.v_head_dim, r.dtype, r.device, recipe,
-                self.instances(request, recipe),
-            )  # fmt: skip
-            found = self._plans.put(self.make_plan(request, recipe, packing), request, recipe)
+            kind = KvKind.of_request(request)
+            instances = [self._pack_instance(kind, recipe), *self.instances(request, recipe)]
+            cache().get_all((i.source(), i.options()) for i in instances)  # (side by side, the first time)
+            found = self._plans.put(self.make_plan(request, recipe, self._packing(kind, recipe)), request, recipe)
         return found
 
-    def _packing(
-        self,
-        batch: int,
-        kv_heads: int,
-        kv_len: int,
-        head_dim: int,
-        v_head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        recipe: Recipe,
-        others: list[Instance] | None = None,
-    ) -> Packing:
-        """How such K and V are packed. The ``others`` are compiled side by side with the packing kernels."""
-        dim = padded_head_dim(max(head_dim, v_head_dim))
-        if dim is None:
-            raise ValueError(f"head_dim {max(head_dim, v_head_dim)} has no packed form")
-        arch, form = self.pack_format(recipe, dim, device)
-        cache().get_all((i.source(), i.options()) for i in (pack_instance(dim, dtype, arch, form), *(others or ())))
-        key = (batch, kv_heads, kv_len, head_dim, v_head_dim, dtype, device, recipe, arch, form)
-        if (found := self._packings.get(key)) is not None:
-            return found
-        width, v_width = (-(-d // 8) * 8 for d in (head_dim, v_head_dim))  # (as `loadable` makes them)
-        plan = PackPlan.of(batch, kv_heads, kv_len, width, v_width, recipe, form)
-        return self._packings.put(key, Packing(plan, packer(dim, dtype, device.index, arch, form)))
+    def _pack_instance(self, kind: KvKind, recipe: Recipe) -> Instance:
+        arch, form = self.pack_format(recipe, kind.dim, kind.device)
+        return pack_instance(kind.dim, kind.dtype, arch, form)
+
+    def _packing(self, kind: KvKind, recipe: Recipe) -> Packing:
+        arch, form = self.pack_format(recipe, kind.dim, kind.device)
+        key = (kind, recipe, arch, form)
+        found = self._packings.get(key)
+        if found is None:
+            width, v_width = (-(-d // 8) * 8 for d in (kind.head_dim, kind.v_head_dim))  # (as `loadable` makes them)
+            plan = PackPlan.of(kind.batch, kind.kv_heads, kind.kv_len, width, v_width, recipe, form)
+            packs = packer(kind.dim, kind.dtype, kind.device.index, arch, form)
+            found = self._packings.put(key, Packing(plan, packs))
+        return found
 
 
 def _attend(

@@ -51,8 +51,8 @@ _GRANULARITIES = {PerThread(): 0, PerWarp(): 1, PerBlock(): 2}
 """`QGranularity` of csrc/attend/quantize_block.cuh."""
 
 _LARGEST_FAST_FACTOR = {8: 0.0625, 4: 0.5}
-"""Units of a score in logits, above which tiles take the careful way, by bits: a score's own rounding errs by hundreds
-of units at 8 bits and by tens at 4, and the fast way adds at most 1.75."""
+"""Units of a score in logits, above which tiles take the exact path, by bits: a score's own rounding errs by hundreds
+of units at 8 bits and by tens at 4, and the fast path adds at most 1.75."""
 
 
 class MmaAttention(CudaKernel):
