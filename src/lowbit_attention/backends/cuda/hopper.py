@@ -16,7 +16,7 @@ from ...recipes.options import AllTokens, RestartedMax, RunningMax
 from .arguments import Arguments, AttentionArgs
 from .instances import TILE_KEYS, Instance, PackFormat, WgmmaConfig, padded_head_dim, wgmma_config, wgmma_format
 from .jit.bindings import compiler_reasons
-from .kernel import AttentionPlan, CudaKernel, PackedKV, Packing, point_to_call, sizes
+from .kernel import AttentionPlan, CudaKernel, PackedKV, Packing, out_strides, point_to_call, sizes
 from .launch import Kernel, load
 from .packing import aligned
 from .schedule import WorkTiles, heads_side_by_side, log2_rounded_down, schedule, sm_count, work_tiles
@@ -56,7 +56,7 @@ class HopperAttention(CudaKernel):
         section = heads_side_by_side(request, pack, device, equal=request.q_len % config.q_rows == 0)
         arguments = AttentionArgs(
             **sizes(request, pack),
-            v_channels=pack.v_head_dim,
+            **out_strides(request, pack),
             log2_p_max=log2_rounded_down(recipe.p_max),
             p_max=recipe.p_max,
             **_max_options(recipe),

@@ -282,9 +282,9 @@ def _attend(
     device: int,
     after_packing: bool,
 ) -> Output:
-    """Make what the launches write, and launch them."""
+    """Make what the launches write (as `out_strides` has it), and launch them."""
     request, width = plan.request, packed.plan.v_head_dim
-    batch, heads, length, _ = q.shape
+    batch, heads, length = request.batch, request.q_heads, request.q_len
     if request.layout == "NHD":
         out = q.new_empty(batch, length, heads, width).transpose(1, 2)
     else:
@@ -306,6 +306,13 @@ def sizes(request: Request, pack: PackPlan) -> dict[str, int]:
     }
 
 
+def out_strides(request: Request, pack: PackPlan) -> dict[str, int]:
+    """The fields by which they know how the output lies in memory: like Q, with packed V's channels."""
+    heads, length, width = request.q_heads, request.q_len, pack.v_head_dim
+    head, token = (width, heads * width) if request.layout == "NHD" else (length * width, width)
+    return {"v_channels": width, "out_batch": heads * length * width, "out_head": head, "out_token": token}
+
+
 def point_to_call(
     args: AttentionArgs | MmaArgs, q: Tensor, packed: PackedKV, out: Tensor, lse: Tensor | None, sm_scale: float
 ) -> None:
@@ -313,7 +320,6 @@ def point_to_call(
     layout, address = packed.plan.layout, packed.address
     args.q.point_to(q)
     args.out = out.data_ptr()
-    args.out_batch, args.out_head, args.out_token, _ = out.stride()
     args.lse = 0 if lse is None else lse.data_ptr()
     args.k_mean = address + layout.k_mean
     args.k_largest_scale = address + layout.k_largest_scale

@@ -31,7 +31,7 @@ from .instances import (
     smooth_q_instance,
 )
 from .jit.bindings import compiler_reasons
-from .kernel import AttentionPlan, CudaKernel, PackedKV, Packing, point_to_call, sizes
+from .kernel import AttentionPlan, CudaKernel, PackedKV, Packing, out_strides, point_to_call, sizes
 from .launch import Kernel, load
 from .packing import has_dependent_launch
 from .schedule import heads_side_by_side, log2_rounded_down, schedule
@@ -124,7 +124,7 @@ class MmaAttention(CudaKernel):
         section = 1 if smooth_q else heads_side_by_side(request, pack, device, equal=True)
         arguments = MmaArgs(
             **sizes(request, pack),
-            v_channels=pack.v_head_dim,
+            **out_strides(request, pack),
             log2_p_max=log2_rounded_down(recipe.p_max),
             largest_fast_factor=_LARGEST_FAST_FACTOR[recipe.qk_bits or 8],
             tile_count=pack.tiles,
