@@ -31,7 +31,7 @@ from lowbit_attention.backends.cuda.instances import (
     wgmma_config,
     wgmma_format,
 )
-from lowbit_attention.backends.cuda.schedule import cut
+from lowbit_attention.backends.cuda.schedule import work_tiles
 from lowbit_attention.errors import InvalidRecipeError
 from lowbit_attention.recipes.granularity import TOKEN_GRANULARITIES, VALUE_GRANULARITIES
 from lowbit_attention.recipes.options import AllTokens, RestartedMax, RunningMax, SampledTokens, TileMax
@@ -223,12 +223,12 @@ class Case:
 
     @property
     def splits_keys(self) -> bool:
-        """Whether `attention_wgmma` shares some rows' keys out between an H200's multiprocessors."""
+        """Whether `attention_wgmma` shares some rows' keys out between an H200's SMs."""
         config = wgmma_config(self.recipe, self.dim, DTYPES[self.dtype])
         if not config.output_in_shared or self.causal != "none":
             return False
         blocks = -(-self.lengths[0] // config.q_rows) * self.heads[0]
-        return cut(blocks, 132, config.consumers, -(-self.lengths[1] // TILE_KEYS)).key_splits > 1
+        return work_tiles(blocks, 132, config.consumers, -(-self.lengths[1] // TILE_KEYS)).key_splits > 1
 
     def fields(self) -> dict[str, Any]:
         """Its kind, and what else changes what the kernel does."""

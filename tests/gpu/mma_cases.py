@@ -15,7 +15,7 @@ import torch
 from kernel_cases import CAUSAL, DTYPES, HARD_FAMILIES, HEADS, LENGTHS, by_row, mean_logits, same, score_unit
 
 from lowbit_attention import compare, recipe
-from lowbit_attention.backends.cuda import mma
+from lowbit_attention.backends.cuda import mma, smooth_q
 from lowbit_attention.backends.cuda.instances import (
     HEAD_DIMS,
     MANIFEST,
@@ -27,7 +27,7 @@ from lowbit_attention.backends.cuda.instances import (
 )
 from lowbit_attention.backends.cuda.launch import cache
 from lowbit_attention.backends.cuda.mma import MmaAttention
-from lowbit_attention.backends.cuda.packing import loadable, pack_kv
+from lowbit_attention.backends.cuda.packing import pack_kv
 from lowbit_attention.call.masks import Masking
 from lowbit_attention.call.request import make_request
 from lowbit_attention.recipes.machine import MACHINES
@@ -63,17 +63,17 @@ FEW = {n: NAMED[n] for n in ("sage1", "sage2_8b", "sage2pp_4b", "rotated_4b", "i
 
 
 class Changed(MmaAttention):
-    """The kernel, its plans made with other constants of `cuda.mma`."""
+    """The kernel, its plans made with other constants of `cuda.mma` and `cuda.smooth_q`."""
 
     def __init__(self, int4_mma=None, **constants):
         super().__init__(int4_mma)
         self._constants = constants
 
-    def _plan(self, request, recipe, index):
+    def make_plan(self, request, recipe, packing):
         with pytest.MonkeyPatch.context() as patch:
             for name, value in self._constants.items():
-                patch.setattr(mma, name, value)
-            return super()._plan(request, recipe, index)
+                patch.setattr(mma if hasattr(mma, name) else smooth_q, name, value)
+            return super().make_plan(request, recipe, packing)
 
 
 def careful(int4_mma=None):
@@ -162,18 +162,15 @@ def in_spoilt_memory(q, k, v, r, *, kernel=INT8, sm_scale=None, garbage=0xFF, **
     """Output, lse and q̄ (``None`` without smooth Q) of a call whose workspace begins full of ``garbage``."""
     request = request_for(q, k, v, r, **options)
     scale = 1 / math.sqrt(q.shape[3]) if sm_scale is None else sm_scale
-    width, v_width = q.shape[3], v.shape[3]
-    q, k, v = loadable(q), loadable(k), loadable(v)
-    plan = kernel._plan(request, r, q.device.index)
-    workspace = torch.full((plan.workspace_bytes,), garbage, dtype=torch.uint8, device=q.device)
-    plan.packer(k, v, plan.pack, workspace.data_ptr(), q.device.index)
-    out, lse = kernel._attend(q, k, plan, workspace.data_ptr(), scale, q.device.index)
+    plan = kernel.plan(request, r)
+    memory = torch.full((plan.workspace_size,), garbage, dtype=torch.uint8, device=q.device)
+    out, lse = kernel.run_in(memory, q, k, v, scale, plan)
     mean = None
     if r.smooth_q:
-        shape = (*q.shape[:2], plan.query_tiles, plan.config.head_dim)
-        raw = workspace[plan.q_mean : plan.q_mean + 4 * math.prod(shape)]
-        mean = raw.view(torch.float32).reshape(shape)[..., :width]
-    return out[..., :v_width].contiguous(), lse, mean
+        shape = (*q.shape[:2], plan.smooth_q.query_tiles, plan.config.head_dim)
+        scratch = memory[plan.packing.plan.layout.size :]
+        mean = scratch[: 4 * math.prod(shape)].view(torch.float32).reshape(shape)[..., : q.shape[3]]
+    return out.contiguous(), lse, mean
 
 
 def packed_tiles(k, v, r, kernel=INT8):

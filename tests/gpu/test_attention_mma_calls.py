@@ -13,10 +13,11 @@ from kernel_cases import FAR_SHAPES, far_apart, hopper_only, inputs, same, soil,
 from mma_cases import FEW, INT4, INT8, NAMED, Changed, answers, assert_agrees, in_spoilt_memory, request_for, run
 
 from lowbit_attention import UnsupportedError, attention, attention_varlen, explain, recipe
-from lowbit_attention.backends.cuda import launch, mma, packing
+from lowbit_attention.backends.cuda import kernel as host
+from lowbit_attention.backends.cuda import launch, mma, packing, smooth_q
 from lowbit_attention.backends.cuda.jit import cache as cache_module
 from lowbit_attention.backends.cuda.jit.cache import CaptureError, KernelCache
-from lowbit_attention.backends.cuda.mma import MmaAttention, kernel_alone
+from lowbit_attention.backends.cuda.mma import MMA_KERNEL, MmaAttention
 
 pytestmark = hopper_only
 
@@ -120,13 +121,14 @@ def test_chunks_of_delta_change_nothing(name, batch, heads, head_dim, parts, cau
     kernels += [(INT4, Changed(int4_mma=True, _MOST_DELTA_BYTES=4096))] if r.qk_bits == 4 else []
     for whole, chunked in kernels:
         request = request_for(q, k, v, r, is_causal=causal)
-        plan, undivided = chunked._plan(request, r, q.device.index), whole._plan(request, r, q.device.index)
-        assert (undivided.heads_a_chunk, undivided.levels_a_chunk) == (batch * heads[0], undivided.q_blocks)
-        assert plan.heads_a_chunk < batch * heads[0]
+        plan, undivided = chunked.plan(request, r), whole.plan(request, r)
+        of_all, of_some = undivided.smooth_q, plan.smooth_q
+        assert (of_all.heads_a_chunk, of_all.levels_a_chunk) == (batch * heads[0], undivided.q_blocks)
+        assert of_some.heads_a_chunk < batch * heads[0]
         if parts:
-            assert plan.heads_a_chunk == 1
-            assert plan.levels_a_chunk < plan.q_blocks
-        assert plan.workspace_bytes < undivided.workspace_bytes
+            assert of_some.heads_a_chunk == 1
+            assert of_some.levels_a_chunk < plan.q_blocks
+        assert plan.workspace_size < undivided.workspace_size
         assert same(run(q, k, v, r, kernel=chunked, is_causal=causal), expected)
         assert same(in_spoilt_memory(q, k, v, r, kernel=chunked, is_causal=causal)[:2], expected)
 
@@ -160,9 +162,21 @@ def test_permuted_entries_give_permuted_outputs(r):
 @pytest.mark.parametrize("name", ["sage2_4b", "sage1"])
 def test_the_kernel_alone_is_the_call(name):
     q, k, v = inputs("qkv_bias", lengths=(500, 700))
-    call = kernel_alone(q, k, v, name, is_causal=True)
+    call = MMA_KERNEL.kernel_alone(q, k, v, name, is_causal=True)
     expected = run(q, k, v, NAMED[name], is_causal=True)[0]
     assert all(torch.equal(call(), expected) for _ in range(3))
+
+
+@pytest.mark.parametrize("r", [SMOOTH, ROTATED, NAMED["sage1"]], ids=str)
+def test_packed_once_and_attended_by_several_q(r):
+    """Bit for bit as whole calls, in any order of sizes."""
+    q, k, v = inputs("qkv_bias", heads=(8, 2), lengths=(1500, 777))
+    for kernel in mma_cases.kernels_for(r):
+        packed = kernel.pack(k, v, r)
+        for rows in (1500, 1, 300, 1500):
+            some = q[:, :, :rows]
+            found = kernel.attend(some, packed, 0.1, request_for(some, k, v, r))
+            assert same(found, run(some, k, v, r, kernel=kernel, sm_scale=0.1)), rows
 
 
 @PLAIN
@@ -241,8 +255,8 @@ def test_nothing_is_compiled_during_a_capture(monkeypatch, tmp_path):
     fresh = KernelCache(tmp_path)
     monkeypatch.setattr(cache_module, "compile_source", compile_source)
     monkeypatch.setattr(launch, "cache", lambda: fresh)
-    monkeypatch.setattr(mma, "cache", lambda: fresh)
-    for loaded in (mma._kernel, mma._smooth_q_kernels, packing.packer):
+    monkeypatch.setattr(host, "cache", lambda: fresh)
+    for loaded in (mma._kernel, smooth_q._kernels, packing.packer):
         loaded.cache_clear()
     tensors = inputs(lengths=(77, 99))
     torch.cuda.synchronize()
@@ -315,7 +329,7 @@ def test_gradients_are_refused_with_the_kernels_reason():
 def test_the_kernel_alone_refuses_with_every_reason():
     q, k, v = inputs(lengths=(64, 64), head_dims=(64, 128))
     with pytest.raises(UnsupportedError) as refused:
-        kernel_alone(q, k, v, "rotated_4b:pv_format=e5m2,p_max=57344,v_max=1,accumulator=fp8_f32")
+        MMA_KERNEL.kernel_alone(q, k, v, "rotated_4b:pv_format=e5m2,p_max=57344,v_max=1,accumulator=fp8_f32")
     reasons = " ".join(refused.value.reasons["attention_mma"])
     assert "e5m2" in reasons
     assert "head_dim 64 wants 64" in reasons

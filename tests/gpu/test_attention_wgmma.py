@@ -48,8 +48,8 @@ def test_it_is_the_reference(case):
 @EVERY_RECIPE
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_more_blocks_of_rows_than_multiprocessors(r, causal, head_dim):
-    """512 pieces of work: each thread block has several, and its rings of stages go on from one to the next."""
+def test_more_blocks_of_rows_than_sms(r, causal, head_dim):
+    """512 work tiles: each thread block has several, and its rings of stages go on from one to the next."""
     q, k, v = inputs("qkv_bias", batch=4, heads=(16, 4), lengths=(1000, 777), head_dims=(head_dim, head_dim))
     out, lse = run(q, k, v, r, is_causal=causal)
     assert_agrees(out, lse, q, k, v, r, causal_offset=777 - 1000 if causal else None)
@@ -57,7 +57,7 @@ def test_more_blocks_of_rows_than_multiprocessors(r, causal, head_dim):
 
 @pytest.fixture
 def every_key_split(monkeypatch):
-    """Keys are split wherever places are left, however few they are."""
+    """Keys are split wherever SMs are left, however few they are."""
     monkeypatch.setattr(schedule, "_SPLIT_COST", -1e6)
     hopper.KERNEL._plans.clear()
     yield
@@ -143,10 +143,9 @@ def test_tiles_that_jump_where_keys_are_split(tokens, queries, head_dim):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_the_last_turns_keys_are_split(dtype):
+def test_the_tail_waves_keys_are_split(dtype):
     """Some blocks of rows whole and some along the keys, as the plan has it; again and again on the same packed K."""
-    multiprocessors = schedule.multiprocessors(torch.cuda.current_device())
-    heads = multiprocessors // 4 + 10  # 4 blocks of rows each, so that some 40 are left
+    heads = schedule.sm_count(torch.cuda.current_device()) // 4 + 10  # 4 blocks of rows each, so that some 40 are left
     q, k, v = inputs("normal", dtype, batch=1, heads=(heads, heads), lengths=(700, 4000), head_dims=(128, 128))
     r = TESTED["fast_8b"]
     key_splits, rows = split_rows(q, k, v, r, None)
@@ -154,7 +153,7 @@ def test_the_last_turns_keys_are_split(dtype):
     assert 0 < int(rows.sum()) < rows.numel()
     out, lse = run(q, k, v, r)
     assert_agrees(out, lse, q, k, v, r)
-    alone = hopper.kernel_alone(q, k, v, r)
+    alone = hopper.KERNEL.kernel_alone(q, k, v, r)
     for _ in range(3):
         assert torch.equal(alone(), out)
 

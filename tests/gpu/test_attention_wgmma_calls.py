@@ -14,8 +14,11 @@ from wgmma_cases import KERNEL, TESTED, assert_agrees, run
 
 from lowbit_attention import UnsupportedError, attention, attention_varlen, compare, explain, recipe
 from lowbit_attention.backends.cuda import hopper, launch, packing
+from lowbit_attention.backends.cuda import kernel as host
 from lowbit_attention.backends.cuda.jit import cache as cache_module
 from lowbit_attention.backends.cuda.jit.cache import CaptureError, KernelCache
+from lowbit_attention.call.memo import IdentityMemo, Memo
+from lowbit_attention.call.request import make_request
 
 pytestmark = hopper_only
 
@@ -122,9 +125,23 @@ def test_permuted_entries_give_permuted_outputs():
 
 def test_the_kernel_alone_is_the_call():
     q, k, v = inputs("qkv_bias", lengths=(500, 700))
-    call = hopper.kernel_alone(q, k, v, "sage2_8b", is_causal=True)
+    call = hopper.KERNEL.kernel_alone(q, k, v, "sage2_8b", is_causal=True)
     expected = attention(q, k, v, recipe="sage2_8b", is_causal=True)
     assert all(torch.equal(call(), expected) for _ in range(3))
+
+
+@PLAIN
+def test_packed_once_and_attended_by_several_q(r):
+    """Bit for bit as whole calls, in any order of sizes; also where keys are split."""
+    q, k, v = inputs("qkv_bias", heads=(8, 2), lengths=(1500, 3000))
+    packed = hopper.KERNEL.pack(k, v, r)
+    for rows in (1500, 1, 300, 1500):
+        some = q[:, :, :rows]
+        request = make_request(
+            some, k, v, None, r, None, is_causal=False, bottom_right=True, return_lse=True, layout="HND"
+        )
+        found = hopper.KERNEL.attend(some, packed, 0.1, request)
+        assert same(found, run(some, k, v, r, sm_scale=0.1)), rows
 
 
 @PLAIN
@@ -194,8 +211,9 @@ def test_nothing_is_compiled_during_a_capture(monkeypatch, tmp_path):
     fresh = KernelCache(tmp_path)
     monkeypatch.setattr(cache_module, "compile_source", compile_source)
     monkeypatch.setattr(launch, "cache", lambda: fresh)
-    monkeypatch.setattr(hopper, "cache", lambda: fresh)
-    monkeypatch.setattr(hopper.KERNEL, "_plans", {})
+    monkeypatch.setattr(host, "cache", lambda: fresh)
+    monkeypatch.setattr(hopper.KERNEL, "_plans", IdentityMemo())
+    monkeypatch.setattr(hopper.KERNEL, "_packings", Memo())
     for loaded in (hopper._kernel, packing.packer):
         loaded.cache_clear()
     q, k, v = inputs(lengths=(77, 99))

@@ -287,7 +287,7 @@ def test_expanded_tensors():
 @pytest.mark.parametrize(("heads", "blocks"), [(1, 8), (12, 8), (24, 4), (64, 2), (150, 1)])
 def test_packing_repeats_bit_for_bit(heads, blocks):
     """In clusters of any size."""
-    assert PackPlan.of(2, heads, 3001, 128, 128, SMOOTH).splits == blocks
+    assert PackPlan.of(2, heads, 3001, 128, 128, SMOOTH).statistics.splits == blocks
     generator = torch.Generator(DEVICE).manual_seed(heads)
     shape = (2, heads, 3001, 128)
     k, v = (torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.bfloat16) + 1 for _ in range(2))

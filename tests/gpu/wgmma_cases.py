@@ -11,11 +11,11 @@ import torch
 from kernel_cases import CAUSAL, DTYPES, HARD_FAMILIES, HEADS, LENGTHS, by_row, mean_logits, score_unit
 
 from lowbit_attention import attention, compare, explain, recipe
-from lowbit_attention.backends.cuda.hopper import pieces_of
+from lowbit_attention.backends.cuda.hopper import work_tiles_of
 from lowbit_attention.backends.cuda.instances import HEAD_DIMS, MANIFEST, padded_head_dim, wgmma_config
 from lowbit_attention.backends.cuda.launch import cache
 from lowbit_attention.backends.cuda.packing import PackPlan, pack_kv
-from lowbit_attention.backends.cuda.schedule import heads_side_by_side, multiprocessors
+from lowbit_attention.backends.cuda.schedule import heads_side_by_side, sm_count
 from lowbit_attention.call.masks import Masking
 from lowbit_attention.call.request import make_request
 from lowbit_attention.recipes.machine import MACHINES
@@ -104,16 +104,16 @@ def split_rows(q, k, v, r, causal_offset):
         q, k, v, None, r, None, is_causal=causal_offset is not None, bottom_right=True, return_lse=False, layout="HND"
     )
     index = q.device.index
-    pieces, q_blocks = pieces_of(request, config, multiprocessors(index))
+    work, q_blocks = work_tiles_of(request, config, sm_count(index))
     pack = PackPlan.of(batch, k.shape[1], k.shape[2], k.shape[3], v.shape[3], r)
     section = heads_side_by_side(request, pack, index, equal=length % config.q_rows == 0)
     rows = torch.zeros(batch * heads, q_blocks, dtype=torch.bool)
-    for item in range(pieces.whole, pieces.whole + pieces.rest):  # as `work_item` of csrc/attend/schedule.cuh
+    for item in range(work.whole, work.whole + work.tail):  # as `work_item` of csrc/attend/schedule.cuh
         place = item % (section * q_blocks)
         head = item // (section * q_blocks) * section + place % section
         rows[head, q_blocks - 1 - place // section] = True
     rows = rows.repeat_interleave(config.q_rows, dim=1)[:, :length].reshape(batch, heads, length)
-    return pieces.key_splits, rows.to(q.device)
+    return work.key_splits, rows.to(q.device)
 
 
 BASE_ERROR = 1.75

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +14,8 @@ from torch import Tensor
 from .._version import __version__
 from ..api import attention, explain
 from ..backends.base import Emulation
+from ..backends.cuda.kernel import CudaKernel
+from ..backends.registry import IMPLEMENTATIONS
 from ..errors import InvalidArgumentError, UnsupportedError
 from ..recipes.definition import Recipe
 from ..recipes.named import RECIPES
@@ -54,19 +55,15 @@ class Ours(Provider):
         return parts
 
 
-_KERNEL_MODULES = {"attention_wgmma": "..cuda.hopper", "attention_mma": "..cuda.mma"}
-
-
 def _kernel_alone(implementation: str, q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, is_causal: bool) -> Call | None:
     """Our attention kernel on inputs that are packed here, once; ``None`` where there is no such kernel."""
-    try:
-        if implementation not in _KERNEL_MODULES:
-            return None
-        kernels: Any = importlib.import_module(_KERNEL_MODULES[implementation], __package__)
-        call: Call = kernels.kernel_alone(q, k, v, recipe, is_causal)
-    except (ImportError, UnsupportedError):
+    kernel = next((one for one in IMPLEMENTATIONS if one.name == implementation), None)
+    if not isinstance(kernel, CudaKernel):
         return None
-    return call
+    try:
+        return kernel.kernel_alone(q, k, v, recipe, is_causal)
+    except UnsupportedError:
+        return None
 
 
 class TorchSdpa(Provider):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from bench_cases import TINY, inputs
 
+from lowbit_attention.backends.cuda.mma import MMA_KERNEL
 from lowbit_attention.bench import base, providers
 from lowbit_attention.bench.base import Unsupported
 from lowbit_attention.bench.cudnn_fp8 import CudnnFp8, build, quantise
@@ -109,8 +110,7 @@ def test_ours_on_a_gpu_offers_the_kernel_where_it_has_one(monkeypatch):
         calls.append(arguments)
         return lambda: "ran"
 
-    kernels = SimpleNamespace(kernel_alone=kernel_alone)
-    monkeypatch.setattr(providers.importlib, "import_module", lambda name, package: kernels)
+    monkeypatch.setattr(MMA_KERNEL, "kernel_alone", kernel_alone)
     parts = ours.prepare(replace(TINY, is_causal=True), q, q, q)
     assert list(parts) == ["whole", "kernel"]
     assert parts["kernel"]() == "ran"
@@ -119,9 +119,9 @@ def test_ours_on_a_gpu_offers_the_kernel_where_it_has_one(monkeypatch):
     def refuse(*arguments):
         raise UnsupportedError("not this one")
 
-    kernels.kernel_alone = refuse
+    monkeypatch.setattr(MMA_KERNEL, "kernel_alone", refuse)
     assert list(ours.prepare(TINY, q, q, q)) == ["whole"]
-    monkeypatch.setattr(providers.importlib, "import_module", lambda *a: (_ for _ in ()).throw(ImportError()))
+    chose("torch_sdpa")
     assert list(ours.prepare(TINY, q, q, q)) == ["whole"]
 
 

@@ -1,9 +1,11 @@
 """How a C compiler lays out the structs of csrc, read from the sources: a helper of the tests, not a test."""
 
 import contextlib
+import ctypes
 import math
 import re
 
+from lowbit_attention.backends.cuda.arguments import Structure
 from lowbit_attention.backends.cuda.instances import CSRC
 
 # ---- C structs by the x86-64 ABI, which the device's compiler follows: every member at a multiple of its alignment
@@ -75,13 +77,14 @@ def read(file, constants):
 
 
 def layout(file, name, constants=None):
-    """``(name, offset, `struct` code)`` of every member, ``Strided`` ones opened; the struct's size and alignment."""
+    """``(name, offset, `struct` code)`` of every member, structs opened (``q.data``); then size and alignment."""
     ((base, body),) = re.findall(rf"struct {name}(?: : (\w+))? \{{(.*?)\n\}};", read(file, constants), flags=re.DOTALL)
     body = re.split(r"\n\n?\s*(?:template|__device__)", body)[0]  # (functions come last)
     flat, end, widest = layout(NESTED[base], base, constants) if base else ([], 0, 1)
     for member, kind, pointer, asked, dims in members(body):
         if kind in NESTED:
             inner, size, alignment = layout(NESTED[kind], kind, constants)
+            inner = [(f"{member}.{label}", offset, code) for label, offset, code in inner]
         else:
             size = alignment = 8 if pointer else SIZES[kind]
             inner = [(member, 0, "P" if pointer else CODES.get(kind))]
@@ -91,3 +94,19 @@ def layout(file, name, constants=None):
         flat += [(label, end + offset, code) for label, offset, code in inner]
         end, widest = end + size, max(widest, alignment)
     return flat, -(-end // widest) * widest, widest
+
+
+# ---- the host's
+
+CTYPES = {"P": ctypes.c_void_p, "i": ctypes.c_int32, "I": ctypes.c_uint32, "q": ctypes.c_int64, "f": ctypes.c_float}
+
+
+def fields(structure, prefix="", start=0):
+    """As `layout` of a host's structure: ``(name, offset, code)`` of every field, structures opened."""
+    for name, kind in structure._fields_:
+        offset = start + getattr(structure, name).offset
+        if issubclass(kind, Structure):
+            yield from fields(kind, f"{prefix}{name}.", offset)
+        else:
+            (code,) = (code for code, its in CTYPES.items() if its is kind)
+            yield prefix + name, offset, code

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit_attention import RECIPES
-from lowbit_attention.backends.cuda import mma
+from lowbit_attention.backends.cuda import smooth_q
 from lowbit_attention.backends.cuda.instances import (
     DTYPE_CODES,
     HEAD_DIMS,
@@ -26,9 +26,9 @@ from lowbit_attention.backends.cuda.instances import (
     pack_instance,
     smooth_q_instance,
 )
-from lowbit_attention.backends.cuda.mma import delta_chunk
 from lowbit_attention.backends.cuda.packing import PackPlan
 from lowbit_attention.backends.cuda.schedule import divisor, log2_rounded_down
+from lowbit_attention.backends.cuda.smooth_q import delta_chunk
 
 FILE = "mma/block.cuh"
 
@@ -139,9 +139,10 @@ def test_a_plan_holds_everything_and_nothing_twice(batch, kv_heads, kv_len, head
     assert plan.dim >= max(head_dim, v_head_dim)
     assert plan.tiles == -(-kv_len // 64)
     record = form.record_bytes(plan.dim)
-    assert plan.k_stride == plan.v_stride == 4 * plan.k_scale_stride == record
-    assert plan.v_tiles - plan.k_tiles == form.k_bytes(plan.dim)
-    assert plan.k_scales - plan.v_tiles == form.v_bytes(plan.dim)
+    layout, statistics = plan.layout, plan.statistics
+    assert layout.k_stride == layout.v_stride == 4 * layout.k_scale_stride == record
+    assert layout.v_tiles - layout.k_tiles == form.k_bytes(plan.dim)
+    assert layout.k_scales - layout.v_tiles == form.v_bytes(plan.dim)
     channels = heads * plan.dim * 4
     parts = {
         "k_tiles": heads * plan.tiles * record,
@@ -149,17 +150,17 @@ def test_a_plan_holds_everything_and_nothing_twice(batch, kv_heads, kv_len, head
         "k_largest_scale": heads * 4,
         "v_scale": channels,
         "v_mean": channels,
-        "partials": 2 * heads * plan.splits * 3 * plan.dim * 4,
+        "partials": 2 * heads * statistics.splits * 3 * plan.dim * 4,
     }
-    spans = sorted((getattr(plan, name), getattr(plan, name) + size) for name, size in parts.items())
+    spans = sorted((getattr(layout, name), getattr(layout, name) + size) for name, size in parts.items())
     assert spans[0][0] == 0
     assert all(start % 256 == 0 for start, _ in spans)
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
-    assert spans[-1][1] <= plan.workspace_bytes
+    assert spans[-1][1] <= layout.size
     # statistics: every token in one split, none empty
-    assert (plan.splits - 1) * plan.tokens_a_split < kv_len <= plan.splits * plan.tokens_a_split
+    assert (statistics.splits - 1) * statistics.tokens_a_split < kv_len <= statistics.splits * statistics.tokens_a_split
     # packing: every tile in one block, none empty; the threads of a block pack so many tiles of E4M3 at once
-    blocks, *rest = plan.pack_grid
+    blocks, *rest = plan.grid
     assert rest == [heads, 2]
     assert (blocks - 1) * plan.tiles_a_block < plan.tiles <= blocks * plan.tiles_a_block
     assert plan.tiles_a_block % (128 * 16 * 8 // (plan.dim * 64)) == 0
@@ -173,7 +174,7 @@ def test_a_workspace_is_little_more_than_packed_k_and_v(batch, kv_heads, kv_len,
     """At most a fifth more than K's and V's own numbers: the last tile's padding, scales, partial sums."""
     plan = PackPlan.of(batch, kv_heads, kv_len, head_dim, head_dim, RECIPES["sage2_8b"], form)
     numbers = batch * kv_heads * kv_len * head_dim * (form.k_lanes + (16 if form.v_half else 8)) // 8
-    assert plan.workspace_bytes <= 1.2 * numbers
+    assert plan.layout.size <= 1.2 * numbers
 
 
 # ---- ΔS in pieces
@@ -207,8 +208,8 @@ def test_delta_of_real_sizes(heads, length, bits):
     config = MmaConfig("sm_89", 128, qk_lanes=bits, smooth_q=True)
     pack = PackPlan.of(1, heads, length, 128, 128, RECIPES["sage2_4b"], config.form)
     q_blocks, block_bytes = -(-length // config.q_rows), config.groups * pack.tiles * 64 * 4
-    most = max(mma._MOST_DELTA_BYTES, pack.workspace_bytes // 4)
-    assert mma._MOST_DELTA_BYTES == 64 << 20
+    most = max(smooth_q._MOST_DELTA_BYTES, pack.layout.size // 4)
+    assert smooth_q._MOST_DELTA_BYTES == 64 << 20
     many, levels = delta_chunk(heads, q_blocks, block_bytes, most)
     held, whole = many * levels * block_bytes, heads * q_blocks * block_bytes
     assert held <= most
@@ -222,7 +223,8 @@ def test_delta_of_real_sizes(heads, length, bits):
 
 
 def check_division(d, n):
-    multiplier, shift = divisor(d)
+    by = divisor(d)
+    multiplier, shift = by.multiplier, by.shift
     assert 0 <= multiplier < 1 << 32
     assert n * multiplier < 1 << 64  # (the device multiplies 64-bit numbers)
     assert n * multiplier >> shift == n // d

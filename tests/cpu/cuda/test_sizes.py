@@ -1,8 +1,7 @@
-"""Sizes that host and device must agree on: argument structs, shared memory, and the parts of a workspace."""
+"""Sizes that host and device must agree on: shared memory, and the parts of a workspace."""
 
 import itertools
 import re
-import struct
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit_attention import RECIPES, recipe
-from lowbit_attention.backends.cuda import hopper, mma, packing
+from lowbit_attention.backends.cuda import hopper, packing
 from lowbit_attention.backends.cuda.instances import (
     DTYPE_CODES,
     HEAD_DIMS,
@@ -24,14 +23,6 @@ from lowbit_attention.backends.cuda.packing import PackPlan, statistics_bytes
 from lowbit_attention.recipes.options import AllTokens, SampledTokens
 from lowbit_attention.reference.smoothing import sampled
 
-
-def python_layout(text):
-    """``(offset, code)`` of a native `struct` format, by the sizes of its prefixes."""
-    codes = [code for count, code in re.findall(r"(\d*)([A-Za-z])", text) for _ in range(int(count or 1))]
-    ends = [struct.calcsize("@" + "".join(codes[: i + 1])) for i in range(len(codes))]
-    return [(end - struct.calcsize(code), code) for end, code in zip(ends, codes, strict=True)]
-
-
 PACK_DEFINES = {"HEAD_DIM": 128, "TILE_KEYS": TILE_KEYS, "ROTATE": 0, "K_LANES": 8, "V_HALF": 0, "V_TILE_MEANS": 0}
 
 
@@ -42,23 +33,6 @@ def wgmma_defines(config):
 
 WITH_MEANS = wgmma_config(recipe("fast_8b"), 128, torch.float16)
 WITHOUT = wgmma_config(recipe("sage2_8b"), 128, torch.float16)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "file", "name", "constants"),
-    [
-        (packing.ARGUMENTS, "pack/statistics.cuh", "PackArgs", PACK_DEFINES | {"V_TILE_MEANS": 1}),
-        (hopper.ARGUMENTS, "wgmma/block.cuh", "AttentionArgs", wgmma_defines(WITH_MEANS)),
-        (mma.ARGUMENTS, "mma/block.cuh", "MmaArgs", None),
-        (mma.SMOOTH_ARGUMENTS, "kernels/smooth_q.cu", "SmoothArgs", None),
-    ],
-)
-def test_argument_structs_are_packed_as_c_lays_them_out(arguments, file, name, constants):
-    form = arguments._struct
-    flat, size, _ = layout(file, name, constants)
-    assert python_layout(form.format) == [(offset, code) for _, offset, code in flat]
-    assert form.size == size
-    assert size <= 4096  # what a kernel's parameters may take
 
 
 @pytest.mark.parametrize(
@@ -109,7 +83,6 @@ def test_shared_memory_is_what_the_kernels_struct_takes(name, head_dim):
 RECIPE = RECIPES["sage2_8b"]
 PARTS = (
     *("k_tiles", "v_tiles", "k_scales", "k_mean", "k_largest_scale", "v_scale", "v_mean", "v_inverse", "v_tile_means"),
-    "zeros",
 )
 
 
@@ -129,7 +102,7 @@ def part_sizes(plan, heads):
     tiles, channels = heads * plan.tiles * TILE_KEYS * plan.dim, heads * plan.dim * 4
     scales = heads * plan.tiles * (TILE_KEYS // WgmmaConfig.geometry.b_k) * 4 * 4  # four a key tile of the geometry
     means = heads * plan.tiles * plan.dim * 2 * plan.recipe.v_tile_means
-    sizes = (tiles, tiles, scales, channels, heads * 4, channels, channels, channels, means, plan.zero_count * 4)
+    sizes = (tiles, tiles, scales, channels, heads * 4, channels, channels, channels, means)
     return dict(zip(PARTS, sizes, strict=True))
 
 
@@ -140,34 +113,33 @@ def part_sizes(plan, heads):
     kv_len=st.one_of(st.integers(1, 1500), st.integers(1, 300_000)),
     head_dim=st.integers(1, 128),
     v_head_dim=st.integers(1, 128),
-    zero_count=st.integers(0, 2000),
     used=st.sampled_from((RECIPE, recipe("fast_8b").replace(k_sample=AllTokens()))),
 )
-def test_a_plan_holds_everything_and_nothing_twice(batch, kv_heads, kv_len, head_dim, v_head_dim, zero_count, used):
-    plan = PackPlan.of(batch, kv_heads, kv_len, head_dim, v_head_dim, used, zero_count=zero_count)
+def test_a_plan_holds_everything_and_nothing_twice(batch, kv_heads, kv_len, head_dim, v_head_dim, used):
+    plan = PackPlan.of(batch, kv_heads, kv_len, head_dim, v_head_dim, used)
     heads = batch * kv_heads
-    assert plan.zero_count == zero_count
     assert plan.dim in HEAD_DIMS
     assert plan.dim >= max(head_dim, v_head_dim)
 
     sizes = part_sizes(plan, heads)
-    spans = sorted((getattr(plan, name), getattr(plan, name) + sizes[name]) for name in PARTS)
+    spans = sorted((getattr(plan.layout, name), getattr(plan.layout, name) + sizes[name]) for name in PARTS)
     assert plan.form.v_tile_means == used.v_tile_means
     assert all(start % 256 == 0 for start, _ in spans)
     assert spans[0][0] == 0
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
-    assert spans[-1][1] <= plan.workspace_bytes
+    assert spans[-1][1] <= plan.layout.size
 
     # statistics: every token in one split, none empty; the splits are a cluster, whose first block has room for all
-    assert plan.statistics_grid == (2 * heads * plan.splits, 1, 1)
-    assert plan.cluster == plan.splits
-    assert (plan.splits - 1) * plan.tokens_a_split < kv_len <= plan.splits * plan.tokens_a_split
-    assert plan.k_tokens == kv_len
-    assert plan.splits in (1, 2, 4, 8)
-    assert plan.splits <= CONSTANTS["kMostClusterSplits"] == packing._MOST_CLUSTER_SPLITS
+    statistics = plan.statistics
+    assert statistics.blocks == 2 * heads * statistics.splits
+    assert statistics.cluster == statistics.splits
+    assert (statistics.splits - 1) * statistics.tokens_a_split < kv_len <= statistics.splits * statistics.tokens_a_split
+    assert statistics.k_tokens == kv_len
+    assert statistics.splits in (1, 2, 4, 8)
+    assert statistics.splits <= CONSTANTS["kMostClusterSplits"] == packing._MOST_CLUSTER_SPLITS
     # packing: every tile in one block, none empty; V's threads pack 128 / dim tiles at once
     assert plan.tiles == -(-kv_len // TILE_KEYS)
-    blocks, *rest = plan.pack_grid
+    blocks, *rest = plan.grid
     assert rest == [heads, 2]
     assert (blocks - 1) * plan.tiles_a_block < plan.tiles <= blocks * plan.tiles_a_block
     assert plan.tiles_a_block % (128 // plan.dim) == 0
@@ -206,12 +178,14 @@ def test_a_sample_is_the_references(kv_len, count, heads):
     """Every token that the reference takes, at the kernel's place; and a block for every head, in whole clusters."""
     of_some = RECIPE.replace(k_sample=SampledTokens(count))
     plan = PackPlan.of(1, heads, kv_len, 128, 128, of_some)
-    found = [i if plan.k_tokens == kv_len else place(i, kv_len, plan.k_tokens) for i in range(plan.k_tokens)]
+    statistics = plan.statistics
+    tokens = statistics.k_tokens
+    found = [i if tokens == kv_len else place(i, kv_len, tokens) for i in range(tokens)]
     expected = sampled(None, of_some.k_sample, torch.zeros(1, 1, kv_len, 1))[0, 0].nonzero().flatten().tolist()
     assert found == expected
-    of_k = plan.statistics_grid[0] - heads * plan.splits
-    assert plan.statistics_grid[0] % plan.cluster == 0
-    assert heads <= of_k < heads + plan.cluster if plan.k_tokens < kv_len else of_k == heads * plan.splits
+    of_k = statistics.blocks - heads * statistics.splits
+    assert statistics.blocks % statistics.cluster == 0
+    assert heads <= of_k < heads + statistics.cluster if tokens < kv_len else of_k == heads * statistics.splits
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -238,4 +212,4 @@ def test_shared_memory_of_the_statistics(dtype, head_dim):
 def test_a_workspace_is_little_more_than_packed_k_and_v(batch, kv_heads, kv_len, head_dim):
     """One byte an element of K and of V, and at most a fifth more: the last tile's padding, scales, partial sums."""
     plan = PackPlan.of(batch, kv_heads, kv_len, head_dim, head_dim, RECIPE)
-    assert plan.workspace_bytes <= 1.2 * 2 * batch * kv_heads * kv_len * head_dim
+    assert plan.layout.size <= 1.2 * 2 * batch * kv_heads * kv_len * head_dim

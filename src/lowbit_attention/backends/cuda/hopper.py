@@ -2,64 +2,33 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ...call.masks import LOG2E
-from ...call.request import Request, make_request
-from ...errors import InvalidRecipeError, UnsupportedError
+from ...call.request import Request
 from ...recipes.definition import Recipe
-from ...recipes.formats import round_e4m3
 from ...recipes.granularity import PerChannel, PerThread
 from ...recipes.named import RECIPES
-from ...recipes.named import recipe as find_recipe
 from ...recipes.options import AllTokens, RestartedMax, RunningMax
-from ..base import Implementation, Output, inference_only
-from .instances import TILE_KEYS, WgmmaConfig, pack_instance, padded_head_dim, wgmma_config
+from .arguments import Arguments, AttentionArgs
+from .instances import TILE_KEYS, Instance, PackFormat, WgmmaConfig, padded_head_dim, wgmma_config, wgmma_format
 from .jit.bindings import compiler_reasons
-from .launch import Arguments, Kernel, cache, load
-from .packing import Packer, PackPlan, loadable, packer, sample_reasons
-from .schedule import Pieces, cut, heads_side_by_side, log2_rounded_down, multiprocessors, request_reasons, schedule
+from .kernel import AttentionPlan, CudaKernel, PackedKV, Packing, out_strides, point_to_call, sizes
+from .launch import Kernel, load
+from .packing import aligned
+from .schedule import WorkTiles, heads_side_by_side, log2_rounded_down, schedule, sm_count, work_tiles
 from .speeds import speedup
-
-ARGUMENTS = Arguments("P3q P3q P 7P 6f 11i 4i 8I P i 2P P 2f".replace(" ", ""))
-"""``AttentionArgs``; an instance without V's means by tile or without jumps lacks the last ones."""
+from .support import EXACT, number_reasons, option_reasons
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """One call's launches, but for addresses and strides."""
-
-    request: Request
-    recipe: Recipe
-    pack: PackPlan
-    packer: Packer
-    kernel: Kernel
-    grid: tuple[int, int, int]
-    log2_p_max: float
-    max_options: tuple[float, float]
-    jump_options: tuple[float, float]
-    integers: tuple[int, ...]
-    v_head_dim: int
-    key_splits: int
-    partials: int
-    workspace_bytes: int
-
-
-class HopperAttention(Implementation):
+class HopperAttention(CudaKernel):
     """INT8 Q·K and FP8 P·V by wgmma on a Hopper GPU."""
 
     name = "attention_wgmma"
-    is_kernel = True
     auto_recipes = (RECIPES["fast_8b"], RECIPES["sage2pp_8b"], RECIPES["sage2_8b"])
-
-    def __init__(self) -> None:
-        self._plans: dict[tuple[object, ...], _Plan] = {}
 
     def remark(self, request: Request) -> str:
         return f"runs it, with tiles of {WgmmaConfig.geometry}"
@@ -67,111 +36,110 @@ class HopperAttention(Implementation):
     def measured_speedup(self, request: Request, recipe: Recipe) -> float | None:
         return speedup(request, recipe)
 
-    def not_supported_reasons(self, request: Request, recipe: Recipe) -> tuple[str, ...]:
-        reasons = list(_device_reasons(request.device))
-        reasons += _recipe_reasons(recipe)
-        reasons += request_reasons(request)
-        return (*reasons, *inference_only(request))
+    def device_reasons(self, device: torch.device) -> tuple[str, ...]:
+        return _device_reasons(device)
 
-    def run(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sm_scale: float, request: Request, recipe: Recipe
-    ) -> Output:
-        index = q.device.index
-        if index != torch.cuda.current_device():
-            with torch.cuda.device(index):
-                return self.run(q, k, v, mask, sm_scale, request, recipe)
-        q, k, v = loadable(q), loadable(k), loadable(v)
-        plan = self._plan(request, recipe, index)
-        workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=q.device)
-        address = workspace.data_ptr()
-        plan.packer(k, v, plan.pack, address, index)
-        out, lse = self._attend(q, plan, address, sm_scale, index)
-        return (out if out.shape[3] == plan.v_head_dim else out[..., : plan.v_head_dim]), lse
+    def recipe_reasons(self, recipe: Recipe, device: torch.device) -> tuple[str, ...]:
+        return _recipe_reasons(recipe)
 
-    def _attend(
-        self, q: Tensor, plan: _Plan, workspace: int, sm_scale: float, index: int, overlaps: bool = True
-    ) -> Output:
-        """``overlaps``: the kernel before this one on the stream is the packing, which Q's writer did not outlast."""
-        request, pack = plan.request, plan.pack
-        batch, heads, length, _ = q.shape
-        if request.layout == "NHD":
-            out = q.new_empty(batch, length, heads, pack.v_head_dim).transpose(1, 2)
-        else:
-            out = q.new_empty(batch, heads, length, pack.v_head_dim)
-        lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device) if request.return_lse else None
-        arguments = ARGUMENTS.pointer(
-            (
-                q.data_ptr(), *q.stride()[:3],
-                out.data_ptr(), *out.stride()[:3],
-                0 if lse is None else lse.data_ptr(),
-                workspace + pack.k_tiles, workspace + pack.k_scales, workspace + pack.v_tiles,
-                workspace + pack.k_mean, workspace + pack.k_largest_scale,
-                workspace + pack.v_scale, workspace + pack.v_mean,
-                sm_scale, abs(sm_scale) * LOG2E, plan.log2_p_max, plan.recipe.p_max, *plan.max_options,
-                *plan.integers,
-                workspace + pack.zeros, plan.key_splits, workspace + plan.partials, workspace + pack.zeros + 4,
-                workspace + pack.v_tile_means, *plan.jump_options,
-            )
-        )  # fmt: skip
-        plan.kernel(plan.grid, index, arguments, overlaps=overlaps)
-        return out, lse
+    def pack_format(self, recipe: Recipe, dim: int, device: torch.device) -> tuple[str, PackFormat]:
+        return "sm_90a", wgmma_format(recipe)
 
-    def _plan(self, request: Request, recipe: Recipe, index: int) -> _Plan:
-        key = (id(request), id(recipe))
-        found = self._plans.get(key)
-        if found is None or found.request is not request or found.recipe is not recipe:
-            if len(self._plans) > 1024:
-                self._plans.clear()
-            found = self._plans[key] = _make_plan(request, recipe, index)
-        return found
+    def instances(self, request: Request, recipe: Recipe) -> list[Instance]:
+        return [_config(request, recipe).instance()]
+
+    def make_plan(self, request: Request, recipe: Recipe, packing: Packing) -> WgmmaPlan:
+        config, pack, device = _config(request, recipe), packing.plan, request.device.index
+        tiles, q_blocks = work_tiles_of(request, config, sm_count(device))
+        warps = tiles.tail * config.consumers * 4 if tiles.key_splits > 1 else 0
+        zero_count = 1 + warps  # work tiles taken, and the splits that have come for each warp
+        section = heads_side_by_side(request, pack, device, equal=request.q_len % config.q_rows == 0)
+        arguments = AttentionArgs(
+            **sizes(request, pack),
+            **out_strides(request, pack),
+            log2_p_max=log2_rounded_down(recipe.p_max),
+            p_max=recipe.p_max,
+            **_max_options(recipe),
+            tiles=pack.tiles,
+            items=tiles.count,
+            whole_items=tiles.whole,
+            rest=tiles.tail,
+            schedule=schedule(request, q_blocks, section),
+            key_splits=tiles.key_splits,
+        )
+        partial_sums = tiles.key_splits * warps * (config.head_dim // 8 + 1) * 32 * 16
+        return WgmmaPlan(
+            request=request,
+            recipe=recipe,
+            packing=packing,
+            zero_count=zero_count,
+            scratch_size=aligned(4 * zero_count) + partial_sums,
+            kernel=_kernel(config, device),
+            grid=(min(tiles.count, sm_count(device)), 1, 1),
+            arguments=Arguments(arguments),
+            partials=aligned(4 * zero_count),
+        )
 
 
-def _make_plan(request: Request, recipe: Recipe, index: int) -> _Plan:
-    head_dim, v_head_dim = (-(-d // 8) * 8 for d in (request.head_dim, request.v_head_dim))
-    dim = padded_head_dim(max(head_dim, v_head_dim))
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WgmmaPlan(AttentionPlan):
+    """One launch. ``partials``: where the split-KV work tiles' sums lie in the scratch memory, behind the zeros."""
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    arguments: Arguments[AttentionArgs]
+    partials: int
+
+    def launch(
+        self,
+        q: Tensor,
+        packed: PackedKV,
+        scratch: int,
+        out: Tensor,
+        lse: Tensor | None,
+        sm_scale: float,
+        device: int,
+        after_packing: bool,
+    ) -> None:
+        arguments, layout, address = self.arguments, packed.plan.layout, packed.address
+        args = arguments.values
+        point_to_call(args, q, packed, out, lse, sm_scale)
+        args.k_tiles = address + layout.k_tiles
+        args.k_scales = address + layout.k_scales
+        args.v_tiles = address + layout.v_tiles
+        args.v_tile_means = address + layout.v_tile_means
+        args.taken = scratch
+        args.arrivals = scratch + 4
+        args.partials = scratch + self.partials
+        self.kernel(self.grid, device, arguments.address, overlaps=after_packing)
+
+
+def _config(request: Request, recipe: Recipe) -> WgmmaConfig:
+    dim = padded_head_dim(max(request.head_dim, request.v_head_dim))
     assert dim is not None  # (else the request is not supported)
-    config = wgmma_config(recipe, dim, request.dtype)
-    pieces, q_blocks = pieces_of(request, config, multiprocessors(index))
-    warps = pieces.rest * config.consumers * 4 * (pieces.key_splits > 1)
-    pack = PackPlan.of(
-        request.batch, request.kv_heads, request.kv_len, head_dim, v_head_dim, recipe, zero_count=1 + warps
-    )
-    partials = -(-pack.workspace_bytes // 16) * 16
-    instances = (pack_instance(pack.dim, request.dtype, "sm_90a", pack.form), config.instance())
-    cache().get_all((i.source(), i.options()) for i in instances)  # (side by side, the first time)
-    section = heads_side_by_side(request, pack, index, equal=request.q_len % config.q_rows == 0)
-    offset = request.kv_len if request.causal_offset is None else request.causal_offset
-    integers = (
-        request.q_heads, request.kv_heads, request.q_len, request.kv_len, head_dim, v_head_dim,
-        offset, pack.tiles, pieces.count, pieces.whole, pieces.rest,
-        *schedule(request, q_blocks, section),
-    )  # fmt: skip
-    kind, bits = recipe.softmax_max, recipe.jump_bits(config.geometry)
-    jump = kind.jump if isinstance(kind, RestartedMax) else None
-    return _Plan(
-        request=request,
-        recipe=recipe,
-        pack=pack,
-        packer=packer(pack.dim, request.dtype, index, form=pack.form),
-        kernel=_kernel(config, index),
-        grid=(min(pieces.count, multiprocessors(index)), 1, 1),
-        log2_p_max=log2_rounded_down(recipe.p_max),
-        max_options=(kind.slack, kind.headroom) if isinstance(kind, RestartedMax) else (0.0, 0.0),
-        jump_options=(jump or 0.0, float(bits or 0)),
-        integers=integers,
-        v_head_dim=request.v_head_dim,
-        key_splits=pieces.key_splits,
-        partials=partials,
-        workspace_bytes=partials + pieces.key_splits * warps * (dim // 8 + 1) * 32 * 16,
-    )
+    return wgmma_config(recipe, dim, request.dtype)
 
 
-def pieces_of(request: Request, config: WgmmaConfig, places: int) -> tuple[Pieces, int]:
-    """How a call's blocks of rows are cut for so many multiprocessors; and how many blocks a head has."""
+def _max_options(recipe: Recipe) -> dict[str, float]:
+    """The fields of a restarted maximum."""
+    kind = recipe.softmax_max
+    if not isinstance(kind, RestartedMax):
+        return {}
+    bits = recipe.jump_bits(WgmmaConfig.geometry)
+    return {
+        "slack": kind.slack,
+        "headroom": kind.headroom,
+        "jump": kind.jump or 0.0,
+        "jump_bits": float(bits or 0),
+    }
+
+
+def work_tiles_of(request: Request, config: WgmmaConfig, sms: int) -> tuple[WorkTiles, int]:
+    """A call's work tiles for so many SMs, and how many blocks of rows a head has."""
     q_blocks = -(-request.q_len // config.q_rows)
     can_split = config.output_in_shared and not request.is_causal
     key_tiles = -(-request.kv_len // TILE_KEYS) if can_split else 0
-    return cut(q_blocks * request.q_heads * request.batch, places, config.consumers, key_tiles), q_blocks
+    return work_tiles(q_blocks * request.q_heads * request.batch, sms, config.consumers, key_tiles), q_blocks
 
 
 @lru_cache(maxsize=64)
@@ -194,30 +162,28 @@ def _device_reasons(device: torch.device) -> tuple[str, ...]:
     return tuple(reasons)
 
 
+_TAKEN: dict[str, tuple[object, ...]] = {
+    "qk_bits": (8,),
+    "q_granularity": (PerThread(),),
+    "k_granularity": (PerThread(),),
+    "smooth_q": (False,),
+    "rotation": ("none",),
+    "smoothquant_alpha": (None,),
+    "pv_format": ("e4m3",),
+    "v_granularity": (PerChannel(),),
+    "v_headroom": (1.0,),
+    "v_scale_power_of_two": (False,),
+    "v_sample": (AllTokens(),),
+}
+"""The values of a recipe's options that it takes; of the others see `_recipe_reasons`."""
+
+
 @lru_cache(maxsize=256)
 def _recipe_reasons(recipe: Recipe) -> tuple[str, ...]:
     """What of a recipe the kernel does not do."""
     if recipe.is_exact:
-        return ("it quantises, and recipe exact does not",)
-    wanted = {
-        "qk_bits": 8,
-        "q_granularity": PerThread(),
-        "k_granularity": PerThread(),
-        "smooth_q": False,
-        "rotation": "none",
-        "smoothquant_alpha": None,
-        "pv_format": "e4m3",
-        "v_granularity": PerChannel(),
-        "v_headroom": 1.0,
-        "v_scale_power_of_two": False,
-        "v_sample": AllTokens(),
-    }
-    reasons = [
-        f"it has no {name}={getattr(recipe, name)} (only {value})"
-        for name, value in wanted.items()
-        if getattr(recipe, name) != value
-    ]
-    reasons += sample_reasons(recipe)
+        return EXACT
+    reasons = list(option_reasons(recipe, _TAKEN))
     keys = recipe.promotion_keys(WgmmaConfig.geometry)
     if recipe.accumulator not in ("fp8_f32", "fp8_f16"):
         reasons.append(f"it has no {recipe.accumulator} sums")
@@ -236,46 +202,7 @@ def _recipe_reasons(recipe: Recipe) -> tuple[str, ...]:
         reasons.append("it has no row_sum=rounded")
     if recipe.row_sum == "unrounded" and isinstance(recipe.softmax_max, RestartedMax):
         reasons.append("it has no restarted maximum with row_sum=unrounded")
-    if float(round_e4m3(torch.tensor(recipe.v_max, dtype=torch.float32, device="cpu"))) != recipe.v_max:
-        reasons.append(f"v_max={recipe.v_max} is no E4M3 number")
-    try:
-        recipe.check_geometry(WgmmaConfig.geometry)
-    except InvalidRecipeError as error:
-        reasons += error.reasons
-    return tuple(reasons)
-
-
-def kernel_alone(
-    q: Tensor, k: Tensor, v: Tensor, recipe: str | Recipe, is_causal: bool = False, sm_scale: float | None = None
-) -> Callable[[], object]:
-    """A call of the attention kernel alone on K and V packed once (for benchmarks).
-
-    Args:
-        q, k, v: ``[B, H, N, D]`` on a Hopper GPU.
-
-    Raises:
-        UnsupportedError: the kernel cannot run it, with every reason.
-    """
-
-    chosen = find_recipe(recipe)
-    request = make_request(
-        q, k, v, None, chosen, None, is_causal=is_causal, bottom_right=True, return_lse=False, layout="HND"
-    )
-    if reasons := KERNEL.not_supported_reasons(request, chosen):
-        raise UnsupportedError(f"{KERNEL.name} cannot run this call ({request})", {KERNEL.name: reasons})
-    scale = sm_scale if sm_scale is not None else 1.0 / math.sqrt(q.shape[3])
-    q, k, v = loadable(q), loadable(k), loadable(v)
-    index = q.device.index
-    with torch.cuda.device(index):
-        plan = KERNEL._plan(request, chosen, index)
-        workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=q.device)
-        plan.packer(k, v, plan.pack, workspace.data_ptr(), index)
-
-    def call() -> object:
-        with torch.cuda.device(index):
-            return KERNEL._attend(q, plan, workspace.data_ptr(), scale, index, overlaps=False)[0]
-
-    return call
+    return (*reasons, *number_reasons(recipe, WgmmaConfig.geometry))
 
 
 KERNEL = HopperAttention()

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import struct
-import threading
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -35,27 +31,6 @@ class LoadError(KernelUnavailableError):
 def cache() -> KernelCache:
     """The process's kernel cache."""
     return KernelCache()
-
-
-class Arguments:
-    """A C struct by its `struct` format, with each thread's own buffer; the driver copies it at the launch."""
-
-    def __init__(self, layout: str) -> None:
-        self._struct = struct.Struct("@" + layout)
-        self._local = threading.local()
-
-    def pointer(self, values: Sequence[Any]) -> int:
-        """The address of the array of one pointer to the struct that a launch takes."""
-        local = self._local
-        try:
-            buffer = local.buffer
-        except AttributeError:
-            buffer = local.buffer = ctypes.create_string_buffer(self._struct.size)
-            local.array = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
-            local.address = ctypes.addressof(local.array)
-        self._struct.pack_into(buffer, 0, *values)
-        address: int = local.address
-        return address
 
 
 class Kernel:
@@ -103,6 +78,7 @@ class Kernel:
     ) -> None:
         """Launch on the current stream of ``device``, which must be current.
 
+        ``arguments``: the address that `Arguments` has; the driver copies them.
         ``overlaps``: the kernel may begin while the one before it ends, and waits for it itself (programmatic
         dependent launch). ``cluster``: so many neighbouring blocks (in the first dimension, whose size is a
         multiple) are a thread block cluster.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from ...recipes.definition import Recipe
 from ...recipes.granularity import PerThread
 from ...recipes.options import SampledTokens
 from ...reference.quantize import Means
+from .arguments import Arguments, PackArgs
 from .instances import WGMMA_FORMAT, PackFormat, pack_instance, padded_head_dim, wgmma_format
-from .launch import Arguments, Kernel, load
+from .launch import Kernel, load
 from .layout import unpack_keys, unpack_values
 
 _STATISTICS_THREADS, _PACK_THREADS = 256, 128
@@ -24,38 +25,20 @@ _MOST_CLUSTER_SPLITS = 8
 """Where the splits of a head are a thread block cluster (kMostClusterSplits). A block has 32 KB of loads under way, and
 some 100 of them keep an H100's memory busy: with 13 heads or more, that many splits of V do."""
 _CLUSTERED_BLOCKS = 528
-"""Blocks of the statistics that run at once: 4 on each of 132 multiprocessors. More splits gained nothing."""
-_MOST_SAMPLED = 1024
-"""Tokens of a sample of K (the kernel finds them in 32 bits)."""
+"""Blocks of the statistics that run at once: 4 on each of 132 SMs. More splits gained nothing."""
 _BLOCKS = 1056
-"""Thread blocks that fill the card: 8 on each of 132 multiprocessors."""
+"""Thread blocks that fill the card: 8 on each of 132 SMs."""
 _ALIGNMENT = 256
-
-ARGUMENTS = Arguments("P3q P3q 10P 3q f 17i P".replace(" ", ""))
-"""``PackArgs``; an instance without V's means by tile takes all but the last."""
 
 
 @dataclass(frozen=True)
-class PackPlan:
-    """Everything about packing K ``[B, Hkv, Nk, D]`` and V ``[B, Hkv, Nk, Dv]`` that their addresses do not change.
+class PackedLayout:
+    """Where the parts of packed K and V lie in one stretch of memory: offsets in bytes, multiples of 256.
 
-    Byte offsets are those of the parts of one workspace, each a multiple of 256.
+    (But those of a record's V and scales.) ``k_stride``, ``v_stride`` and ``k_scale_stride`` lead from one tile's to
+    the next one's, in bytes, bytes and floats; ``size``: of all.
     """
 
-    heads: int
-    kv_heads: int
-    kv_len: int
-    head_dim: int
-    v_head_dim: int
-    dim: int
-    tiles: int
-    splits: int
-    tokens_a_split: int
-    k_tokens: int
-    tiles_a_block: int
-    statistics_grid: tuple[int, int, int]
-    cluster: int
-    pack_grid: tuple[int, int, int]
     k_tiles: int
     v_tiles: int
     k_scales: int
@@ -66,12 +49,81 @@ class PackPlan:
     v_inverse: int
     v_tile_means: int
     partials: int
-    zeros: int
-    zero_count: int
     k_stride: int
     v_stride: int
     k_scale_stride: int
-    workspace_bytes: int
+    size: int
+
+    @classmethod
+    def of(cls, heads: int, tiles: int, splits: int, dim: int, form: PackFormat) -> PackedLayout:
+        """The layout for so many heads of K (in all batches) with so many tiles and splits of the statistics each."""
+        k_bytes, v_bytes, record = form.k_bytes(dim), form.v_bytes(dim), form.record_bytes(dim)
+        of_tile = {"k_tiles": record} if form.is_record else {"k_tiles": k_bytes, "v_tiles": v_bytes, "k_scales": 4 * 4}
+        sizes = {name: heads * tiles * size for name, size in of_tile.items()} | {
+            "k_mean": heads * dim * 4,
+            "k_largest_scale": heads * 4,
+            "v_scale": heads * dim * 4,
+            "v_mean": heads * dim * 4,
+            "v_inverse": heads * dim * 4 if form.has_clusters else 0,
+            "v_tile_means": heads * tiles * dim * 2 if form.v_tile_means else 0,
+            "partials": 0 if form.has_clusters else 2 * heads * splits * 3 * dim * 4,
+        }
+        offsets, end = {}, 0
+        for name, size in sizes.items():
+            offsets[name] = end
+            end += aligned(size)
+        if form.is_record:
+            offsets |= {"v_tiles": k_bytes, "k_scales": k_bytes + v_bytes}
+        return cls(
+            **offsets,
+            k_stride=record if form.is_record else k_bytes,
+            v_stride=record if form.is_record else v_bytes,
+            k_scale_stride=record // 4 if form.is_record else 4,
+            size=end,
+        )
+
+
+@dataclass(frozen=True)
+class StatisticsGrid:
+    """How the statistics of K and V are shared out: splits of the tokens, each a thread block's, ``cluster`` of which
+    are a thread block cluster. ``k_tokens``: of K's tokens, how many are read."""
+
+    splits: int
+    tokens_a_split: int
+    k_tokens: int
+    blocks: int
+    cluster: int
+
+    @classmethod
+    def of(cls, heads: int, kv_len: int, dim: int, recipe: Recipe, form: PackFormat) -> StatisticsGrid:
+        """The grid for so many heads of K (in all batches)."""
+        k_tokens = min(recipe.k_sample.count, kv_len) if isinstance(recipe.k_sample, SampledTokens) else kv_len
+        full_reads = 2 * heads if k_tokens == kv_len else heads  # of V, and of K
+        splits, tokens_a_split = _splits(full_reads, kv_len, dim, form)
+        of_k = heads * splits if k_tokens == kv_len else -(-heads // splits) * splits  # (clusters are whole)
+        cluster = splits if form.has_clusters else 1
+        return cls(splits, tokens_a_split, k_tokens, blocks=heads * splits + of_k, cluster=cluster)
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """Everything about packing K ``[B, Hkv, Nk, D]`` and V ``[B, Hkv, Nk, Dv]`` that their addresses do not change.
+
+    ``heads``: B · Hkv; ``dim``: the channels of a packed head; ``tiles``: of a head, ``tiles_a_block`` of which a
+    thread block of ``grid`` packs.
+    """
+
+    heads: int
+    kv_heads: int
+    kv_len: int
+    head_dim: int
+    v_head_dim: int
+    dim: int
+    tiles: int
+    tiles_a_block: int
+    grid: tuple[int, int, int]
+    statistics: StatisticsGrid
+    layout: PackedLayout
     recipe: Recipe
     form: PackFormat
 
@@ -85,48 +137,19 @@ class PackPlan:
         v_head_dim: int,
         recipe: Recipe,
         form: PackFormat | None = None,
-        zero_count: int = 0,
     ) -> PackPlan:
-        """The plan for these sizes.
-
-        ``form``: of tiles, by default `attention_wgmma`'s; ``zero_count``: 32-bit words that attention wants to be 0.
-        """
+        """The plan for these sizes. ``form``: of tiles, by default `attention_wgmma`'s."""
         form = form or wgmma_format(recipe)
         dim = padded_head_dim(max(head_dim, v_head_dim))
         if dim is None:
             raise ValueError(f"head_dim {max(head_dim, v_head_dim)} has no packed form")
         heads = batch * kv_heads
         tiles = -(-kv_len // form.tile_keys)
-        k_tokens = min(recipe.k_sample.count, kv_len) if isinstance(recipe.k_sample, SampledTokens) else kv_len
-        full_reads = 2 * heads if k_tokens == kv_len else heads  # of V, and of K
-        splits, tokens_a_split = _splits(full_reads, kv_len, dim, form)
-        of_k = heads * splits if k_tokens == kv_len else -(-heads // splits) * splits  # (clusters are whole)
         tiles_at_once = _PACK_THREADS * 16 * 8 // (dim * form.tile_keys)  # of V, that a block packs
         # Several tiles cost a few percent, but where each block adds up its head's splits, that is worse.
         most_tiles = tiles_at_once if form.has_clusters else min(8, heads * tiles // _BLOCKS)
         tiles_a_block = _power_of_two_below(max(tiles_at_once, most_tiles))
-        blocks = -(-tiles // tiles_a_block)
-        k_bytes, v_bytes, record = form.k_bytes(dim), form.v_bytes(dim), form.record_bytes(dim)
-        arrays = {"k_tiles": k_bytes, "v_tiles": v_bytes, "k_scales": 4 * 4}
-        sizes = {
-            name: heads * tiles * size for name, size in ({"k_tiles": record} if form.is_record else arrays).items()
-        }
-        sizes |= {
-            "k_mean": heads * dim * 4,
-            "k_largest_scale": heads * 4,
-            "v_scale": heads * dim * 4,
-            "v_mean": heads * dim * 4,
-            "v_inverse": heads * dim * 4 * form.has_clusters,
-            "v_tile_means": heads * tiles * dim * 2 * form.v_tile_means,
-            "partials": 2 * heads * splits * 3 * dim * 4 * (not form.has_clusters),
-            "zeros": zero_count * 4,
-        }
-        offsets, end = {}, 0
-        for name, size in sizes.items():
-            offsets[name] = end
-            end += -(-size // _ALIGNMENT) * _ALIGNMENT
-        if form.is_record:
-            offsets |= {"v_tiles": k_bytes, "k_scales": k_bytes + v_bytes}
+        statistics = StatisticsGrid.of(heads, kv_len, dim, recipe, form)
         return cls(
             heads=heads,
             kv_heads=kv_heads,
@@ -135,30 +158,47 @@ class PackPlan:
             v_head_dim=v_head_dim,
             dim=dim,
             tiles=tiles,
-            splits=splits,
-            tokens_a_split=tokens_a_split,
-            k_tokens=k_tokens,
             tiles_a_block=tiles_a_block,
-            statistics_grid=(heads * splits + of_k, 1, 1),
-            cluster=splits if form.has_clusters else 1,
-            pack_grid=(blocks, heads, 2),
-            k_stride=record if form.is_record else k_bytes,
-            v_stride=record if form.is_record else v_bytes,
-            k_scale_stride=record // 4 if form.is_record else 4,
-            zero_count=zero_count,
-            workspace_bytes=end,
+            grid=(-(-tiles // tiles_a_block), heads, 2),
+            statistics=statistics,
+            layout=PackedLayout.of(heads, tiles, statistics.splits, dim, form),
             recipe=recipe,
             form=form,
-            **offsets,
+        )
+
+    @cached_property
+    def arguments(self) -> Arguments[PackArgs]:
+        """The kernels' arguments, but for addresses, strides and what attention wants to be zero."""
+        recipe, layout, statistics = self.recipe, self.layout, self.statistics
+        return Arguments(
+            PackArgs(
+                k_stride=layout.k_stride,
+                v_stride=layout.v_stride,
+                k_scale_stride=layout.k_scale_stride,
+                v_max=recipe.v_max,
+                heads=self.heads,
+                kv_heads=self.kv_heads,
+                kv_len=self.kv_len,
+                k_channels=self.head_dim,
+                v_channels=self.v_head_dim,
+                splits=statistics.splits,
+                tokens_a_split=statistics.tokens_a_split,
+                k_tokens=statistics.k_tokens,
+                tiles=self.tiles,
+                tiles_a_block=self.tiles_a_block,
+                smooth_k=recipe.smooth_k,
+                smooth_v=recipe.smooth_v,
+                k_max=recipe.qk_max,
+                one_k_scale=not isinstance(recipe.k_granularity, PerThread),
+                zero_scale_is_zero=self.form.is_record,
+                v_power_of_two=recipe.v_scale_power_of_two,
+            )
         )
 
 
-def sample_reasons(recipe: Recipe) -> list[str]:
-    """Why the packing kernels do not take a recipe's sample of K."""
-    sample = recipe.k_sample
-    if isinstance(sample, SampledTokens) and sample.count > _MOST_SAMPLED:
-        return [f"it has no k_sample={sample} (at most {_MOST_SAMPLED} tokens)"]
-    return []
+def aligned(size: int, to: int = _ALIGNMENT) -> int:
+    """A number of bytes, rounded up to where the next part of a workspace may begin."""
+    return -(-size // to) * to
 
 
 def statistics_bytes(dim: int, dtype: torch.dtype) -> int:
@@ -201,32 +241,33 @@ class Packer:
         self._statistics: Kernel = load(instance, "statistics", _STATISTICS_THREADS, statistics_bytes(head_dim, dtype))
         self._pack: Kernel = load(instance, "pack", _PACK_THREADS)
 
-    def __call__(self, k: Tensor, v: Tensor, plan: PackPlan, workspace: int, device: int) -> None:
-        """Launch both kernels; ``workspace`` is the address of ``plan.workspace_bytes`` bytes."""
-        k_batch, k_head, k_token, _ = k.stride()
-        v_batch, v_head, v_token, _ = v.stride()
-        arguments = ARGUMENTS.pointer(
-            (
-                k.data_ptr(), k_batch, k_head, k_token,
-                v.data_ptr(), v_batch, v_head, v_token,
-                workspace + plan.partials,
-                workspace + plan.k_tiles, workspace + plan.k_scales, workspace + plan.v_tiles,
-                workspace + plan.k_mean, workspace + plan.k_largest_scale,
-                workspace + plan.v_scale, workspace + plan.v_mean, workspace + plan.v_inverse,
-                workspace + plan.zeros,
-                plan.k_stride, plan.v_stride, plan.k_scale_stride,
-                plan.recipe.v_max,
-                plan.heads, plan.kv_heads, plan.kv_len, plan.head_dim, plan.v_head_dim,
-                plan.splits, plan.tokens_a_split, plan.k_tokens,
-                plan.tiles, plan.tiles_a_block,
-                plan.recipe.smooth_k, plan.recipe.smooth_v,
-                plan.recipe.qk_max, not isinstance(plan.recipe.k_granularity, PerThread),
-                plan.form.is_record, plan.recipe.v_scale_power_of_two, plan.zero_count,
-                workspace + plan.v_tile_means,
-            )
-        )  # fmt: skip
-        self._statistics(plan.statistics_grid, device, arguments, cluster=plan.cluster)
-        self._pack(plan.pack_grid, device, arguments, overlaps=self._overlaps)
+    def __call__(
+        self, k: Tensor, v: Tensor, plan: PackPlan, address: int, device: int, zeros: int = 0, zero_count: int = 0
+    ) -> None:
+        """Launch both kernels.
+
+        ``address``: of ``plan.layout.size`` bytes; ``zeros``: of ``zero_count`` 32-bit words that attention wants to
+        be 0.
+        """
+        layout, arguments = plan.layout, plan.arguments
+        args = arguments.values
+        args.k.point_to(k)
+        args.v.point_to(v)
+        args.partials = address + layout.partials
+        args.k_tiles = address + layout.k_tiles
+        args.k_scales = address + layout.k_scales
+        args.v_tiles = address + layout.v_tiles
+        args.k_mean = address + layout.k_mean
+        args.k_largest_scale = address + layout.k_largest_scale
+        args.v_scale = address + layout.v_scale
+        args.v_mean = address + layout.v_mean
+        args.v_inverse = address + layout.v_inverse
+        args.zeros = zeros
+        args.zero_count = zero_count
+        args.v_tile_means = address + layout.v_tile_means
+        statistics = plan.statistics
+        self._statistics((statistics.blocks, 1, 1), device, arguments.address, cluster=statistics.cluster)
+        self._pack(plan.grid, device, arguments.address, overlaps=self._overlaps)
 
 
 @lru_cache(maxsize=64)
@@ -286,9 +327,11 @@ def pack_kv(k: Tensor, v: Tensor, recipe: Recipe, form: PackFormat | None = None
     head_dim, v_head_dim = k.shape[3], v.shape[3]
     k, v = loadable(k), loadable(v)
     plan = PackPlan.of(batch, heads, length, k.shape[3], v.shape[3], recipe, form)
-    workspace = torch.full((plan.workspace_bytes,), 0xFF, dtype=torch.uint8, device=k.device)
+    workspace = torch.full((plan.layout.size,), 0xFF, dtype=torch.uint8, device=k.device)
     with torch.cuda.device(k.device):
         packer(plan.dim, k.dtype, k.device.index, arch, form)(k, v, plan, workspace.data_ptr(), k.device.index)
+
+    layout = plan.layout
 
     def part(offset: int, *shape: int) -> Tensor:
         count = torch.Size(shape).numel() * 4
@@ -301,9 +344,9 @@ def pack_kv(k: Tensor, v: Tensor, recipe: Recipe, form: PackFormat | None = None
         return rows.contiguous()
 
     pairs, dim = batch * heads, plan.dim
-    keys = unpack_keys(tiles(plan.k_tiles, plan.k_stride, form.k_bytes(dim)), dim, form)
-    values = unpack_values(tiles(plan.v_tiles, plan.v_stride, form.v_bytes(dim)), dim, form).float()
-    k_scale = tiles(plan.k_scales, 4 * plan.k_scale_stride, 16).view(torch.float32).flatten(2)
+    keys = unpack_keys(tiles(layout.k_tiles, layout.k_stride, form.k_bytes(dim)), dim, form)
+    values = unpack_values(tiles(layout.v_tiles, layout.v_stride, form.v_bytes(dim)), dim, form).float()
+    k_scale = tiles(layout.k_scales, 4 * layout.k_scale_stride, 16).view(torch.float32).flatten(2)
     if form.is_record:  # where a group of zeros has the scale 0
         k_scale = torch.where(k_scale == 0, 1.0, k_scale)
     if not isinstance(recipe.k_granularity, PerThread):  # all four are the same
@@ -312,16 +355,16 @@ def pack_kv(k: Tensor, v: Tensor, recipe: Recipe, form: PackFormat | None = None
     rest = [keys[..., length:, :], keys[..., inside:], values[..., length:, :], values[..., v_head_dim:]]
     v_tile_means = None
     if form.v_tile_means:
-        v_tile_means = tiles(plan.v_tile_means, 2 * dim, 2 * dim).view(torch.float16)
+        v_tile_means = tiles(layout.v_tile_means, 2 * dim, 2 * dim).view(torch.float16)
         rest.append(v_tile_means[..., v_head_dim:])
     return PackedTiles(
         k=keys[:, :, :length, :inside],
         k_scale=k_scale,
         v=values[:, :, :length, :v_head_dim],
-        v_scale=part(plan.v_scale, pairs, dim)[..., :v_head_dim],
-        k_mean=part(plan.k_mean, pairs, dim)[..., :head_dim],
-        v_mean=part(plan.v_mean, pairs, dim)[..., :v_head_dim],
-        k_largest_scale=part(plan.k_largest_scale, pairs),
+        v_scale=part(layout.v_scale, pairs, dim)[..., :v_head_dim],
+        k_mean=part(layout.k_mean, pairs, dim)[..., :head_dim],
+        v_mean=part(layout.v_mean, pairs, dim)[..., :v_head_dim],
+        k_largest_scale=part(layout.k_largest_scale, pairs),
         padding_is_zero=not any(bool(x.any()) for x in rest),
         v_tile_means=None if v_tile_means is None else v_tile_means[..., :v_head_dim],
     )

@@ -1,0 +1,253 @@
+"""The structures that kernels take, declared here as csrc declares them: the same fields in the same order.
+
+tests/cpu/cuda/test_arguments.py reads csrc and compares every field's name, type and offset, so neither side can change
+alone. A field's comment stands beside its declaration in csrc.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from typing import Annotated, Generic, TypeVar, get_type_hints
+
+from torch import Tensor
+
+Pointer = Annotated[int, ctypes.c_void_p]
+I32 = Annotated[int, ctypes.c_int32]
+U32 = Annotated[int, ctypes.c_uint32]
+I64 = Annotated[int, ctypes.c_int64]
+F32 = Annotated[float, ctypes.c_float]
+
+
+class Structure(ctypes.Structure):
+    """A C structure of annotated fields. ``__slots__`` makes a misspelt field an error."""
+
+    __slots__ = ()
+
+    def __init__(self, **fields: int | float | Structure) -> None:
+        """Fields by name; the others are 0.
+
+        Raises:
+            AttributeError, TypeError: there is no such field, or it has another type.
+            OverflowError: a whole number does not fit (ctypes itself would cut it in silence).
+        """
+        super().__init__(**fields)
+        for name, value in fields.items():
+            if isinstance(value, int) and (getattr(self, name) or 0) != value:
+                raise OverflowError(f"{type(self).__name__}.{name} cannot hold {value}")
+
+
+S = TypeVar("S", bound=Structure)
+
+
+def declared(structure: type[S]) -> type[S]:
+    """Give a `Structure` its annotated fields, in order."""
+    hints = get_type_hints(structure, include_extras=True)
+    structure._fields_ = [
+        (name, hints[name].__metadata__[0] if hasattr(hints[name], "__metadata__") else hints[name])
+        for name in structure.__annotations__
+    ]
+    return structure
+
+
+@declared
+class Strided(Structure):
+    """csrc/tile/strided.cuh."""
+
+    __slots__ = ()
+    data: Pointer
+    batch: I64
+    head: I64
+    token: I64
+
+    def point_to(self, x: Tensor) -> None:
+        """To a tensor ``[B, H, N, D]`` whose channels lie next to each other."""
+        self.data = x.data_ptr()
+        self.batch, self.head, self.token, _ = x.stride()
+
+
+@declared
+class Divisor(Structure):
+    """csrc/attend/schedule.cuh."""
+
+    __slots__ = ()
+    multiplier: U32
+    shift: U32
+
+
+@declared
+class Schedule(Structure):
+    """csrc/attend/schedule.cuh."""
+
+    __slots__ = ()
+    q_blocks: I32
+    q_heads: I32
+    section: I32
+    section_items: I32
+    by_section_items: Divisor
+    by_section: Divisor
+    by_q_heads: Divisor
+    by_group: Divisor
+
+
+@declared
+class PackArgs(Structure):
+    """csrc/pack/statistics.cuh. An instance without V's means by tile takes all but the last field."""
+
+    __slots__ = ()
+    k: Strided
+    v: Strided
+    partials: Pointer
+    k_tiles: Pointer
+    k_scales: Pointer
+    v_tiles: Pointer
+    k_mean: Pointer
+    k_largest_scale: Pointer
+    v_scale: Pointer
+    v_mean: Pointer
+    v_inverse: Pointer
+    zeros: Pointer
+    k_stride: I64
+    v_stride: I64
+    k_scale_stride: I64
+    v_max: F32
+    heads: I32
+    kv_heads: I32
+    kv_len: I32
+    k_channels: I32
+    v_channels: I32
+    splits: I32
+    tokens_a_split: I32
+    k_tokens: I32
+    tiles: I32
+    tiles_a_block: I32
+    smooth_k: I32
+    smooth_v: I32
+    k_max: I32
+    one_k_scale: I32
+    zero_scale_is_zero: I32
+    v_power_of_two: I32
+    zero_count: I32
+    v_tile_means: Pointer
+
+
+@declared
+class AttentionArgs(Structure):
+    """csrc/wgmma/block.cuh. An instance without V's means by tile or without jumps lacks the last ones."""
+
+    __slots__ = ()
+    q: Strided
+    out: Pointer
+    out_batch: I64
+    out_head: I64
+    out_token: I64
+    lse: Pointer
+    k_tiles: Pointer
+    k_scales: Pointer
+    v_tiles: Pointer
+    k_mean: Pointer
+    k_largest_scale: Pointer
+    v_scale: Pointer
+    v_mean: Pointer
+    sm_scale: F32
+    logits_scale: F32
+    log2_p_max: F32
+    p_max: F32
+    slack: F32
+    headroom: F32
+    q_heads: I32
+    kv_heads: I32
+    q_len: I32
+    kv_len: I32
+    channels: I32
+    v_channels: I32
+    causal_offset: I32
+    tiles: I32
+    items: I32
+    whole_items: I32
+    rest: I32
+    schedule: Schedule
+    taken: Pointer
+    key_splits: I32
+    partials: Pointer
+    arrivals: Pointer
+    v_tile_means: Pointer
+    jump: F32
+    jump_bits: F32
+
+
+@declared
+class MmaArgs(Structure):
+    """csrc/mma/block.cuh."""
+
+    __slots__ = ()
+    q: Strided
+    out: Pointer
+    out_batch: I64
+    out_head: I64
+    out_token: I64
+    lse: Pointer
+    tiles: Pointer
+    k_mean: Pointer
+    k_largest_scale: Pointer
+    v_scale: Pointer
+    v_mean: Pointer
+    q_mean: Pointer
+    delta: Pointer
+    sm_scale: F32
+    logits_scale: F32
+    log2_p_max: F32
+    largest_fast_factor: F32
+    q_heads: I32
+    kv_heads: I32
+    q_len: I32
+    kv_len: I32
+    channels: I32
+    v_channels: I32
+    causal_offset: I32
+    tile_count: I32
+    first_item: I32
+    dtype: I32
+    q_max: I32
+    q_granularity: I32
+    schedule: Schedule
+
+
+@declared
+class SmoothArgs(Structure):
+    """csrc/kernels/smooth_q.cu."""
+
+    __slots__ = ()
+    q: Strided
+    k: Strided
+    q_mean: Pointer
+    k_mean: Pointer
+    delta: Pointer
+    delta_stride: I64
+    scale: F32
+    q_heads: I32
+    kv_heads: I32
+    q_len: I32
+    kv_len: I32
+    channels: I32
+    query_tiles: I32
+    causal_offset: I32
+    first_head: I32
+    first_level: I32
+    levels: I32
+    groups: I32
+    q_blocks: I32
+
+
+class Arguments(threading.local, Generic[S]):
+    """A kernel's arguments, in each thread its own copy: the driver copies them at the launch.
+
+    A plan makes them once with everything that is the same in all its calls; a call writes the rest, addresses and
+    strides, into ``values``.
+    """
+
+    def __init__(self, template: S) -> None:
+        self.values: S = type(template).from_buffer_copy(template)
+        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.values))
+        self.address: int = ctypes.addressof(self._pointers)
+        """Of the array of one pointer to the structure that a launch takes."""
