@@ -14,12 +14,12 @@ CODES = {"u8": "B", "u16": "H", "i32": "i", "u32": "I", "float": "f", "i64": "q"
 
 NESTED = {
     "Strided": "tile/strided.cuh",
-    "Schedule": "attend/schedule.cuh",
-    "Divisor": "attend/schedule.cuh",
+    "Schedule": "common/work.cuh",
+    "Divisor": "common/work.cuh",
     "Stage": "mma/block.cuh",
-    "Work": "attend/schedule.cuh",
-    "Piece": "wgmma/block.cuh",
-    "Promoted": "attend/softmax.cuh",
+    "Work": "common/work.cuh",
+    "Piece": "hopper/block.cuh",
+    "Promoted": "common/softmax.cuh",
 }
 
 

@@ -183,7 +183,7 @@ def test_promotions_put_the_means_of_their_tiles_back(first, last, dim):
     """block.cuh, producer.cuh and `promoted`: the rows of ones that a tile's copy brings, the ring of means, and the
     MMA whose A are the accumulators of the last eight columns. Tiles ``first`` to ``last`` make the interval."""
     columns, slots, pitch = 8, 16, dim + 8
-    text = (CSRC / "wgmma" / "block.cuh").read_text()
+    text = (CSRC / "hopper" / "block.cuh").read_text()
     assert "kMeanSlots = 16" in text
     assert "kMeanPitch = kDim + 8" in text
     generator = np.random.default_rng(dim + last)

@@ -15,7 +15,7 @@ from lowbit_attention.recipes.options import RunningMax
 from lowbit_attention.reference import softmax
 
 MACHINE = MACHINES["sm_90a"]
-SOURCE = (CSRC / "attend/softmax.cuh").read_text()
+SOURCE = (CSRC / "common/softmax.cuh").read_text()
 
 
 def constant(name):

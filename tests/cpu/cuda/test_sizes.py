@@ -48,9 +48,9 @@ WITHOUT = wgmma_config(recipe("sage2_8b"), 128, torch.float16)
     ("arguments", "file", "name", "constants"),
     [
         (packing.ARGUMENTS, "pack/statistics.cuh", "PackArgs", PACK_DEFINES | {"V_TILE_MEANS": 1}),
-        (hopper.ARGUMENTS, "wgmma/block.cuh", "AttentionArgs", wgmma_defines(WITH_MEANS)),
+        (hopper.ARGUMENTS, "hopper/block.cuh", "AttentionArgs", wgmma_defines(WITH_MEANS)),
         (mma.ARGUMENTS, "mma/block.cuh", "MmaArgs", None),
-        (mma.SMOOTH_ARGUMENTS, "kernels/smooth_q.cu", "SmoothArgs", None),
+        (mma.SMOOTH_ARGUMENTS, "pack/smooth_q.cu", "SmoothArgs", None),
     ],
 )
 def test_argument_structs_are_packed_as_c_lays_them_out(arguments, file, name, constants):
@@ -65,7 +65,7 @@ def test_argument_structs_are_packed_as_c_lays_them_out(arguments, file, name, c
     ("file", "name", "constants", "more"),
     [
         ("pack/statistics.cuh", "PackArgs", PACK_DEFINES, {"V_TILE_MEANS": 1}),
-        ("wgmma/block.cuh", "AttentionArgs", wgmma_defines(WITHOUT), wgmma_defines(WITH_MEANS)),
+        ("hopper/block.cuh", "AttentionArgs", wgmma_defines(WITHOUT), wgmma_defines(WITH_MEANS)),
     ],
 )
 def test_arguments_for_means_by_tile_come_last(file, name, constants, more):
@@ -83,7 +83,7 @@ SUPPORTED += ["fast_8b:keys_per_promotion=256", "fast_8b:smooth_v=true,v_tile_me
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_shared_memory_is_what_the_kernels_struct_takes(name, head_dim):
-    config, file = wgmma_config(recipe(name), head_dim, torch.float16), "wgmma/block.cuh"
+    config, file = wgmma_config(recipe(name), head_dim, torch.float16), "hopper/block.cuh"
     constants = wgmma_defines(config)
     for part in ("tile/swizzle.cuh", "tile/strided.cuh"):
         read(part, constants)

@@ -23,6 +23,14 @@ HEAD_DIMS = (64, 128)
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """`Dtype` of csrc/tile/strided.cuh."""
 
+ENTRIES = {
+    "attention_wgmma": "hopper/attention.cu",
+    "attention_mma": "mma/attention.cu",
+    "pack": "pack/pack.cu",
+    "smooth_q": "pack/smooth_q.cu",
+}
+"""The source of a kernel, below `CSRC`."""
+
 TILE_KEYS = 128
 """Keys of a tile that is packed for wgmma."""
 
@@ -31,7 +39,7 @@ TILE_KEYS = 128
 class Instance:
     """One compilation.
 
-    ``kernel`` is the source's name below csrc/kernels; ``mma``: instructions that its machine code must hold;
+    ``kernel``: its name; `ENTRIES` has its source. ``mma``: instructions that its machine code must hold;
     ``spill_limit``: bytes of spills it may have, 0 unless a reason stands beside it, and none in a loop with MMAs
     unless ``spills_anywhere``.
     """
@@ -46,7 +54,7 @@ class Instance:
     @property
     def entry(self) -> str:
         """The source file below `CSRC`."""
-        return f"kernels/{self.kernel}.cu"
+        return ENTRIES[self.kernel]
 
     def source(self) -> Source:
         """Its source with everything that it includes."""
@@ -62,7 +70,7 @@ class Instance:
 
 @dataclass(frozen=True)
 class PackFormat:
-    """How K and V lie in tiles; the macros of csrc/kernels/pack.cu.
+    """How K and V lie in tiles; the macros of csrc/pack/pack.cu.
 
     ``k_lanes``: bits that a number of K takes; ``v_half``: V in FP16, else in E4M3; ``rotate``: K is rotated;
     ``v_tile_means``: V without its means by tile. Tiles of 64 keys (mma.sync's) are records of K, V and K's scales side
@@ -134,7 +142,7 @@ def smooth_q_instance(head_dim: int, dtype: torch.dtype, arch: str) -> Instance:
 
 @dataclass(frozen=True)
 class WgmmaConfig:
-    """What the Hopper attention kernel is compiled for; the macros of csrc/kernels/attention_wgmma.cu.
+    """What the Hopper attention kernel is compiled for; the macros of csrc/hopper/attention.cu.
 
     ``dtype``: Q's and the output's (code for all types at once is twice as long, and does not always stay in the
     instruction cache: docs/kernels/hopper.md); ``sums_f16``: P·V in FP16 sums, else in FP32-typed ones;
@@ -249,7 +257,7 @@ INT4_MMA_ARCHS = ("sm_80", "sm_86", "sm_89")
 
 @dataclass(frozen=True)
 class MmaConfig:
-    """What `attention_mma` is compiled for; the macros of csrc/kernels/attention_mma.cu.
+    """What `attention_mma` is compiled for; the macros of csrc/mma/attention.cu.
 
     ``qk_lanes``: bits that a number of Q and K takes (4-bit numbers may lie in 8-bit lanes); ``v_half``: FP16 P·V, else
     E4M3; ``sums_f16``: in FP16 sums; ``promote``: each tile's sums are added to an FP32 output, else the MMA sums all;

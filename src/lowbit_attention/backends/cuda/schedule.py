@@ -1,4 +1,4 @@
-"""What the attention kernels' hosts share: the order of work (csrc/attend/schedule.cuh) and what no kernel takes."""
+"""What the attention kernels' hosts share: the order of work (csrc/common/work.cuh) and what no kernel takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// Attention for Hopper: INT8 Q·Kᵀ and FP8 P·V by wgmma, on K and V that kernels/pack.cu has packed.
+// Attention for Hopper: INT8 Q·Kᵀ and FP8 P·V by wgmma, on K and V that pack/pack.cu has packed.
 //
 // A thread block is a producer warpgroup and two to four consumer warpgroups of 64 query rows each. The producer's
 // first warp copies tiles of K and V to shared memory; its others take the next piece of work and quantise its rows of Q. A
@@ -19,16 +19,16 @@
 //   RESTART          begin each interval with its own maximum (RestartedMax), else the running one
 //   SUM_IN_MMA       the row sum is a column of ones beside V, else the FP32 sum of P before rounding
 //   TILE_MEANS       V lacks its means by tile: promotions put them back (not defined: it has them)
-#include "attend/softmax.cuh"
+#include "common/epilogue.cuh"
+#include "common/softmax.cuh"
+#include "hopper/block.cuh"
+#include "hopper/multiply.cuh"
+#include "hopper/producer.cuh"
+#include "hopper/rows.cuh"
+#include "hopper/splits.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/wgmma.cuh"
-#include "tile/output.cuh"
-#include "wgmma/block.cuh"
-#include "wgmma/multiply.cuh"
-#include "wgmma/producer.cuh"
-#include "wgmma/rows.cuh"
-#include "wgmma/splits.cuh"
 
 // ---- a consumer warpgroup
 
@@ -513,7 +513,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attention_wgmma(const 
 #elif SUM_IN_MMA
   write_ones(shared);
 #endif
-  // As in kernels/pack.cu: what wrote Q had ended before packing began. Only lse needs a result of packing.
+  // As in pack/pack.cu: what wrote Q had ended before packing began. Only lse needs a result of packing.
   if (args.lse != nullptr) griddepcontrol_wait();
   quantize_first_queries(args, shared);
   __syncthreads();

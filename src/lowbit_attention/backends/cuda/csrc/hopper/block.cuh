@@ -1,7 +1,7 @@
 // A thread block of attention_wgmma: its arguments, its numbers, its shared memory, and which rows it works on.
 #pragma once
-#include "attend/schedule.cuh"
-#include "attend/softmax.cuh"
+#include "common/softmax.cuh"
+#include "common/work.cuh"
 #include "tile/strided.cuh"
 #include "tile/swizzle.cuh"
 

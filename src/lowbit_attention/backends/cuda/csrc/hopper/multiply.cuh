@@ -1,10 +1,10 @@
 // A warpgroup's MMAs: the scores, P·V and its sums, in the two formats.
 #pragma once
+#include "hopper/block.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/convert.cuh"
 #include "ptx/math.cuh"
 #include "ptx/wgmma.cuh"
-#include "wgmma/block.cuh"
 
 #define WGMMA_NAME_(n, type) wgmma_m64n##n##k32_##type##_e4m3_rs
 #define WGMMA_NAME(n, type) WGMMA_NAME_(n, type)

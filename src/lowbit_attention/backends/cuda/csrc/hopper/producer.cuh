@@ -1,10 +1,10 @@
 // The producer warpgroup: one thread copies tiles; three warps take the next piece of work and quantise its rows of Q.
 #pragma once
-#include "attend/quantize_q.cuh"
+#include "hopper/block.cuh"
+#include "hopper/multiply.cuh"
+#include "hopper/quantize_q.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/copy.cuh"
-#include "wgmma/block.cuh"
-#include "wgmma/multiply.cuh"
 
 #if TAKES_WORK
 // Thread blocks take pieces of work as they come to need them: which is longest is the order's business (Schedule), and

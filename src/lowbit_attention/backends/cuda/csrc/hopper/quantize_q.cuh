@@ -1,6 +1,6 @@
 // Warps quantise rows of Q for the MMA: rows r and r + 8 of a warp's 16 share a scale.
 #pragma once
-#include "attend/scale.cuh"
+#include "common/scale.cuh"
 #include "tile/strided.cuh"
 #include "tile/swizzle.cuh"
 

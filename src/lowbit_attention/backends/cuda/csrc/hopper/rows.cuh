@@ -1,9 +1,9 @@
 // A warp's 16 rows of the output on their way to the caller.
 #pragma once
+#include "common/epilogue.cuh"
+#include "hopper/block.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/copy.cuh"
-#include "tile/output.cuh"
-#include "wgmma/block.cuh"
 
 #if ROWS_THROUGH_SHARED
 // Until the rows sent last have left the warp's part of shared memory, and all its lanes know.

@@ -1,9 +1,9 @@
 // The sums of a block of rows whose keys are split between thread blocks.
 #pragma once
-#include "attend/softmax.cuh"
+#include "common/softmax.cuh"
+#include "hopper/block.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/copy.cuh"
-#include "wgmma/block.cuh"
 
 #if SPLITS_KEYS
 // Writes what a warp has summed up over its keys: `own` (O in shared memory) and its row sums. If the other splits' is

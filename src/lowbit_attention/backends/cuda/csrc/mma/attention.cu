@@ -1,5 +1,5 @@
 // Attention by mma.sync, for Ampere, Ada, Blackwell and (to be tested) Hopper: INT8 or INT4 Q·Kᵀ, FP8 or FP16 P·V, on K
-// and V that kernels/pack.cu has packed.
+// and V that pack/pack.cu has packed.
 //
 // A warp has 32 query rows; a thread block 128 (or 256, in two groups) and two stages of key tiles in shared memory. A
 // tile is 64 keys: scores of all of them, the softmax, then P·V sixteen channels at a time, each sum added to O as soon
@@ -14,12 +14,12 @@
 //   SUM_IN_MMA   the row sum is taken over the rounded P by an MMA with ones (1), or over P before rounding (0)
 //   SMOOTH_Q     Q is smoothed, and its tile mean's logits come in `delta`
 //   ROTATE       Q is rotated (K was, when it was packed)
-#include "attend/quantize_block.cuh"
-#include "attend/softmax.cuh"
+#include "common/epilogue.cuh"
+#include "common/softmax.cuh"
 #include "mma/loader.cuh"
 #include "mma/multiply.cuh"
+#include "mma/quantize_q.cuh"
 #include "ptx/barrier.cuh"
-#include "tile/output.cuh"
 
 // ---- a warp
 

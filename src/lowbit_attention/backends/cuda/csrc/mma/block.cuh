@@ -1,6 +1,6 @@
 // A thread block of attention_mma: its arguments, its numbers, its shared memory.
 #pragma once
-#include "attend/schedule.cuh"
+#include "common/work.cuh"
 #include "tile/strided.cuh"
 #include "tile/swizzle.cuh"
 
@@ -52,7 +52,7 @@ constexpr bool kFencedPhases = V_HALF && SUMS_F16;
 constexpr float kLn2 = 0.6931471805599453f;
 [[maybe_unused]] constexpr float kMostUnits = 2097152.0f;  // 2^21 of ΔS, beside |s| < 2^21: together they stay exact with kMagic
 
-struct PackedTile {  // as kernels/pack.cu writes them
+struct PackedTile {  // as pack/pack.cu writes them
   u8 k[kKTileBytes];     // [64 keys][kDim] lanes
   u8 v[kVTileBytes];     // E4M3 [kDim][64 keys], or FP16 [64 keys][kDim]
   float k_scale[4];

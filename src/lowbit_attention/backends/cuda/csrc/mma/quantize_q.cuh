@@ -3,8 +3,8 @@
 // A quad (four neighbouring lanes) has rows r, r + 8, r + 16 and r + 24 of the warp, which share a scale per thread;
 // each of its lanes has four of every 16 channels.
 #pragma once
-#include "attend/rotate.cuh"
-#include "attend/scale.cuh"
+#include "common/rotate.cuh"
+#include "common/scale.cuh"
 #include "ptx/barrier.cuh"
 #include "tile/strided.cuh"
 #include "tile/swizzle.cuh"

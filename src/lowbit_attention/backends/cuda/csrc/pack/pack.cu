@@ -14,8 +14,8 @@
 //   V_HALF       V in FP16 (1) or E4M3 (0)
 //   ROTATE       K is rotated after smoothing
 //   V_TILE_MEANS V loses its mean over each tile, where that is large (E4M3 only; not defined: it does not)
-#include "attend/rotate.cuh"
-#include "attend/scale.cuh"
+#include "common/rotate.cuh"
+#include "common/scale.cuh"
 #include "pack/statistics.cuh"
 #include "ptx/barrier.cuh"
 #include "tile/strided.cuh"

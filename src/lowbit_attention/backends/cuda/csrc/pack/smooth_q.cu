@@ -2,7 +2,7 @@
 //
 // Compiled for: HEAD_DIM 64 or 128 (channels are padded to it), INPUT_DTYPE of tile/strided.cuh.
 #define TILE_KEYS 64
-#include "attend/scale.cuh"
+#include "common/scale.cuh"
 #include "ptx/barrier.cuh"
 #include "tile/strided.cuh"
 

@@ -1,6 +1,6 @@
 // Statistics of K and V over the tokens, and what packing needs of them.
 #pragma once
-#include "attend/scale.cuh"
+#include "common/scale.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/copy.cuh"
