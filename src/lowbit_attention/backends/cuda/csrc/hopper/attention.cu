@@ -6,7 +6,7 @@
 //
 //   scores of tile j + 1 and P·V of tile j begin | scores there: maximum | P·V there: exponentials
 //
-// With four there are registers for half of it (TIGHT); another warpgroup's exponentials fill the time:
+// With four there are registers for half of it (HALVES_SCORES); another warpgroup's exponentials fill the time:
 //
 //   P·V of tile j and half of the scores begin | P·V there: the other half begins | all there: maximum, exponentials
 //
@@ -45,17 +45,11 @@ struct Consumer {
   const u32 k_at = shared_address(shared.k[0]) / 16, v_at = shared_address(shared.v[0]) / 16;
 
   // of the piece of work
-#if !TIGHT
-  float q_scale;
-  Promoted promoted_before;
-#endif
-#if !MAKES_BOUND
-  float largest_factor;
-#endif
+  float q_scale;             // read anew for each tile if HALVES_SCORES
+  Promoted promoted_before;  // in shared memory if HALVES_SCORES
+  float largest_factor;      // made anew for each tile if MAKES_BOUND
   Rows rows;
-#if !OUTPUT_IN_SHARED
-  float o[kDim / 2];
-#endif
+  float o[OUTPUT_IN_SHARED ? 1 : kDim / 2];
 
   // of the tile
   u32 tile;
@@ -69,7 +63,7 @@ struct Consumer {
 
   // What was promoted before the present interval.
   __device__ __forceinline__ Promoted& before() {
-#if TIGHT
+#if HALVES_SCORES
     return shared.promoted[thread.group][threadIdx.x % 128];
 #else
     return promoted_before;
@@ -94,20 +88,20 @@ struct Consumer {
     release(ring.stage);
     ring.next();
   }
+  __device__ __forceinline__ void read_q_scale() {
+    q_scale = shared.q_scale[q_ring.stage][thread.group][thread.warp][thread.quad];
+  }
+  __device__ __forceinline__ void make_bound() {
+    largest_factor = fminf(q_scale * shared.k_largest_scale[q_ring.stage], kLargestFactor);
+  }
   // The factor of the tile whose scores are under way. A group of zeros in K has the scale 1, which may be far larger
   // than any other; its scores are 0 whatever the factor. (NaN stays.)
   __device__ __forceinline__ void set_factor() {
-#if TIGHT
-    const float q_scale = shared.q_scale[q_ring.stage][thread.group][thread.warp][thread.quad];
-#endif
-#if MAKES_BOUND
-    const float largest_factor = fminf(q_scale * shared.k_largest_scale[q_ring.stage], kLargestFactor);
-#endif
+    if constexpr (HALVES_SCORES) read_q_scale();
+    if constexpr (MAKES_BOUND) make_bound();
     factor = q_scale * shared.k_scale[ring.stage][thread.q];
     factor = factor > largest_factor ? largest_factor : factor;
-#if TIGHT
-    factor = max_nan_f32(factor, kSmallestFactor);
-#endif
+    if constexpr (HALVES_SCORES) factor = max_nan_f32(factor, kSmallestFactor);
   }
   // Whether some factor of the piece of work wants care; the same for the whole warpgroup.
   __device__ __forceinline__ bool wants_care() const {
@@ -132,7 +126,7 @@ struct Consumer {
 
   template <int kPart>
   __device__ __forceinline__ void begin_pv(bool accumulate) {
-    constexpr u32 kHalf = SPLITS_CHANNELS && kPart == 1 ? kDim / 2 * kTileKeys / 16 : 0;
+    constexpr u32 kHalf = kSplitsChannels && kPart == 1 ? kDim / 2 * kTileKeys / 16 : 0;
     const u64 v = wgmma_descriptor<kTileKeys>(v_at + ring.stage * u32(sizeof(shared.v[0]) / 16) + kHalf);
     ::begin_pv<kPart>(sums, p, v, accumulate);
   }
@@ -154,7 +148,7 @@ struct Consumer {
   // O · factor + the interval's sums, four channels of the thread's at a time. kFirst: there is no O yet.
   template <bool kFirst, int kPart, class Use>
   __device__ __forceinline__ void promoted(const Sums& from, const float (&scale)[2], Use use) {
-    constexpr int kFours = kDim / 8 / (SPLITS_CHANNELS ? 2 : 1), kBegin = SPLITS_CHANNELS ? kPart * kFours : 0;
+    constexpr int kFours = kDim / 8 / (kSplitsChannels ? 2 : 1), kBegin = kSplitsChannels ? kPart * kFours : 0;
 #if TILE_MEANS
     const u32 means_at = means_by_column();
 #endif
@@ -175,7 +169,7 @@ struct Consumer {
       // sums: four would take registers that are not there.)
       float whole[4] = {sum_of(from, 4 * four), sum_of(from, 4 * four + 1), sum_of(from, 4 * four + 2),
                         sum_of(from, 4 * four + 3)};
-      mma_m16n8k8_f32_f16(whole, from[COLUMNS / 4 - 2], from[COLUMNS / 4 - 1], ldmatrix_m8n8_x1_trans(means_at + four * 16));
+      mma_m16n8k8_f32_f16(whole, from[kColumns / 4 - 2], from[kColumns / 4 - 1], ldmatrix_m8n8_x1_trans(means_at + four * 16));
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[i] = __fmaf_rn(x[i], scale[i / 2], whole[i]);
 #else
@@ -198,7 +192,7 @@ struct Consumer {
 #endif
     });
 #if SUM_IN_MMA
-    if constexpr (!SPLITS_CHANNELS || kPart == 1) {
+    if constexpr (!kSplitsChannels || kPart == 1) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) before().sum[half] = __fmaf_rn(before().sum[half], scale[half], row_sum(from, half));
     }
@@ -216,7 +210,7 @@ struct Consumer {
     begins = fresh(tile);
     Change change;
     rows.update<RESTART>(change, before().seen, m, other, begins, args.slack, args.headroom);
-    if constexpr (!TIGHT) {
+    if constexpr (!HALVES_SCORES) {
       pmevent_if(never);  // (else the assembler waits before the exchange)
       wgmma_wait_group<0>();
       pin_registers(sums);
@@ -234,10 +228,7 @@ struct Consumer {
     }
     if constexpr (!SUM_IN_MMA) before().sum[0] *= rescale[0], before().sum[1] *= rescale[1];
     ready = !MAKES_MORE && mbarrier_test_wait_parity(&shared.full[ring.stage], ring.parity);  // (the answer takes 90 clocks)
-    // (Timed with two warpgroups: last is up to 8 % faster, but with channels in two parts 15 % slower; there, with a
-    // restarted maximum, the assembler else lacks a register and serialises the MMAs.)
-    constexpr bool kHidesLast = kConsumers == 2 && (!SPLITS_CHANNELS || RESTART);
-    exponentials<kMasked, !SUM_IN_MMA, TIGHT && SUM_IN_MMA, kHidesLast>(scores, p, rows, before().sum, factor, args.log2_p_max);
+    exponentials<kMasked, !SUM_IN_MMA, kPolynomial, kHidesLast>(scores, p, rows, before().sum, factor, args.log2_p_max);
     if constexpr (kInterval > 1) {
       if (tile > 0 && begins) {
         float scale[2];
@@ -261,7 +252,7 @@ struct Consumer {
     promote<false, kTwoParts ? 1 : 0>(sums, rescale);
   }
 
-  // Begins the next tile's scores and this one's P·V, and awaits the scores. kDrain: P·V, too (TIGHT always does). (In a
+  // Begins the next tile's scores and this one's P·V, and awaits the scores. kDrain: P·V, too (HALVES_SCORES always does). (In a
   // loop, no MMA may be under way where the loop closes: the assembler would serialise them all.)
   template <bool kMore, bool kDrain>
   __device__ __forceinline__ void multiply() {
@@ -279,9 +270,9 @@ struct Consumer {
       begin_pv<1>(false);
     } else {
       await_turn();
-      if constexpr (kMore && !TIGHT) begin_scores();
+      if constexpr (kMore && !HALVES_SCORES) begin_scores();
       begin_pv<0>(MAKES_MORE ? !fresh(tile) : !begins);
-      if constexpr (kMore && TIGHT) {
+      if constexpr (kMore && HALVES_SCORES) {
         begin_scores<1>();
         wgmma_wait_group<1>();
         pin_registers(sums);
@@ -290,7 +281,7 @@ struct Consumer {
       }
       pass_turn();
     }
-    if constexpr (kMore && TIGHT) {
+    if constexpr (kMore && HALVES_SCORES) {
       set_factor();
       wgmma_wait_group<0>();
     } else if constexpr (kMore && !kDrain) {
@@ -301,7 +292,7 @@ struct Consumer {
     }
     if constexpr (kMore) {
       pin_registers(scores);
-      if constexpr (!TIGHT) set_factor();
+      if constexpr (!HALVES_SCORES) set_factor();
       ring.next();
     } else {
       if constexpr (kInterval == 1) promote_last();
@@ -365,15 +356,15 @@ struct Consumer {
 #endif
       }
     };
-#if OUTPUT_IN_SHARED
-    promoted<false, 0>(sums, last, keep);
-#else
+    if constexpr (OUTPUT_IN_SHARED) {
+      promoted<false, 0>(sums, last, keep);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kDim / 8; ++i) {
-      const float x[4] = {o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]};
-      keep(i, x);
+      for (int i = 0; i < kDim / 8; ++i) {
+        const float x[4] = {o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]};
+        keep(i, x);
+      }
     }
-#endif
 #if ROWS_THROUGH_SHARED
     send_rows(args, work, shared.o[thread.group][thread.warp], token - thread.quad, y);
 #endif
@@ -411,32 +402,30 @@ struct Consumer {
     const i32 first_row = work.first_row + thread.group * kRows;
     const KeyTiles mine = tiles_of(args, first_row, kRows, work);
     const KeyTiles all = tiles_of(args, work.first_row, kConsumers * kRows, work);
-#if !OUTPUT_IN_SHARED
+    if constexpr (!OUTPUT_IN_SHARED) {
 #pragma unroll
-    for (int i = 0; i < kDim / 2; ++i) o[i] = 0.0f;
-#endif
+      for (int i = 0; i < kDim / 2; ++i) o[i] = 0.0f;
+    }
     rows.m[0] = rows.m[1] = -kInfinity;
     before().reset();
     tile = 0;
     if (mine.count > 0) {
       wait_for_stage();
-#if TIGHT
-      begin_scores<0>();
-      begin_scores<1>();
-#else
-      begin_scores();
-      q_scale = shared.q_scale[q_ring.stage][thread.group][thread.warp][thread.quad];
-#if !MAKES_BOUND
-      largest_factor = fminf(q_scale * shared.k_largest_scale[q_ring.stage], kLargestFactor);
-#endif
-#endif
+      if constexpr (HALVES_SCORES) {
+        begin_scores<0>();
+        begin_scores<1>();
+      } else {
+        begin_scores();
+        read_q_scale();
+        if constexpr (!MAKES_BOUND) make_bound();
+      }
       set_factor();
       wgmma_wait_group<0>();
       pin_registers(scores);
       release(ring.stage);
       ring.next();
       const u32 last = mine.count - 1, fast = wants_care() ? 0 : mine.full;  // (≤ count)
-#if TIGHT  // (P does not go from one loop to another, which would take registers of its own; so the last tile is masked)
+#if HALVES_SCORES  // (P does not go from one loop to another, which would take registers of its own; so the last tile is masked)
       while (tile < fast && tile < last) {
         softmax<false>({});
         multiply<true, true>();

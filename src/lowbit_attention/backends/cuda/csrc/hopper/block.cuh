@@ -36,66 +36,12 @@ struct AttentionArgs {
 #endif
 };
 
-// ---- tile numbers
+// ---- tile numbers: those that are not here, kDim to kSharedBytes, come from configs.py, which says why
 
-constexpr int kDim = HEAD_DIM;
 constexpr Dtype kInput = Dtype(INPUT_DTYPE);
-constexpr int kRows = 64;                     // of a warpgroup: wgmma's M
-// P·V in two parts, the second of which takes the first's registers: sums of half the keys, or of half the channels
-// (in FP32 the sums of 128 channels and of P would not fit beside O, S and P).
-#define SPLITS_CHANNELS (!SUMS_F16 && HEAD_DIM == 128 && PROMOTION_KEYS == 128)
-constexpr bool kPromotesHalves = PROMOTION_KEYS == 64;
-constexpr bool kTwoParts = kPromotesHalves || SPLITS_CHANNELS;
-constexpr int kInterval = kPromotesHalves ? 1 : PROMOTION_KEYS / kTileKeys;  // tiles a promotion
-// O changes with every tile where each is promoted, so it lies in registers, which leaves room for two warpgroups. Where
-// it changes seldom it lies in shared memory, and a third warpgroup fills the time that a warp's latencies leave; with 64
-// channels, whose O is half as large, a fourth.
-#define OUTPUT_IN_SHARED (SUMS_F16 && PROMOTION_KEYS > 128)
-// Then rows leave through there, too, but for FP32's, which do not fit. (From registers through shared memory they would
-// take registers for addresses, and there are none left: the assembler serialises the MMAs of some instances.)
-#define ROWS_THROUGH_SHARED (OUTPUT_IN_SHARED && INPUT_DTYPE != 0)
-// There, too, several thread blocks may share a block of rows out between them, each with some of the keys, and they take
-// pieces of work as they come to need them. (Two warpgroups have no register left for it: their code became a fifth
-// slower, or the assembler serialised its MMAs. Each of their blocks has every gridDim-th piece.)
-#define SPLITS_KEYS OUTPUT_IN_SHARED
-#define TAKES_WORK OUTPUT_IN_SHARED
-#define CONSUMERS (!OUTPUT_IN_SHARED ? 2 : HEAD_DIM == 128 ? 3 : 4)
-constexpr int kConsumers = CONSUMERS;
-// Four have 112 registers a thread: S, the sums and P are 98. So P takes the place of a half of S that it was made of, and
-// the next scores of that half begin when P·V has ended, not beside it; what only promotions ask for is in shared memory.
-#define TIGHT (CONSUMERS == 4)
-// Promotions that put means back take registers from three warpgroups: the bound of the tiles' factors is made anew for
-// each tile; with FP32 outputs, which leave from registers, more than that is.
-#define MAKES_BOUND (TIGHT || TILE_MEANS)
-#if TILE_MEANS && !TIGHT && INPUT_DTYPE == 0
-#define MAKES_MORE 1
-#else
-#define MAKES_MORE 0
-#endif
-constexpr int kStages = kDim == 64 ? 4 : OUTPUT_IN_SHARED ? 2 : 3;  // pairs of tiles of K and V in flight
-constexpr int kThreads = 128 * (kConsumers + 1);
-// What setmaxnreg makes of the registers at launch: 168 · 384, 128 · 512 or 96 · 640.
-constexpr int kLaunchRegisters = kConsumers == 2 ? 168 : kConsumers == 3 ? 128 : 96;
-constexpr bool kLargeSums = !SUMS_F16 && kDim == 128 && !SPLITS_CHANNELS;  // O, S, P and FP32 sums of all take 212
-constexpr int kProducerRegisters = kConsumers == 4 ? 32 : kConsumers == 3 ? 80 : kLargeSums ? 56 : 72;
-constexpr int kConsumerRegisters = kConsumers == 4 ? 112 : kConsumers == 3 ? 144 : kLargeSums ? 224 : 216;
-static_assert(kProducerRegisters + kConsumers * kConsumerRegisters == kLaunchRegisters * (kConsumers + 1),
-              "more than the launch has: setmaxnreg would wait for ever");
 constexpr int kTileBytes = kTileKeys * kDim;
-constexpr int kOnes = SUM_IN_MMA ? 8 : 0;     // more rows of V: ones
-#if TILE_MEANS
-static_assert(SUMS_F16 && SUM_IN_MMA && OUTPUT_IN_SHARED, "the columns of ones are FP16 numbers, the promotions' A");
-static_assert(kInterval <= kOnes, "a column of ones for each tile of an interval");
-// Slots of the tiles' means. A promotion reads those of eight tiles up to the last multiplied, e, whose stage has been
-// released: the copies are at tile e + kStages at most. Where another warpgroup's rows see tiles that these do not, their
-// stages are passed on before the last promotion: kConsumers · kRows / kTileKeys ≤ kStages tiles. (And what lies in slots
-// that no tile of the interval has is multiplied with 0, so that it must only be finite.)
-constexpr int kMeanSlots = 16;
-static_assert(kOnes + kStages <= kMeanSlots && kConsumers * kRows <= kStages * kTileKeys, "a mean would be overwritten");
-constexpr int kMeanPitch = kDim + 8;  // from slot to slot: eight slots' equal chunks lie in different banks
-#endif
-constexpr int kQueryWarps = 3;                // of the producer's warpgroup
 constexpr float kLn2 = 0.6931471805599453f;
+constexpr int kQueryWarps = 3;                // of the producer's warpgroup
 
 struct Piece : Work {
   i32 end_row;  // rows from here on are no part of it
@@ -114,7 +60,7 @@ struct Shared {
   // A warp's own: O between promotions (each thread's numbers, four by four), and 16-bit rows on their way out.
   Vec16 o[kConsumers][4][kDim / 8][32];
 #endif
-#if TIGHT
+#if HALVES_SCORES
   Promoted promoted[kConsumers][128];       // a thread's own
 #endif
   float v_scale[2][kDim], v_mean[2][kDim];  // of the head of each piece of work
@@ -131,6 +77,7 @@ struct Shared {
   u64 piece_full[2], next_wanted;
 #endif
 };
+static_assert(sizeof(Shared) == kSharedBytes, "the host plans another size");
 
 template <int kLength>
 struct Ring {  // a place in a ring of stages, and the parity of the barriers' phase there
@@ -161,13 +108,9 @@ __device__ inline Piece work_of(const AttentionArgs& args, i32 item) {
       split = cut / args.rest;
       item -= split * args.rest;
     } else {
-#if CONSUMERS == 4  // in one, two or four
-      const int number = (cut >= args.rest) + (cut >= 2 * args.rest) + (cut >= 3 * args.rest);
-      rows = count == 2 * args.rest ? 2 * kRows : count > args.rest ? kRows : kBlock;
-#else
-      const int number = (cut >= args.rest) + (kConsumers == 3 && cut >= 2 * args.rest);
-      rows = kConsumers == 3 && count == 2 * args.rest ? 2 * kRows : count > args.rest ? kRows : kBlock;
-#endif
+      // in two or three, or four consumers in one, two or four
+      const int number = (cut >= args.rest) + (kConsumers > 2 && cut >= 2 * args.rest) + (kConsumers > 3 && cut >= 3 * args.rest);
+      rows = kConsumers > 2 && count == 2 * args.rest ? 2 * kRows : count > args.rest ? kRows : kBlock;
       first = number * rows;
       item -= number * args.rest;
     }

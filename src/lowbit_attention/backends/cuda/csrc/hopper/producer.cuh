@@ -87,12 +87,9 @@ __device__ void copy_tiles(const AttentionArgs& args, Shared& shared) {
 // The rows of Q of a piece of work, by `kWarps` warps of which this is number `warp`.
 template <int kWarps>
 __device__ void quantize_queries(const AttentionArgs& args, Shared& shared, const Piece& work, int stage, int warp) {
-  // Eight lanes of two rows have 16 registers of 16-bit channels, which fit in 80 (BF16's, whose conversion is a shift) but
-  // not in 72; FP32 takes twice that.
-  constexpr int kLanes = kDim == 128 && (kInput != kBFloat16 || kConsumers == 2) ? 16 : 8;
   const i64 base = i64(work.batch) * args.q.batch + i64(work.head) * args.q.head + i64(work.first_row) * args.q.token;
   const float* mean = args.lse == nullptr ? nullptr : args.k_mean + (i64(work.batch) * args.kv_heads + work.kv_head) * kDim;
-  quantize_rows<kInput, kDim, kWarps, kLanes>(args.q, base, work.end_row - work.first_row, args.channels, args.sm_scale,
+  quantize_rows<kInput, kDim, kWarps, kQueryLanes>(args.q, base, work.end_row - work.first_row, args.channels, args.sm_scale,
                                               args.logits_scale, mean, warp,
                                               {shared.q[stage], shared.q_scale[stage], shared.mean_logit[stage]});
   fence_proxy_async();
