@@ -18,7 +18,7 @@ NESTED = {
     "Divisor": "common/work.cuh",
     "Stage": "mma/block.cuh",
     "Work": "common/work.cuh",
-    "Piece": "hopper/block.cuh",
+    "WorkTile": "hopper/block.cuh",
     "Promoted": "common/softmax.cuh",
 }
 

@@ -96,7 +96,7 @@ def test_shared_memory_is_what_the_kernels_struct_takes(name, head_dim):
     flat, size, alignment = layout(file, "Shared", constants)
     offsets = {member: offset for member, offset, _ in flat}
     assert config.shared_bytes == constants["kSharedBytes"] == size
-    first = {"promoted": "seen", "piece": "batch", "barriers": "full"}  # members of structs, and of several
+    first = {"promoted": "seen", "work": "batch", "barriers": "full"}  # members of structs, and of several
     assert config.shared.offsets == {name: offsets[first.get(name, name)] for name in config.shared.offsets}
     assert size <= 227 * 1024  # an SM's 228 KiB less the 1 KiB that every thread block pays
     assert alignment == 1024

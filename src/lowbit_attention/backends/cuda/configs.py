@@ -379,7 +379,7 @@ class WgmmaConfig:
             Part("q_scale", 2 * consumers * 4 * 32, 4),
             Part("mean_logit", 2 * rows * 4, 4),
             Part("k_largest_scale", 8, 4),
-            Part("piece", 2 * (36 if takes_work else 20), 4),
+            Part("work", 2 * (36 if takes_work else 20), 4),
             Part("barriers", (2 * stages + 4) * 8 + 3 * 8 * takes_work, 8),
         )
         return SharedPlan(tuple(part for part in parts if part.size), 1024)

@@ -1,7 +1,7 @@
 // A thread block of attention_wgmma: its arguments, its numbers, its shared memory, and which rows it works on.
 #pragma once
 #include "common/softmax.cuh"
-#include "common/work.cuh"
+#include "common/keys.cuh"
 #include "tile/strided.cuh"
 #include "tile/swizzle.cuh"
 
@@ -24,10 +24,10 @@ struct AttentionArgs {
   float slack, headroom;  // of RestartedMax
   i32 q_heads, kv_heads, q_len, kv_len, channels, v_channels;
   i32 causal_offset;      // query i sees key j if j ≤ i + causal_offset; kv_len without causality
-  i32 tiles, items;       // items: pieces of work
+  i32 tiles, items;       // items: work tiles
   i32 whole_items, rest;  // the first are whole blocks of rows; then `rest` blocks, in as many pieces as fill the card
   Schedule schedule;
-  u32* taken;             // pieces of work that thread blocks have taken beside their first ones; 0
+  u32* taken;             // work tiles that thread blocks have taken beside their first ones; 0
   i32 key_splits;         // a block's pieces of the rest: if 1, some of its rows and all keys, else all rows and some keys
   Vec16* partials;        // [key_splits][rest][kConsumers][4 warps][kDim / 8 + 1][32], where keys are split
   u32* arrivals;          // [rest][kConsumers][4 warps], zeros: the splits that have written theirs
@@ -43,12 +43,17 @@ constexpr int kTileBytes = kTileKeys * kDim;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr int kQueryWarps = 3;                // of the producer's warpgroup
 
-struct Piece : Work {
+enum NamedBarrier : u32 {  // 0 is __syncthreads'
+  kPingPongBarrier = 1,    // the first consumer's; each has its own
+  kWorkTileBarrier = kPingPongBarrier + kConsumers,  // of the warps that quantize Q
+};
+
+struct WorkTile : Work {
   i32 end_row;  // rows from here on are no part of it
 #if SPLITS_KEYS
   i32 first_tile, end_tile;  // of keys
   i32 split;                 // which of the keys' splits this is, −1 if they are not split
-  i32 rest_block;            // which of the blocks that are left for the last turn
+  i32 rest_block;            // which of the blocks that are left for the tail wave
 #endif
 };
 
@@ -63,18 +68,18 @@ struct Shared {
 #if HALVES_SCORES
   Promoted promoted[kConsumers][128];       // a thread's own
 #endif
-  float v_scale[2][kDim], v_mean[2][kDim];  // of the head of each piece of work
+  float v_scale[2][kDim], v_mean[2][kDim];  // of the head of each work tile
 #if TILE_MEANS
-  alignas(16) u16 tile_means[2][kMeanSlots][kMeanPitch];  // of each piece's tiles, number mod kMeanSlots
+  alignas(16) u16 tile_means[2][kMeanSlots][kMeanPitch];  // of each work tile's keys, tile mod kMeanSlots
 #endif
   float k_scale[kStages][4];
   float q_scale[2][kConsumers][4][8];       // of a warp's rows r and r + 8, in base-2 logits
   float mean_logit[2][kConsumers][kRows];   // sm_scale · q · k̄
   float k_largest_scale[2];                 // of the head's tiles
-  Piece piece[2];                           // end_row < 0: no work is left
+  WorkTile work[2];                           // end_row < 0: no work is left
   u64 full[kStages], empty[kStages], q_full[2], q_empty[2];
 #if TAKES_WORK
-  u64 piece_full[2], next_wanted;
+  u64 work_full[2], next_wanted;
 #endif
 };
 static_assert(sizeof(Shared) == kSharedBytes, "the host plans another size");
@@ -88,17 +93,17 @@ struct Ring {  // a place in a ring of stages, and the parity of the barriers' p
   }
 };
 
-__device__ inline i32 first_tile(const Piece& piece) {
+__device__ inline i32 first_tile(const WorkTile& work) {
 #if SPLITS_KEYS
-  return piece.first_tile;
+  return work.first_tile;
 #else
   return 0;
 #endif
 }
 
-// The blocks of the last turn are too few for the card, so each is cut: between its warpgroups, into up to kConsumers
+// The blocks of the tail wave are too few for the card, so each is cut: between its warpgroups, into up to kConsumers
 // pieces, or along the keys, if there are many (SPLITS_KEYS). All first pieces, then all second ones.
-__device__ inline Piece work_of(const AttentionArgs& args, i32 item) {
+__device__ inline WorkTile work_of(const AttentionArgs& args, i32 item) {
   constexpr int kBlock = kConsumers * kRows;
   int rows = kBlock, first = 0;
   i32 split = -1;
@@ -109,7 +114,8 @@ __device__ inline Piece work_of(const AttentionArgs& args, i32 item) {
       item -= split * args.rest;
     } else {
       // in two or three, or four consumers in one, two or four
-      const int number = (cut >= args.rest) + (kConsumers > 2 && cut >= 2 * args.rest) + (kConsumers > 3 && cut >= 3 * args.rest);
+      const int number = (cut >= args.rest) + (kConsumers > 2 && cut >= 2 * args.rest) +
+                         (kConsumers > 3 && cut >= 3 * args.rest);
       rows = kConsumers > 2 && count == 2 * args.rest ? 2 * kRows : count > args.rest ? kRows : kBlock;
       first = number * rows;
       item -= number * args.rest;
@@ -117,33 +123,34 @@ __device__ inline Piece work_of(const AttentionArgs& args, i32 item) {
   }
   const Work work = work_item(item, args.schedule, kBlock);
   const i32 block_end = min(work.first_row + kBlock, args.q_len);
-  Piece piece = {work.batch, work.head, work.kv_head, work.first_row + first, min(work.first_row + first + rows, block_end)};
+  WorkTile tile = {work.batch, work.head, work.kv_head, work.first_row + first, min(work.first_row + first + rows, block_end)};
 #if SPLITS_KEYS
-  piece.first_tile = split < 0 ? 0 : args.tiles * split / args.key_splits;
-  piece.end_tile = split < 0 ? args.tiles : args.tiles * (split + 1) / args.key_splits;
-  piece.split = split;
-  piece.rest_block = item - args.whole_items;
+  tile.first_tile = split < 0 ? 0 : args.tiles * split / args.key_splits;
+  tile.end_tile = split < 0 ? args.tiles : args.tiles * (split + 1) / args.key_splits;
+  tile.split = split;
+  tile.rest_block = item - args.whole_items;
 #endif
-  return piece;
+  return tile;
 }
 
-// Tiles that some of these rows see, of the piece of work's; counted from its first.
-__device__ inline KeyTiles tiles_of(const AttentionArgs& args, i32 first_row, i32 rows, const Piece& work) {
-  KeyTiles tiles = key_tiles(first_row, rows, work.end_row, args.causal_offset, args.kv_len);
+// Tiles that some of these rows see, of the work tile's; counted from its first.
+__device__ inline KeyTiles tiles_of(const AttentionArgs& args, i32 first_row, i32 rows, const WorkTile& work) {
+  const KeyTiles tiles = KeyTiles::of(first_row, rows, work.end_row, Mask{args.causal_offset, args.kv_len});
 #if SPLITS_KEYS
-  tiles.count = max(min(tiles.count, work.end_tile) - work.first_tile, 0);
-  tiles.full = max(min(tiles.full, work.end_tile) - work.first_tile, 0);
-#endif
+  return tiles.within(work.first_tile, work.end_tile);
+#else
   return tiles;
+#endif
 }
 
 struct Thread {  // where a thread stands in its warpgroup
-  int group, warp, quad, q;
+  int group, warp, quad, lane_in_quad;
   __device__ Thread()
       : group(__shfl_sync(0xFFFFFFFF, threadIdx.x / 128 - 1, 0)),  // (so that the compiler knows it is the warp's)
         warp(__shfl_sync(0xFFFFFFFF, threadIdx.x / 32 % 4, 0)),
         quad(threadIdx.x % 32 / 4),
         // (where S2R would read it again for every tile: what a shuffle gives is kept)
-        q(OUTPUT_IN_SHARED && !MAKES_MORE ? __shfl_sync(0xFFFFFFFF, threadIdx.x % 4, threadIdx.x % 32) : threadIdx.x % 4) {}
+        lane_in_quad(OUTPUT_IN_SHARED && !MAKES_MORE ? __shfl_sync(0xFFFFFFFF, threadIdx.x % 4, threadIdx.x % 32)
+                                                     : threadIdx.x % 4) {}
   __device__ int row(int half) const { return 16 * warp + quad + 8 * half; }
 };

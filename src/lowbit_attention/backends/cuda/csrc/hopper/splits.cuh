@@ -8,7 +8,7 @@
 #if SPLITS_KEYS
 // Writes what a warp has summed up over its keys: `own` (O in shared memory) and its row sums. If the other splits' is
 // there as well, adds all up, in the splits' order and in their place, and says so.
-__device__ __forceinline__ bool last_of_splits(const AttentionArgs& args, const Piece& work, const Thread& thread,
+__device__ __forceinline__ bool last_of_splits(const AttentionArgs& args, const WorkTile& work, const Thread& thread,
                                                Vec16 (&own)[kDim / 8][32], Rows& rows, Promoted& promoted) {
   constexpr i64 kPart = (kDim / 8 + 1) * 32;  // Vec16 of a warp
   const i64 warps = kConsumers * 4, warp = i64(work.rest_block) * warps + thread.group * 4 + thread.warp;

@@ -1,6 +1,6 @@
 // A thread block of attention_mma: its arguments, its numbers, its shared memory.
 #pragma once
-#include "common/work.cuh"
+#include "common/keys.cuh"
 #include "tile/strided.cuh"
 #include "tile/swizzle.cuh"
 
@@ -19,7 +19,7 @@ struct MmaArgs {
   float sm_scale;         // logits = sm_scale · q · k
   float logits_scale;     // |sm_scale| · log2 e
   float log2_p_max;       // log2 P_r, rounded down
-  float largest_fast_factor;  // of a score's unit in logits; above it tiles take the careful way
+  float largest_fast_factor;  // of a score's unit in logits; above it tiles take the exact path
   i32 q_heads, kv_heads, q_len, kv_len, channels, v_channels;
   i32 causal_offset;      // query i sees key j if j ≤ i + causal_offset; kv_len without causality
   i32 tile_count, first_item;

@@ -13,7 +13,7 @@
 //   K_LANES      bits of a lane of K: 8 or 4
 //   V_HALF       V in FP16 (1) or E4M3 (0)
 //   ROTATE       K is rotated after smoothing
-//   V_TILE_MEANS V loses its mean over each tile, where that is large (E4M3 only; not defined: it does not)
+//   V_TILE_MEANS V loses its mean over each tile, where that is large (E4M3 only)
 #include "common/rotate.cuh"
 #include "common/scale.cuh"
 #include "pack/statistics.cuh"
