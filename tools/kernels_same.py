@@ -13,6 +13,7 @@ import importlib
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import tarfile
@@ -55,6 +56,27 @@ _OLD = "lowbit_attention.cuda"
 """Where commits before the rooms have the kernels."""
 
 
+def code_of(cubin: bytes) -> bytes:
+    """What of a cubin (an ELF file) runs: kernels with their registers, constants and shared memory.
+
+    Left out is what moves with the sources' text alone: symbols, and constants of headers that no instruction reads.
+    """
+    sections, (size, count, names) = struct.unpack_from("<Q", cubin, 0x28)[0], struct.unpack_from("<HHH", cubin, 0x3A)
+    table = [struct.unpack_from("<IIQQQQIIQQ", cubin, sections + i * size) for i in range(count)]
+    found = []
+    for name, kind, _, _, offset, length, _, info, _, _ in table:
+        first = table[names][4] + name
+        title = cubin[first : cubin.index(b"\0", first)]
+        if title.startswith((b".text.", b".nv.constant", b".nv.shared.")):
+            content = b"" if kind == _NOBITS else cubin[offset : offset + length]
+            found.append((title, length, info >> 24, content))  # (of code: the registers)
+    return repr(sorted(found)).encode()
+
+
+_NOBITS = 8
+"""A section that takes memory and no place in the file."""
+
+
 def answer(tree: Path, wanted: list[str] | None) -> dict[str, Any]:
     """By instance: without ``wanted`` the key of its source and options; else, of those, hash and instructions."""
     import lowbit_attention
@@ -74,7 +96,7 @@ def answer(tree: Path, wanted: list[str] | None) -> dict[str, Any]:
 
     def compiled(instance: Any) -> tuple[str, int]:
         cubin = compiler.compile_source(instance.source(), instance.options()).cubin
-        return hashlib.sha256(cubin).hexdigest(), len(instructions(cubin))
+        return hashlib.sha256(code_of(cubin)).hexdigest(), len(instructions(cubin))
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         return dict(zip(wanted, pool.map(compiled, (instances[name] for name in wanted)), strict=True))

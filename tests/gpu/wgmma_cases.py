@@ -108,7 +108,7 @@ def split_rows(q, k, v, r, causal_offset):
     pack = PackPlan.of(batch, k.shape[1], k.shape[2], k.shape[3], v.shape[3], r)
     section = heads_side_by_side(request, pack, index, equal=length % config.q_rows == 0)
     rows = torch.zeros(batch * heads, q_blocks, dtype=torch.bool)
-    for item in range(work.whole, work.whole + work.tail):  # as `work_item` of csrc/attend/schedule.cuh
+    for item in range(work.whole, work.whole + work.tail):  # as `work_item` of csrc/common/work.cuh
         place = item % (section * q_blocks)
         head = item // (section * q_blocks) * section + place % section
         rows[head, q_blocks - 1 - place // section] = True

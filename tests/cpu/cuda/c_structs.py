@@ -16,12 +16,12 @@ CODES = {"u8": "B", "u16": "H", "i32": "i", "u32": "I", "float": "f", "i64": "q"
 
 NESTED = {
     "Strided": "tile/strided.cuh",
-    "Schedule": "attend/schedule.cuh",
-    "Divisor": "attend/schedule.cuh",
+    "Schedule": "common/work.cuh",
+    "Divisor": "common/work.cuh",
     "Stage": "mma/block.cuh",
-    "Work": "attend/schedule.cuh",
-    "Piece": "wgmma/block.cuh",
-    "Promoted": "attend/softmax.cuh",
+    "Work": "common/work.cuh",
+    "WorkTile": "hopper/block.cuh",
+    "Promoted": "common/softmax.cuh",
 }
 
 
@@ -46,12 +46,24 @@ def value(expression, constants):
     return int(eval(re.sub(r"!(?!=)", " not ", plain), {"__builtins__": {}}, constants))
 
 
+def constants_of(instance):
+    """What an instance's source knows: its macros, and the numbers that its configuration writes before it."""
+    constants = {"true": 1, "false": 0} | dict(instance.defines)
+    read_text(instance.config, constants)
+    return constants
+
+
 def read(file, constants):
+    """`read_text` of a source below `CSRC`."""
+    return read_text((CSRC / file).read_text(), constants)
+
+
+def read_text(text, constants):
     """A source without comments and, given macros, without what ``#if`` leaves out.
 
     The source's own macros and constants, as far as they are whole numbers, join ``constants``.
     """
-    text = re.sub(r"//[^\n]*", "", (CSRC / file).read_text())
+    text = re.sub(r"//[^\n]*", "", text)
     if constants is None:
         return text
     lines, conditions = [], []  # of every #if around a line: [holds now, has held]

@@ -4,8 +4,10 @@ import ctypes
 import threading
 
 import pytest
-from c_structs import fields, layout
+import torch
+from c_structs import constants_of, fields, layout
 
+from lowbit_attention import RECIPES
 from lowbit_attention.backends.cuda.arguments import (
     Arguments,
     AttentionArgs,
@@ -16,27 +18,35 @@ from lowbit_attention.backends.cuda.arguments import (
     SmoothArgs,
     Strided,
 )
-from lowbit_attention.backends.cuda.instances import TILE_KEYS
+from lowbit_attention.backends.cuda.instances import (
+    PackFormat,
+    mma_config,
+    pack_instance,
+    smooth_q_instance,
+    wgmma_config,
+)
 
-MACROS = {"HEAD_DIM": 128, "TILE_KEYS": TILE_KEYS, "TILE_MEANS": 1, "JUMP": 1, "V_TILE_MEANS": 1, "true": 1, "false": 0}
+HALF = torch.float16
+WGMMA = wgmma_config(RECIPES["fast_8b"], 128, HALF).instance()
+PACK = pack_instance(128, HALF, "sm_90a", PackFormat(v_tile_means=True))
+MMA = mma_config(RECIPES["sage2_4b"], 128, "sm_89").instance()
+SMOOTH = smooth_q_instance(128, HALF, "sm_89")
 STRUCTURES = {
-    Strided: "tile/strided.cuh",
-    Divisor: "attend/schedule.cuh",
-    Schedule: "attend/schedule.cuh",
-    PackArgs: "pack/statistics.cuh",
-    AttentionArgs: "wgmma/block.cuh",
-    MmaArgs: "mma/block.cuh",
-    SmoothArgs: "kernels/smooth_q.cu",
+    Strided: ("tile/strided.cuh", PACK),
+    Divisor: ("common/work.cuh", MMA),
+    Schedule: ("common/work.cuh", MMA),
+    PackArgs: ("pack/statistics.cuh", PACK),
+    AttentionArgs: ("hopper/block.cuh", WGMMA),
+    MmaArgs: ("mma/block.cuh", MMA),
+    SmoothArgs: ("pack/smooth_q.cu", SMOOTH),
 }
-MACROS |= {
-    "SUMS_F16": 1, "PROMOTION_KEYS": 256, "PROMOTE_FIRST": 1, "RESTART": 1, "SUM_IN_MMA": 1, "ROTATE": 0, "K_LANES": 8,
-    "V_HALF": 0, "QK_LANES": 8, "PROMOTE": 1, "SMOOTH_Q": 1, "INPUT_DTYPE": 1,
-}  # fmt: skip
+"""Where each is declared, and an instance that has all of its members."""
 
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: s.__name__)
 def test_names_types_and_offsets_are_csrcs(structure):
-    flat, size, alignment = layout(STRUCTURES[structure], structure.__name__, dict(MACROS))
+    file, instance = STRUCTURES[structure]
+    flat, size, alignment = layout(file, structure.__name__, constants_of(instance))
     assert list(fields(structure)) == flat
     assert ctypes.sizeof(structure) == size
     assert ctypes.alignment(structure) == alignment

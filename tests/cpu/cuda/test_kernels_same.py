@@ -10,8 +10,8 @@ ONLY = "smooth_q sm_89 HEAD_DIM=64"  # (the smallest: a compilation takes a quar
 
 def test_other_code_is_told_from_other_text(tmp_path):
     copy = shutil.copytree(kernels_same.ROOT / "src", tmp_path / "src")
-    changed = tmp_path / CSRC / "kernels/smooth_q.cu"
-    scale = tmp_path / CSRC / "attend/scale.cuh"
+    changed = tmp_path / CSRC / "pack/smooth_q.cu"
+    scale = tmp_path / CSRC / "common/scale.cuh"
     assert copy.is_dir()
     scale.write_text("// a remark\n" + scale.read_text())  # every instance has another source
     text = changed.read_text()

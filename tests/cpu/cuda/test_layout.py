@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit_attention.backends.cuda.instances import CSRC, TILE_KEYS
+from lowbit_attention import RECIPES
+from lowbit_attention.backends.cuda.instances import CSRC, TILE_KEYS, wgmma_config
 from lowbit_attention.backends.cuda.layout import TOKEN_ORDER, swizzled_offsets, unpack_keys, unpack_values
 from lowbit_attention.recipes.granularity import PerThread
 from lowbit_attention.recipes.machine import MACHINES, row_sum_column
@@ -183,9 +184,9 @@ def test_promotions_put_the_means_of_their_tiles_back(first, last, dim):
     """block.cuh, producer.cuh and `promoted`: the rows of ones that a tile's copy brings, the ring of means, and the
     MMA whose A are the accumulators of the last eight columns. Tiles ``first`` to ``last`` make the interval."""
     columns, slots, pitch = 8, 16, dim + 8
-    text = (CSRC / "wgmma" / "block.cuh").read_text()
-    assert "kMeanSlots = 16" in text
-    assert "kMeanPitch = kDim + 8" in text
+    config = wgmma_config(RECIPES["fast_8b"], dim, torch.float16).header()
+    assert f"kMeanSlots = {slots};" in config
+    assert f"kMeanPitch = {pitch};" in config
     generator = np.random.default_rng(dim + last)
     p = {tile: generator.integers(0, 15, (64, TILE_KEYS)) for tile in range(first, last + 1)}
     means = {tile: generator.integers(-4, 5, dim) for tile in range(max(0, last - 20), last + 5)}  # 4 stages ahead

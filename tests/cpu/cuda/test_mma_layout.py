@@ -2,7 +2,7 @@
 
 The models come from the PTX manual: which thread holds what of the operands and results of mma.m16n8k16 (16-bit),
 m16n8k32 (8-bit) and m16n8k64 (4-bit), and what ldmatrix brings. Tiles are written by packers made from the comments in
-pack.cu and swizzle.cuh; what a lane asks ldmatrix for follows the comments in attention_mma.cu. Nothing of
+pack.cu and swizzle.cuh; what a lane asks ldmatrix for follows the comments in mma/mainloop.cuh. Nothing of
 `lowbit_attention.backends.cuda.layout` is used to build them.
 """
 

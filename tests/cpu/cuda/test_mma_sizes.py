@@ -4,6 +4,7 @@ import itertools
 import math
 from fractions import Fraction
 
+import c_structs
 import pytest
 import torch
 from c_structs import layout, read
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from lowbit_attention import RECIPES
 from lowbit_attention.backends.cuda import smooth_q
+from lowbit_attention.backends.cuda.configs import SHARED_KIB
 from lowbit_attention.backends.cuda.instances import (
     DTYPE_CODES,
     HEAD_DIMS,
@@ -32,10 +34,6 @@ from lowbit_attention.backends.cuda.smooth_q import delta_chunk
 
 FILE = "mma/block.cuh"
 
-SHARED_KIB = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100}
-"""Of a multiprocessor (CUDA programming guide, table of compute capabilities). A thread block may have 1 KiB less than
-all of it, and costs 1 KiB besides what it asks for."""
-
 
 def configs():
     """Every configuration that a named recipe, or one with another option, can ask for, by arch."""
@@ -53,7 +51,7 @@ CONFIGS = configs()
 
 def constants_of(config):
     """The device's constants with the macros of an instance."""
-    constants = dict(config.instance().defines) | {"true": 1, "false": 0}
+    constants = c_structs.constants_of(config.instance())
     for part in ("tile/swizzle.cuh", "tile/strided.cuh", FILE):
         read(part, constants)
     return constants
@@ -67,7 +65,7 @@ def test_shared_memory_is_what_the_kernels_struct_takes(config):
     constants = constants_of(config)
     flat, size, _ = layout(FILE, "Shared", constants)
     offsets = {member: offset for member, offset, _ in flat}
-    assert config.shared_bytes == size
+    assert config.shared_bytes == constants["kSharedBytes"] == size
     assert config.q_rows == constants["kRows"]
     assert config.threads == constants["kThreads"]
     assert config.groups == constants["kGroups"]

@@ -15,7 +15,7 @@ from lowbit_attention.recipes.options import RestartedMax, RunningMax
 from lowbit_attention.reference import softmax
 
 MACHINE = MACHINES["sm_90a"]
-SOURCE = (CSRC / "attend/softmax.cuh").read_text()
+SOURCE = (CSRC / "common/softmax.cuh").read_text()
 
 
 def constant(name):
@@ -40,7 +40,7 @@ def test_constants_are_the_references():
 
 def test_keys_are_the_references():
     """A thread's register i of scores holds key 8 · (i / 4) + 2q + i % 2; group / 2 is that of 8 registers."""
-    assert "kParabolas && group / 2 % 4 == 3" in SOURCE
+    assert "return group / 2 % 4 == 3;" in SOURCE
     by_kernel = {8 * (i // 4) + 2 * q + i % 2 for i in range(64) for q in range(4) if i // 8 % 4 == 3}
     keys = torch.arange(128)
     assert by_kernel == set(keys[parabola_keys(keys)].tolist())

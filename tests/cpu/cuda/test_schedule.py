@@ -10,7 +10,7 @@ ROWS = 64  # of a warpgroup
 
 
 def work_tile(item, work, warpgroups, tiles):
-    """Block, rows within it and key tiles that `work_of` in csrc/wgmma/block.cuh gives an item."""
+    """Block, rows within it and key tiles that `work_of` in csrc/hopper/block.cuh gives an item."""
     rows, first, keys = warpgroups * ROWS, 0, range(tiles)
     if item >= work.whole:
         number_of_cut, count = item - work.whole, work.count - work.whole

@@ -5,30 +5,37 @@ import re
 
 import pytest
 import torch
-from c_structs import layout, read
+from c_structs import constants_of, layout, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit_attention import RECIPES, recipe
 from lowbit_attention.backends.cuda import hopper, packing
 from lowbit_attention.backends.cuda.instances import (
-    DTYPE_CODES,
     HEAD_DIMS,
     TILE_KEYS,
+    WGMMA_FORMAT,
     PackFormat,
     WgmmaConfig,
+    pack_instance,
     wgmma_config,
 )
 from lowbit_attention.backends.cuda.packing import PackPlan, statistics_bytes
 from lowbit_attention.recipes.options import AllTokens, SampledTokens
 from lowbit_attention.reference.smoothing import sampled
 
-PACK_DEFINES = {"HEAD_DIM": 128, "TILE_KEYS": TILE_KEYS, "ROTATE": 0, "K_LANES": 8, "V_HALF": 0, "V_TILE_MEANS": 0}
+
+def pack_constants(head_dim=128, dtype=torch.float16, form=WGMMA_FORMAT):
+    """What an instance of the packing kernels knows."""
+    return constants_of(pack_instance(head_dim, dtype, "sm_90a", form))
 
 
-def wgmma_defines(config):
-    """What an instance's source knows, the macros that it does without included."""
-    return {"TILE_MEANS": 0, "true": 1, "false": 0} | dict(config.instance().defines)
+PACK_MEANS = pack_constants(form=PackFormat(v_tile_means=True))
+
+
+def wgmma_constants(config):
+    """What an instance of the Hopper kernel knows."""
+    return constants_of(config.instance())
 
 
 WITH_MEANS = wgmma_config(recipe("fast_8b"), 128, torch.float16)
@@ -38,8 +45,8 @@ WITHOUT = wgmma_config(recipe("sage2_8b"), 128, torch.float16)
 @pytest.mark.parametrize(
     ("file", "name", "constants", "more"),
     [
-        ("pack/statistics.cuh", "PackArgs", PACK_DEFINES, {"V_TILE_MEANS": 1}),
-        ("wgmma/block.cuh", "AttentionArgs", wgmma_defines(WITHOUT), wgmma_defines(WITH_MEANS)),
+        ("pack/statistics.cuh", "PackArgs", pack_constants(), PACK_MEANS),
+        ("hopper/block.cuh", "AttentionArgs", wgmma_constants(WITHOUT), wgmma_constants(WITH_MEANS)),
     ],
 )
 def test_arguments_for_means_by_tile_come_last(file, name, constants, more):
@@ -47,23 +54,29 @@ def test_arguments_for_means_by_tile_come_last(file, name, constants, more):
     without, _, _ = layout(file, name, dict(constants))
     whole, _, _ = layout(file, name, constants | more)
     assert whole[: len(without)] == without
-    assert [member for member, _, _ in whole[len(without) :]] == ["v_tile_means"]
+    jumps = ["jump", "jump_bits"] if name == "AttentionArgs" else []
+    assert [member for member, _, _ in whole[len(without) :]] == ["v_tile_means", *jumps]
 
 
 SUPPORTED = [name for name, r in RECIPES.items() if not hopper._recipe_reasons(r)]
 SUPPORTED += ["fast_8b:keys_per_promotion=256", "fast_8b:smooth_v=true,v_tile_means=false"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_shared_memory_is_what_the_kernels_struct_takes(name, head_dim):
-    config, file = wgmma_config(recipe(name), head_dim, torch.float16), "wgmma/block.cuh"
-    constants = wgmma_defines(config)
+def test_shared_memory_is_what_the_kernels_struct_takes(name, head_dim, dtype):
+    config, file = wgmma_config(recipe(name), head_dim, dtype), "hopper/block.cuh"
+    constants = wgmma_constants(config)
     for part in ("tile/swizzle.cuh", "tile/strided.cuh"):
         read(part, constants)
     flat, size, alignment = layout(file, "Shared", constants)
-    offsets = {member: offset for member, offset, _ in flat}
-    assert config.shared_bytes == size
+    offsets = {}
+    for member, offset, _ in flat:
+        offsets.setdefault(member.partition(".")[0], offset)  # (of a struct: its first member's)
+    assert config.shared_bytes == constants["kSharedBytes"] == size
+    first = {"barriers": "full"}  # (of several members)
+    assert config.shared.offsets == {name: offsets[first.get(name, name)] for name in config.shared.offsets}
     assert size <= 227 * 1024  # an SM's 228 KiB less the 1 KiB that every thread block pays
     assert alignment == 1024
     assert all(offsets[member] % 1024 == 0 for member in ("k", "v", "q"))  # where a swizzle's pattern begins
@@ -86,15 +99,8 @@ PARTS = (
 )
 
 
-CONSTANTS = dict(PACK_DEFINES)
+CONSTANTS = pack_constants()
 read("pack/statistics.cuh", CONSTANTS)
-
-
-def test_the_packing_kernels_use_clusters_where_the_host_launches_them():
-    for keys in (64, 128):
-        constants = CONSTANTS | {"TILE_KEYS": keys}
-        read("pack/statistics.cuh", constants)
-        assert constants["CLUSTERS"] == PackFormat(keys).has_clusters
 
 
 def part_sizes(plan, heads):
@@ -191,8 +197,7 @@ def test_a_sample_is_the_references(kv_len, count, heads):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_shared_memory_of_the_statistics(dtype, head_dim):
-    constants = PACK_DEFINES | {"HEAD_DIM": head_dim}
-    constants |= {"INPUT_DTYPE": DTYPE_CODES[dtype]}
+    constants = pack_constants(head_dim, dtype)
     for part in ("tile/strided.cuh", "pack/statistics.cuh"):
         read(part, constants)
     batch, batches, threads = (constants[name] for name in ("kBatch", "kBatches", "kStatisticsThreads"))

@@ -1,4 +1,4 @@
-"""Who waits for whom in attention_wgmma's thread blocks that take work (csrc/wgmma/producer.cuh), in random orders.
+"""Who waits for whom in attention_wgmma's thread blocks that take work (csrc/hopper/producer.cuh), in random orders.
 
 The barriers are mbarriers as the hardware has them: waiters see a phase's parity alone, so one that comes two phases
 late waits for ever. Actors are generators that yield what they wait for; a scheduler lets any go on that can.

@@ -68,7 +68,7 @@ class Strided(Structure):
 
 @declared
 class Divisor(Structure):
-    """csrc/attend/schedule.cuh."""
+    """csrc/common/work.cuh."""
 
     __slots__ = ()
     multiplier: U32
@@ -77,7 +77,7 @@ class Divisor(Structure):
 
 @declared
 class Schedule(Structure):
-    """csrc/attend/schedule.cuh."""
+    """csrc/common/work.cuh."""
 
     __slots__ = ()
     q_blocks: I32
@@ -133,7 +133,7 @@ class PackArgs(Structure):
 
 @declared
 class AttentionArgs(Structure):
-    """csrc/wgmma/block.cuh. An instance without V's means by tile or without jumps lacks the last ones."""
+    """csrc/hopper/block.cuh. An instance without V's means by tile or without jumps lacks the last ones."""
 
     __slots__ = ()
     q: Strided
@@ -215,7 +215,7 @@ class MmaArgs(Structure):
 
 @declared
 class SmoothArgs(Structure):
-    """csrc/kernels/smooth_q.cu."""
+    """csrc/pack/smooth_q.cu."""
 
     __slots__ = ()
     q: Strided

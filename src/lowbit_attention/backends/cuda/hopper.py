@@ -1,4 +1,4 @@
-"""`attention_wgmma`: the Hopper kernel as an implementation (csrc/kernels/attention_wgmma.cu)."""
+"""`attention_wgmma`: the Hopper kernel as an implementation (csrc/hopper/attention.cu)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`attention_mma`: the kernel for Ampere, Ada and Blackwell as an implementation (csrc/kernels/attention_mma.cu).
+"""`attention_mma`: the kernel for Ampere, Ada and Blackwell as an implementation (csrc/mma/attention.cu).
 
 It also runs on Hopper, where it is tested and serves the recipes that `attention_wgmma` does not have.
 """
@@ -48,7 +48,7 @@ _AUTO = {"sm_80": ("int8_fp16",), "sm_86": ("int8_fp16",), "sm_89": ("sage2pp_8b
 """What ``auto`` may run, the fastest first; elsewhere FP8 MMAs are emulated, and nothing is gained."""
 
 _GRANULARITIES = {PerThread(): 0, PerWarp(): 1, PerBlock(): 2}
-"""`QGranularity` of csrc/attend/quantize_block.cuh."""
+"""`QGranularity` of csrc/mma/quantize_q.cuh."""
 
 _LARGEST_FAST_FACTOR = {8: 0.0625, 4: 0.5}
 """Units of a score in logits, above which tiles take the exact path, by bits: a score's own rounding errs by hundreds

@@ -1,4 +1,4 @@
-"""K and V to tiles that attention kernels load: the host side of csrc/kernels/pack.cu."""
+"""K and V to tiles that attention kernels load: the host side of csrc/pack/pack.cu."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order of work (csrc/attend/schedule.cuh): which blocks of query rows run side by side, and what fills the SMs."""
+"""The order of work (csrc/common/work.cuh): which blocks of query rows run side by side, and what fills the SMs."""
 
 from __future__ import annotations
 

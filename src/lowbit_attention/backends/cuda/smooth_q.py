@@ -1,4 +1,4 @@
-"""What smoothed Q takes beside packing and attention: Q's means and ΔS (csrc/kernels/smooth_q.cu)."""
+"""What smoothed Q takes beside packing and attention: Q's means and ΔS (csrc/pack/smooth_q.cu)."""
 
 from __future__ import annotations
 

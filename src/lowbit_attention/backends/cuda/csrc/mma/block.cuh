@@ -1,6 +1,6 @@
 // A thread block of attention_mma: its arguments, its numbers, its shared memory.
 #pragma once
-#include "attend/schedule.cuh"
+#include "common/keys.cuh"
 #include "tile/strided.cuh"
 #include "tile/swizzle.cuh"
 
@@ -19,7 +19,7 @@ struct MmaArgs {
   float sm_scale;         // logits = sm_scale · q · k
   float logits_scale;     // |sm_scale| · log2 e
   float log2_p_max;       // log2 P_r, rounded down
-  float largest_fast_factor;  // of a score's unit in logits; above it tiles take the careful way
+  float largest_fast_factor;  // of a score's unit in logits; above it tiles take the exact path
   i32 q_heads, kv_heads, q_len, kv_len, channels, v_channels;
   i32 causal_offset;      // query i sees key j if j ≤ i + causal_offset; kv_len without causality
   i32 tile_count, first_item;
@@ -27,32 +27,13 @@ struct MmaArgs {
   Schedule schedule;
 };
 
-// ---- tile numbers
+// ---- tile numbers: those that are not here, kDim to kSharedBytes, come from configs.py, which says why
 
-constexpr int kDim = HEAD_DIM;
-constexpr int kWarpRows = 32;  // two m16 blocks: each K and V fragment that ldmatrix brings serves two MMAs
-constexpr int kScaleRows = 128;  // rows of a query tile: the mean and the per-block scale are theirs
-// V in FP16 is twice as large: two stages of it leave room for one thread block on a card with 100 KB, so that one has
-// twice the rows.
-constexpr int kGroups = V_HALF && HEAD_DIM == 128 ? 2 : 1;
-constexpr int kWarps = kGroups * kScaleRows / kWarpRows;
-constexpr int kRows = kWarps * kWarpRows;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kBlocks = kGroups == 2 ? 1 : 2;  // a multiprocessor's, by registers: 8 warps of up to 255
-constexpr int kStages = 2;  // (the offset of the one is sizeof(Stage) less the offset of the other)
-constexpr int kQkRowBytes = kDim * QK_LANES / 8;
-constexpr int kVRowBytes = V_HALF ? 2 * kDim : kTileKeys;
-constexpr int kKTileBytes = kTileKeys * kQkRowBytes;
-constexpr int kVTileBytes = kTileKeys * kDim * (V_HALF ? 2 : 1);
 constexpr int kScores = kTileKeys / 2;  // of a thread and an m16 block: 2 rows × 16 keys
-// Left alone, the assembler lets P·V run ahead of the additions to O, or of the exponentials, and then lacks registers.
-// It must not look further than these fences (about a clock each): every so many channels, and between the phases.
-constexpr int kFencedChannels = V_HALF || !SUMS_F16 ? 32 : kDim;
-constexpr bool kFencedPhases = V_HALF && SUMS_F16;
 constexpr float kLn2 = 0.6931471805599453f;
 [[maybe_unused]] constexpr float kMostUnits = 2097152.0f;  // 2^21 of ΔS, beside |s| < 2^21: together they stay exact with kMagic
 
-struct PackedTile {  // as kernels/pack.cu writes them
+struct PackedTile {  // as pack/pack.cu writes them
   u8 k[kKTileBytes];     // [64 keys][kDim] lanes
   u8 v[kVTileBytes];     // E4M3 [kDim][64 keys], or FP16 [64 keys][kDim]
   float k_scale[4];
@@ -72,3 +53,4 @@ struct Shared {
   u8 q[kWarps][kWarpRows * kQkRowBytes];
   float warp_max[kGroups][4];
 };
+static_assert(sizeof(Shared) == kSharedBytes, "the host plans another size");

@@ -36,6 +36,4 @@ __device__ __forceinline__ float sum_of(const Sums& sums, int i) {
 #endif
 }
 
-constexpr int kPvDepth = V_HALF ? 16 : 32;             // keys of a P·V MMA
-constexpr int kPvSteps = kTileKeys / kPvDepth;
 constexpr int kPRegisters = 4 * kPvSteps;              // A fragments of P, of an m16 block

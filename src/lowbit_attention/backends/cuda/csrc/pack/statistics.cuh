@@ -1,12 +1,11 @@
 // Statistics of K and V over the tokens, and what packing needs of them.
 #pragma once
-#include "attend/scale.cuh"
+#include "common/scale.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/copy.cuh"
 #include "tile/strided.cuh"
 
-constexpr int kDim = HEAD_DIM;
 constexpr int kChunks = kDim / kChunk;  // 8-channel chunks of a token
 
 // Packed for wgmma, so on Hopper: the splits of a head's statistics are a thread block cluster, which adds them up.
@@ -14,7 +13,6 @@ constexpr int kChunks = kDim / kChunk;  // 8-channel chunks of a token
 // the last of its head, by a counter, could do it everywhere, but nobody sets such a counter to zero: the workspace is
 // whatever the allocator has, one more launch costs what this saves, and a counter of the device's own would be shared
 // by calls on other streams and by replayed graphs.)
-#define CLUSTERS (TILE_KEYS == 128)
 constexpr int kMostClusterSplits = 8;  // the largest cluster that every Hopper card takes
 
 struct PackArgs {
@@ -142,6 +140,9 @@ __device__ Finished finish_values(const PackArgs& args, i64 head, const Statisti
 
 constexpr int kStatisticsThreads = 256;
 constexpr int kLanes = kStatisticsThreads / kChunks;
+static_assert(kDim <= kStatisticsThreads, "a thread adds up one channel at most");
+static_assert(kStatisticsThreads % kChunks == 0, "a thread keeps to its chunk of channels");
+static_assert(kDim % 32 == 0, "finish_keys' barrier counts whole warps");
 constexpr Dtype kStatisticsInput = Dtype(INPUT_DTYPE);
 // Tokens that a thread has in registers at once and adds pairwise.
 constexpr int kBatch = INPUT_DTYPE == 0 ? 2 : 4;  // (FP32's are larger)

@@ -1,14 +1,14 @@
 // The sums of a block of rows whose keys are split between thread blocks.
 #pragma once
-#include "attend/softmax.cuh"
+#include "common/softmax.cuh"
+#include "hopper/block.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/copy.cuh"
-#include "wgmma/block.cuh"
 
 #if SPLITS_KEYS
 // Writes what a warp has summed up over its keys: `own` (O in shared memory) and its row sums. If the other splits' is
 // there as well, adds all up, in the splits' order and in their place, and says so.
-__device__ __forceinline__ bool last_of_splits(const AttentionArgs& args, const Piece& work, const Thread& thread,
+__device__ __forceinline__ bool last_of_splits(const AttentionArgs& args, const WorkTile& work, const Thread& thread,
                                                Vec16 (&own)[kDim / 8][32], Rows& rows, Promoted& promoted) {
   constexpr i64 kPart = (kDim / 8 + 1) * 32;  // Vec16 of a warp
   const i64 warps = kConsumers * 4, warp = i64(work.rest_block) * warps + thread.group * 4 + thread.warp;

@@ -1,9 +1,10 @@
 // The online softmax of one thread's part of a score tile, in base 2.
 //
-// A thread of a quad (q = lane % 4) holds of its two rows (half 0 and 1) the keys 8i + 2q and 8i + 2q + 1 of a tile:
+// A thread of a quad (q: lane_in_quad) holds of its two rows (half 0 and 1) the keys 8i + 2q and 8i + 2q + 1 of a tile:
 // exactly the keys that share a K scale, and the rows share a Q scale. So one factor turns all its integer scores into
 // logits x = s · factor.
 #pragma once
+#include "common/masks.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/convert.cuh"
 #include "ptx/math.cuh"
@@ -13,15 +14,11 @@ constexpr i32 kHidden = -2147483647 - 1;  // a score that causality or the seque
 // s + kMagicBits, read as a float, is s + kMagic exactly while |s| < 2^22; an INT8 dot product of 128 channels stays
 // below 127 · 127 · 128 < 2^21. The FMA that scales s takes kMagic · factor away again, so no conversion is needed.
 // That rounds the exponent by up to two units of s, which is far below the rounding of Q and K, but must itself stay
-// small beside log2 P_r: larger factors (logits of thousands) take the careful way, a conversion and two roundings.
+// small beside log2 P_r: larger factors (logits of thousands) take the exact path: a conversion and two roundings.
 constexpr i32 kMagicBits = 0x4B400000;
 constexpr float kMagic = 12582912.0f;            // 1.5 · 2^23
 constexpr float kLargestFastFactor = 0.0625f;    // P is at most 8 % too small, and the lse sees it
 constexpr float kLargestFactor = 1.2676506e30f;  // 2^100, so that 2^21 · factor stays finite
-
-struct Visible {  // which keys a row sees: those up to last[half], counted from this thread's first key
-  i32 last[2];
-};
 
 // This thread's largest logit of each row, −∞ if all are hidden; hidden scores become kHidden.
 template <bool kMasked>
@@ -32,7 +29,7 @@ __device__ __forceinline__ void largest_logit(i32 (&scores)[64], float factor, c
     const int half = i / 2 % 2;
     i32& s = scores[i];
     if constexpr (kMasked) {
-      if (i / 4 * 8 + i % 2 > visible.last[half]) s = kHidden;
+      if (visible.hides(i)) s = kHidden;
     }
     top[half] = max(top[half], s);
   }
@@ -156,8 +153,8 @@ struct Promoted {  // what is known of those rows' intervals that were promoted
   }
 };
 
-// The exponentials of some keys, where the unit for exponentials is what a tile waits for: 2^x of two numbers on the FMA
-// units, to 0.6 %, with as many errors above as below. `y` is x + 15 as kPowerMagic + y, which rounds it to 2⁻¹⁰.
+// ---- polynomial exp2: 2^x of two numbers on the FMA units, to 0.6 %, with as many errors above as below, for some keys where
+// the unit for exponentials is what a tile waits for. `y` is x + 15 as kPowerMagic + y, which rounds it to 2⁻¹⁰.
 //
 // Read as FP16, y's last 16 bits are 2^n · (1 + f) for x = n + f, which is right where f = 0 and 6 % too large at most.
 // 2^f / (1 + f) is nearly a parabola of f. The bits below the exponent alone are f · 2⁻¹⁴. x may not be below −15.
@@ -169,73 +166,87 @@ constexpr float kPowerBias = kPowerMagic + 15.0f;  // 15: FP16's exponent's
 // factor and m, 2^16 and rounded to 24 bits each, cancel but for less than .02. Logits of smaller factors are below 2^−70.)
 constexpr float kLowestExponent = -14.0f;
 constexpr float kSmallestFactor = 0x1p-90f;
-__device__ __forceinline__ u32 power_by_parabola(float y0, float y1) {
+__device__ __forceinline__ u32 polynomial_exp2(float y0, float y1) {
   constexpr u32 kFraction = 0x03FF03FF;
   constexpr u32 kScale = 0x6FC86FC8, kShift = 0xB376B376, kRest = 0x3B883B88;  // 7968, −0.23315, 0.94141
   const u32 bits = prmt_b32(__float_as_uint(y0), __float_as_uint(y1), 0x5410), f = fma_f16x2(bits & kFraction, kScale, kShift);
   return mul_f16x2(bits, fma_f16x2(f, f, kRest));
 }
 
-// Turns a tile's scores into P in E4M3 (`p`, the FP8 MMA's A fragments); with kSums, adds Σ P before rounding to `sum`;
-// with kParabolas, every fourth 16 keys' are power_by_parabola's.
+// Which scores of a thread's are a polynomial's: every fourth 16 keys', a group being four registers of scores.
+__device__ constexpr bool is_polynomial(int group) { return group / 2 % 4 == 3; }
+
+// Turns a tile's scores into P in E4M3 (`p`, the FP8 MMA's A fragments). `Path` says how:
+//   kMasked      the exact path: scores may be hidden, or their factor is large
+//   kSums        Σ P before rounding is added to `sum`
+//   kPolynomial  the keys of is_polynomial take polynomial_exp2
+//   kHidesLast   hidden scores are looked for behind the arithmetic of the exact path, else before it: this decides how the
+//                assembler allocates registers for all other tiles
 //
-// A warp's exponentials begin 8 clocks apart at best and come back some 30 later. So the conversions of four follow four
-// exponentials later; the assembler finds the rest of the order by itself. (But for kHidesLast: whether hidden scores are
-// looked for before or behind the arithmetic of masked tiles decides how it allocates registers for all others.)
-template <bool kMasked, bool kSums, bool kParabolas, bool kHidesLast>
+// A pipeline of three steps, so that the conversions of a group follow four exponentials later: a warp's exponentials
+// begin 8 clocks apart at best and come back some 30 later. The assembler finds the rest of the order by itself.
+template <class Path>
 __device__ __forceinline__ void exponentials(const i32 (&scores)[64], u32 (&p)[16], const Rows& rows, float (&sum)[2],
                                              float factor, float log2_p_max) {
-  static_assert(!kParabolas || (!kSums && !kHidesLast), "sums are those of FP32 numbers, and hidden scores give −∞ first");
+  constexpr bool kMasked = Path::kMasked;
+  static_assert(!Path::kPolynomial || (!Path::kSums && !Path::kHidesLast),
+                "sums are those of FP32 numbers, and hidden scores give −∞ first");
   const float inverse = rcp_approx_ftz_f32(factor);
-  i32 lowest[2];                    // s + kMagicBits of that exponent
-  float base[2], parabola_base[2];  // added to s · factor: log2 P_r − m
+  i32 lowest[2];                      // s + kMagicBits of that exponent
+  float base[2], polynomial_base[2];  // added to s · factor: log2 P_r − m
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float subtracted = kMasked && rows.m[half] == -kInfinity ? 0.0f : rows.m[half];
     base[half] = sub_rm_f32(log2_p_max, subtracted);
     lowest[half] = __float_as_int(__fmaf_rn(kLowestExponent - base[half], inverse, kMagic));
-    parabola_base[half] = fma_rm_f32(-kMagic, factor, base[half] + kPowerBias);
+    polynomial_base[half] = fma_rm_f32(-kMagic, factor, base[half] + kPowerBias);
     if (!kMasked) base[half] = fma_rm_f32(-kMagic, factor, base[half]);
   }
   constexpr int kGroups = 16, kSize = 4;  // a group's four become one register of P
   float x[kGroups][kSize];
-  const auto by_parabola = [](int group) { return kParabolas && group / 2 % 4 == 3; };
+  const auto polynomial = [](int group) { return Path::kPolynomial && is_polynomial(group); };
+
+  const auto set_exponent = [&](float& to, i32 s, int half, bool by_polynomial) {
+    if constexpr (kMasked) {  // 0 + log2 P_r, rounded down, at the maximum, however large that is
+      const bool hidden = s == kHidden;
+      to = hidden && !Path::kHidesLast ? -kInfinity : __fmul_rn(float(s), factor) + base[half];
+      if (by_polynomial && !hidden) {
+        const float fast = __fmaf_rn(__int_as_float(s + kMagicBits), factor, polynomial_base[half]);
+        to = factor <= kLargestFastFactor ? fast : to + kPowerBias;
+      }
+      if (by_polynomial) to = __int_as_float(max(__float_as_int(to), kPowerMagicBits));  // (−∞ too; NaN stays)
+      if (hidden && Path::kHidesLast) to = -kInfinity;
+    } else {
+      const i32 with_magic = by_polynomial ? max(s + kMagicBits, lowest[half]) : s + kMagicBits;
+      to = __fmaf_rn(__int_as_float(with_magic), factor, by_polynomial ? polynomial_base[half] : base[half]);
+    }
+  };
+  const auto scale = [&](int group) {  // scores to exponents
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      const i32 s = scores[8 * (group / 2) + 2 * (group % 2) + i % 2 + i / 2 * 4];
+      set_exponent(x[group][i], s, group % 2, polynomial(group));
+    }
+  };
+  const auto exponentiate = [&](int group) {
+    if (polynomial(group)) return;  // (when they are rounded)
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) x[group][i] = ex2_approx_ftz_f32(x[group][i]);
+  };
+  const auto round = [&](int group) {  // and add up
+    const float(&e)[kSize] = x[group];
+    if (Path::kSums) sum[group % 2] += (e[0] + e[1]) + (e[2] + e[3]);
+    if (polynomial(group)) {
+      const u32 low = polynomial_exp2(e[0], e[1]), high = polynomial_exp2(e[2], e[3]);
+      p[group] = u32(cvt_e4m3x2_f16x2(low)) | u32(cvt_e4m3x2_f16x2(high)) << 16;
+    } else {
+      p[group] = u32(cvt_e4m3x2_f32(e[1], e[0])) | u32(cvt_e4m3x2_f32(e[3], e[2])) << 16;
+    }
+  };
 #pragma unroll
   for (int step = 0; step < kGroups + 2; ++step) {
-    if (step < kGroups) {
-      const int half = step % 2;
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        const i32 s = scores[8 * (step / 2) + 2 * half + i % 2 + i / 2 * 4];
-        float& to = x[step][i];
-        if constexpr (kMasked) {  // 0 + log2 P_r, rounded down, at the maximum, however large that is
-          const bool hidden = s == kHidden;
-          to = hidden && !kHidesLast ? -kInfinity : __fmul_rn(float(s), factor) + base[half];
-          if (by_parabola(step) && !hidden) {
-            const float fast = __fmaf_rn(__int_as_float(s + kMagicBits), factor, parabola_base[half]);
-            to = factor <= kLargestFastFactor ? fast : to + kPowerBias;
-          }
-          if (by_parabola(step)) to = __int_as_float(max(__float_as_int(to), kPowerMagicBits));  // (−∞ too; NaN stays)
-          if (hidden && kHidesLast) to = -kInfinity;
-        } else {
-          const i32 with_magic = by_parabola(step) ? max(s + kMagicBits, lowest[half]) : s + kMagicBits;
-          to = __fmaf_rn(__int_as_float(with_magic), factor, by_parabola(step) ? parabola_base[half] : base[half]);
-        }
-      }
-    }
-    if (step >= 1 && step <= kGroups && !by_parabola(step - 1)) {
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) x[step - 1][i] = ex2_approx_ftz_f32(x[step - 1][i]);
-    }
-    if (step >= 2) {
-      const float(&e)[kSize] = x[step - 2];
-      if (kSums) sum[step % 2] += (e[0] + e[1]) + (e[2] + e[3]);
-      if (by_parabola(step - 2)) {
-        const u32 low = power_by_parabola(e[0], e[1]), high = power_by_parabola(e[2], e[3]);
-        p[step - 2] = u32(cvt_e4m3x2_f16x2(low)) | u32(cvt_e4m3x2_f16x2(high)) << 16;
-      } else {
-        p[step - 2] = u32(cvt_e4m3x2_f32(e[1], e[0])) | u32(cvt_e4m3x2_f32(e[3], e[2])) << 16;
-      }
-    }
+    if (step < kGroups) scale(step);
+    if (step >= 1 && step <= kGroups) exponentiate(step - 1);
+    if (step >= 2) round(step - 2);
   }
 }

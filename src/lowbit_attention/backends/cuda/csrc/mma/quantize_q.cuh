@@ -1,10 +1,10 @@
-// A warp quantises 32 rows of Q for mma.sync: smoothed, rotated, to INT8 or INT4 lanes in shared memory.
+// A warp quantizes 32 rows of Q for mma.sync: smoothed, rotated, to INT8 or INT4 lanes in shared memory.
 //
 // A quad (four neighbouring lanes) has rows r, r + 8, r + 16 and r + 24 of the warp, which share a scale per thread;
 // each of its lanes has four of every 16 channels.
 #pragma once
-#include "attend/rotate.cuh"
-#include "attend/scale.cuh"
+#include "common/rotate.cuh"
+#include "common/scale.cuh"
 #include "ptx/barrier.cuh"
 #include "tile/strided.cuh"
 #include "tile/swizzle.cuh"
@@ -69,7 +69,7 @@ __device__ float quantize_32_rows(const Strided& q, i64 base, i32 first_row, con
                                   float* shared, int group, float& unit) {
   constexpr int kCount = kDim / 4;  // channels of a row that a lane has
   constexpr int kRowBytes = kDim * kLaneBits / 8;
-  const int lane = threadIdx.x % 32, quad = lane / 4, turn = lane % 4;
+  const int lane = threadIdx.x % 32, quad = lane / 4, lane_in_quad = lane % 4;
   float x[4][kCount];
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
@@ -77,7 +77,7 @@ __device__ float quantize_32_rows(const Strided& q, i64 base, i32 first_row, con
     Four<kDtype> raw[kCount / 4];
 #pragma unroll
     for (int i = 0; i < kCount / 4; ++i) {
-      const int channel = 16 * i + 4 * turn;
+      const int channel = 16 * i + 4 * lane_in_quad;
       raw[i] = load_four<kDtype>(q, base + i64(row) * q.token, channel, row < options.rows && channel < options.channels);
     }
 #pragma unroll
@@ -88,16 +88,16 @@ __device__ float quantize_32_rows(const Strided& q, i64 base, i32 first_row, con
     for (int r = 0; r < 4; ++r) {
       float dot = 0.0f;
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) dot += x[r][i] * options.sm_scale * key_mean[16 * (i / 4) + 4 * turn + i % 4];
+      for (int i = 0; i < kCount; ++i) dot += x[r][i] * options.sm_scale * key_mean[16 * (i / 4) + 4 * lane_in_quad + i % 4];
       dot += __shfl_xor_sync(0xFFFFFFFF, dot, 1);
       dot += __shfl_xor_sync(0xFFFFFFFF, dot, 2);
-      if (turn == 0 && first_row + quad + 8 * r < options.rows) mean_logit[quad + 8 * r] = dot;
+      if (lane_in_quad == 0 && first_row + quad + 8 * r < options.rows) mean_logit[quad + 8 * r] = dot;
     }
   }
   if constexpr (kSmooth) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const float m = mean[16 * (i / 4) + 4 * turn + i % 4];
+      const float m = mean[16 * (i / 4) + 4 * lane_in_quad + i % 4];
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         // rows past the end are zeros, not −m: they must not count in a scale
@@ -132,9 +132,9 @@ __device__ float quantize_32_rows(const Strided& q, i64 base, i32 first_row, con
     for (int i = 0; i < kCount / 4; ++i) {
       const u32 four = int8x4(x[r][4 * i], x[r][4 * i + 1], x[r][4 * i + 2], x[r][4 * i + 3], inverse);
       if constexpr (kLaneBits == 8) {
-        *reinterpret_cast<u32*>(tile + swizzled<kRowBytes>(row, i) + 4 * turn) = four;
+        *reinterpret_cast<u32*>(tile + swizzled<kRowBytes>(row, i) + 4 * lane_in_quad) = four;
       } else {
-        *reinterpret_cast<u16*>(tile + swizzled<kRowBytes>(row, i / 2) + i % 2 * 8 + 2 * turn) = u16(int4x4(four));
+        *reinterpret_cast<u16*>(tile + swizzled<kRowBytes>(row, i / 2) + i % 2 * 8 + 2 * lane_in_quad) = u16(int4x4(four));
       }
     }
   }

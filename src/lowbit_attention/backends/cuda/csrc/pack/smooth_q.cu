@@ -1,12 +1,10 @@
 // What smoothing Q takes besides: the mean of each tile of 128 query rows, and ΔS, that mean's logits with every key.
 //
 // Compiled for: HEAD_DIM 64 or 128 (channels are padded to it), INPUT_DTYPE of tile/strided.cuh.
-#define TILE_KEYS 64
-#include "attend/scale.cuh"
+#include "common/scale.cuh"
 #include "ptx/barrier.cuh"
 #include "tile/strided.cuh"
 
-constexpr int kDim = HEAD_DIM;
 constexpr int kChunks = kDim / kChunk;
 constexpr int kTileRows = 128;
 constexpr Dtype kType = Dtype(INPUT_DTYPE);
@@ -28,6 +26,8 @@ struct SmoothArgs {
 // ---- block (query tile, head)
 
 constexpr int kMeanThreads = 128;
+static_assert(kDim <= kMeanThreads, "a thread has one channel's mean at most");
+static_assert(kMeanThreads % kChunks == 0, "a thread keeps to its chunk of channels");
 
 extern "C" __global__ void __launch_bounds__(kMeanThreads) query_means(const __grid_constant__ SmoothArgs args) {
   constexpr int kLanes = kMeanThreads / kChunks;  // tokens that the block reads at once
@@ -63,6 +63,7 @@ extern "C" __global__ void __launch_bounds__(kMeanThreads) query_means(const __g
 // ---- block (64 keys, 32 query tiles, head): a product of matrices in float32, which ΔS's size asks for
 
 constexpr int kDeltaThreads = 128, kKeys = 64, kTiles = 32, kDepth = 32;
+static_assert(kDim % kDepth == 0, "channels are multiplied kDepth at a time");
 
 extern "C" __global__ void __launch_bounds__(kDeltaThreads, 4) delta_s(const __grid_constant__ SmoothArgs args) {
   __shared__ __align__(16) float means[kDepth][kTiles], keys[kDepth][kKeys];

@@ -1,40 +1,40 @@
-// The producer warpgroup: one thread copies tiles; three warps take the next piece of work and quantise its rows of Q.
+// The producer warpgroup: one thread copies tiles; three warps take the next work tile and quantize its rows of Q.
 #pragma once
-#include "attend/quantize_q.cuh"
+#include "hopper/block.cuh"
+#include "hopper/multiply.cuh"
+#include "hopper/quantize_q.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/copy.cuh"
-#include "wgmma/block.cuh"
-#include "wgmma/multiply.cuh"
 
 #if TAKES_WORK
-// Thread blocks take pieces of work as they come to need them: which is longest is the order's business (Schedule), and
+// Thread blocks take work tiles as they come to need them: which is longest is the order's business (Schedule), and
 // who is late takes fewer. The next is taken when so many tiles of the present one are left to be copied, which is
 // time enough for its rows of Q; taken earlier, it might have been another's sooner.
 constexpr i32 kTilesAhead = 8;
 
-__device__ inline Piece next_piece(const AttentionArgs& args) {
+__device__ inline WorkTile next_work(const AttentionArgs& args) {
   const u32 before = atom_inc_acq_rel_gpu(args.taken);
   if (before == u32(args.items - 1)) *args.taken = 0;  // every block has asked in vain: for the next launch
   const u32 item = gridDim.x + before;
   if (item < u32(args.items)) return work_of(args, item);
-  Piece none = {};
+  WorkTile none = {};
   none.end_row = -1;
   return none;
 }
 #endif
 
-// Stage i of a piece of work holds K's tile i and V's tile i − 1: what a consumer needs at the same time.
+// Stage i of a work tile holds K's tile i and V's tile i − 1: what a consumer needs at the same time.
 __device__ void copy_tiles(const AttentionArgs& args, Shared& shared) {
   Ring<kStages> ring;
 #if TAKES_WORK
   for (Ring<2> q_ring;; q_ring.next()) {
-    mbarrier_wait(&shared.piece_full[q_ring.stage], q_ring.parity);
-    const Piece work = shared.piece[q_ring.stage];
+    mbarrier_wait(&shared.work_full[q_ring.stage], q_ring.parity);
+    const WorkTile work = shared.work[q_ring.stage];
     if (work.end_row < 0) return mbarrier_arrive(&shared.q_full[q_ring.stage]);
 #else
   Ring<2> q_ring;
   for (i32 item = blockIdx.x; item < args.items; item += gridDim.x, q_ring.next()) {
-    const Piece work = work_of(args, item);
+    const WorkTile work = work_of(args, item);
 #endif
     const i32 count = tiles_of(args, work.first_row, kConsumers * kRows, work).count;
     const i64 head = i64(work.batch) * args.kv_heads + work.kv_head, first = head * args.tiles + first_tile(work);
@@ -46,7 +46,7 @@ __device__ void copy_tiles(const AttentionArgs& args, Shared& shared) {
 #endif
 #if !TAKES_WORK
     mbarrier_wait(&shared.q_empty[q_ring.stage], q_ring.parity ^ 1);
-    shared.piece[q_ring.stage] = work;
+    shared.work[q_ring.stage] = work;
 #endif
     mbarrier_arrive_expect_tx(&shared.q_full[q_ring.stage], 2 * kChannelBytes);
     cp_async_bulk_shared_global(shared.v_scale[q_ring.stage], args.v_scale + head * kDim, kChannelBytes,
@@ -84,21 +84,19 @@ __device__ void copy_tiles(const AttentionArgs& args, Shared& shared) {
   }
 }
 
-// The rows of Q of a piece of work, by `kWarps` warps of which this is number `warp`.
+// The rows of Q of a work tile, by `kWarps` warps of which this is number `warp`.
 template <int kWarps>
-__device__ void quantize_queries(const AttentionArgs& args, Shared& shared, const Piece& work, int stage, int warp) {
-  // Eight lanes of two rows have 16 registers of 16-bit channels, which fit in 80 (BF16's, whose conversion is a shift) but
-  // not in 72; FP32 takes twice that.
-  constexpr int kLanes = kDim == 128 && (kInput != kBFloat16 || kConsumers == 2) ? 16 : 8;
-  const i64 base = i64(work.batch) * args.q.batch + i64(work.head) * args.q.head + i64(work.first_row) * args.q.token;
-  const float* mean = args.lse == nullptr ? nullptr : args.k_mean + (i64(work.batch) * args.kv_heads + work.kv_head) * kDim;
-  quantize_rows<kInput, kDim, kWarps, kLanes>(args.q, base, work.end_row - work.first_row, args.channels, args.sm_scale,
+__device__ void quantize_queries(const AttentionArgs& args, Shared& shared, const WorkTile& work, int stage, int warp) {
+  const Sequence sequence{args, work};
+  const i64 base = sequence.in_q(work.first_row);
+  const float* mean = args.lse == nullptr ? nullptr : args.k_mean + sequence.kv_head() * kDim;
+  quantize_rows<kInput, kDim, kWarps, kQueryLanes>(args.q, base, work.end_row - work.first_row, args.channels, args.sm_scale,
                                               args.logits_scale, mean, warp,
                                               {shared.q[stage], shared.q_scale[stage], shared.mean_logit[stage]});
   fence_proxy_async();
 }
 
-// The block's first piece of work, while it has nothing else to do: all warps, before they take their roles.
+// The block's first work tile, while it has nothing else to do: all warps, before they take their roles.
 __device__ void quantize_first_queries(const AttentionArgs& args, Shared& shared) {
   quantize_queries<kThreads / 32>(args, shared, work_of(args, blockIdx.x), 0, threadIdx.x / 32);
 }
@@ -111,22 +109,22 @@ __device__ void wait_at_leisure(u64* barrier, u32 parity) {
   while (!mbarrier_test_wait_parity(barrier, parity)) nanosleep(kNanoseconds);
 }
 
-// By three warps; one of their threads takes the pieces.
+// By three warps; one of their threads takes the work tiles.
 __device__ void quantize_other_queries(const AttentionArgs& args, Shared& shared) {
   Ring<2> ring;
   for (bool is_first = true;; is_first = false, ring.next()) {
-    if (threadIdx.x == 32) {  // (one thread alone: another might miss a whole phase of next_wanted, if pieces are short)
+    if (threadIdx.x == 32) {  // (one thread alone: another might miss a whole phase of next_wanted, if work tiles are short)
       wait_at_leisure(&shared.next_wanted, ring.stage ^ 1);  // (the first is wanted at once)
       wait_at_leisure(&shared.q_empty[ring.stage], ring.parity ^ 1);
-      if (is_first) shared.piece[0] = work_of(args, blockIdx.x);
-      else shared.piece[ring.stage] = next_piece(args);
-      mbarrier_arrive(&shared.piece_full[ring.stage]);
+      if (is_first) shared.work[0] = work_of(args, blockIdx.x);
+      else shared.work[ring.stage] = next_work(args);
+      mbarrier_arrive(&shared.work_full[ring.stage]);
     }
     __syncwarp();
-    bar_sync(kConsumers + 1, 32 * kQueryWarps);  // (the piece is there)
-    const Piece work = shared.piece[ring.stage];
+    bar_sync(kWorkTileBarrier, 32 * kQueryWarps);  // (it is there)
+    const WorkTile work = shared.work[ring.stage];
     if (work.end_row < 0) return mbarrier_arrive(&shared.q_full[ring.stage]);
-    shared.k_largest_scale[ring.stage] = args.k_largest_scale[i64(work.batch) * args.kv_heads + work.kv_head];
+    shared.k_largest_scale[ring.stage] = args.k_largest_scale[Sequence{args, work}.kv_head()];
     if (!is_first) quantize_queries<kQueryWarps>(args, shared, work, ring.stage, threadIdx.x / 32 - 1);
     mbarrier_arrive(&shared.q_full[ring.stage]);
   }
@@ -135,10 +133,10 @@ __device__ void quantize_other_queries(const AttentionArgs& args, Shared& shared
 __device__ void quantize_other_queries(const AttentionArgs& args, Shared& shared) {
   Ring<2> ring;
   for (i32 item = blockIdx.x; item < args.items; item += gridDim.x, ring.next()) {
-    const Piece work = work_of(args, item);
+    const WorkTile work = work_of(args, item);
     mbarrier_wait(&shared.q_empty[ring.stage], ring.parity ^ 1);
     if (item != blockIdx.x) quantize_queries<kQueryWarps>(args, shared, work, ring.stage, threadIdx.x / 32 - 1);
-    shared.k_largest_scale[ring.stage] = args.k_largest_scale[i64(work.batch) * args.kv_heads + work.kv_head];
+    shared.k_largest_scale[ring.stage] = args.k_largest_scale[Sequence{args, work}.kv_head()];
     mbarrier_arrive(&shared.q_full[ring.stage]);
   }
 }

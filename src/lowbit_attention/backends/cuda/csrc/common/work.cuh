@@ -1,6 +1,6 @@
-// Which block of query rows a thread block works on, and which key tiles its rows see.
+// Which block of query rows a thread block works on.
 #pragma once
-#include "tile/swizzle.cuh"
+#include "ptx/types.cuh"
 
 struct Work {
   i32 batch, head, kv_head, first_row;
@@ -12,7 +12,7 @@ struct Divisor {  // n / d for 0 ≤ n < 2^31 is (n · multiplier) >> shift, bot
 __device__ inline i32 divide(i32 n, Divisor by) { return i32(u64(u32(n)) * by.multiplier >> by.shift); }
 
 // Items are blocks of query rows. They are ordered by sections of heads (of all batches), whose K and V fit in L2
-// together; in a section by length, the longest first, so that the thread blocks' turns are of equal length.
+// together; in a section by length, the longest first, so that the waves are of equal length.
 struct Schedule {
   i32 q_blocks, q_heads, section, section_items;  // section: heads; it divides batch · q_heads
   Divisor by_section_items, by_section, by_q_heads, by_group;  // group: query heads that share a head of K and V
@@ -24,20 +24,4 @@ __device__ inline Work work_item(i32 item, const Schedule& schedule, i32 rows) {
   const i32 head = section * schedule.section + place - level * schedule.section;
   const i32 batch = divide(head, schedule.by_q_heads), q_head = head - batch * schedule.q_heads;
   return {batch, q_head, divide(q_head, schedule.by_group), (schedule.q_blocks - 1 - level) * rows};
-}
-
-// The last key that a row sees: causality (key ≤ row + offset) and the sequence's end; negative if it sees none.
-__device__ inline i32 last_key(i32 row, i32 causal_offset, i32 kv_len) { return min(row + causal_offset, kv_len - 1); }
-
-struct KeyTiles {
-  i32 full;   // tiles that every row sees whole
-  i32 count;  // tiles that some row sees
-};
-
-__device__ inline KeyTiles key_tiles(i32 first_row, i32 rows, i32 q_len, i32 causal_offset, i32 kv_len) {
-  if (first_row >= q_len) return {0, 0};
-  const i32 last_row = min(first_row + rows, q_len) - 1;
-  const i32 count = (last_key(last_row, causal_offset, kv_len) + kTileKeys) / kTileKeys;
-  const i32 full = (last_key(first_row, causal_offset, kv_len) + 1) / kTileKeys;
-  return {max(full, 0), max(count, 0)};
 }

@@ -1,6 +1,6 @@
-// Warps quantise rows of Q for the MMA: rows r and r + 8 of a warp's 16 share a scale.
+// Warps quantize rows of Q for the MMA: rows r and r + 8 of a warp's 16 share a scale.
 #pragma once
-#include "attend/scale.cuh"
+#include "common/scale.cuh"
 #include "tile/strided.cuh"
 #include "tile/swizzle.cuh"
 
@@ -20,7 +20,7 @@ __device__ void quantize_rows(const Strided& q, i64 base, i32 rows, i32 channels
                               const float* mean, int warp, const QuantizedRows<kDim>& out) {
   constexpr int kChunks = kDim / kChunk / kLanes;  // chunks of 8 channels that a lane has of a row
   constexpr int kPairs = 32 / kLanes;              // that a warp takes in a step
-  const int lane = threadIdx.x % 32, turn = lane % kLanes;
+  const int lane = threadIdx.x % 32, lane_of_row = lane % kLanes;
   const int steps = (rows + 63) / 64 * (32 / kPairs);
 #pragma unroll 1
   for (int step = warp; step < steps; step += kWarps) {
@@ -28,7 +28,7 @@ __device__ void quantize_rows(const Strided& q, i64 base, i32 rows, i32 channels
     Raw<kDtype> x[2][kChunks];
 #pragma unroll
     for (int i = 0; i < 2 * kChunks; ++i) {
-      const int row = first + 8 * (i / kChunks), channel = (i % kChunks * kLanes + turn) * kChunk;
+      const int row = first + 8 * (i / kChunks), channel = (i % kChunks * kLanes + lane_of_row) * kChunk;
       x[i / kChunks][i % kChunks] = zero_raw<kDtype>();
       if (row < rows && channel < channels) {
         x[i / kChunks][i % kChunks] = load_raw<kDtype>(q, base + i64(row) * q.token, channel);
@@ -43,11 +43,11 @@ __device__ void quantize_rows(const Strided& q, i64 base, i32 rows, i32 channels
     const Scale scale = scale_of(shuffle_max_nan(largest, kLanes), 127.0f);
     const float inverse = sm_scale < 0 ? -scale.inverse : scale.inverse;
     const int group = first / 64, row = first % 64;
-    if (turn == 0) out.scale[group][row / 16][row % 8] = __fmul_rn(scale.delta, logits_scale);
+    if (lane_of_row == 0) out.scale[group][row / 16][row % 8] = __fmul_rn(scale.delta, logits_scale);
 #pragma unroll
     for (int i = 0; i < 2 * kChunks; ++i) {
       const Raw<kDtype>& raw = x[i / kChunks][i % kChunks];
-      const int chunk = i % kChunks * kLanes + turn;
+      const int chunk = i % kChunks * kLanes + lane_of_row;
       float y[kChunk];
 #pragma unroll
       for (int c = 0; c < kChunk; ++c) y[c] = to_float<kDtype>(raw, c);
@@ -60,12 +60,12 @@ __device__ void quantize_rows(const Strided& q, i64 base, i32 rows, i32 channels
       float dot = 0.0f;
 #pragma unroll
       for (int i = 0; i < kChunks * kChunk; ++i) {
-        const int channel = (i / kChunk * kLanes + turn) * kChunk + i % kChunk;
+        const int channel = (i / kChunk * kLanes + lane_of_row) * kChunk + i % kChunk;
         dot += to_float<kDtype>(x[half][i / kChunk], i % kChunk) * sm_scale * mean[channel];
       }
 #pragma unroll
       for (int lanes = 1; lanes < kLanes; lanes *= 2) dot += __shfl_xor_sync(0xFFFFFFFF, dot, lanes);
-      if (turn == 0) out.mean_logit[group][row + 8 * half] = dot;
+      if (lane_of_row == 0) out.mean_logit[group][row + 8 * half] = dot;
     }
   }
 }

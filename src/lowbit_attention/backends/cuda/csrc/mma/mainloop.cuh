@@ -1,31 +1,14 @@
-// Attention by mma.sync, for Ampere, Ada, Blackwell and (to be tested) Hopper: INT8 or INT4 Q·Kᵀ, FP8 or FP16 P·V, on K
-// and V that kernels/pack.cu has packed.
-//
-// A warp has 32 query rows; a thread block 128 (or 256, in two groups) and two stages of key tiles in shared memory. A
-// tile is 64 keys: scores of all of them, the softmax, then P·V sixteen channels at a time, each sum added to O as soon
-// as it is there, so that sums need few registers.
-//
-// docs/kernels/mma.md counts the instructions. Compiled for:
-//   HEAD_DIM     64 or 128 (channels are padded to it)
-//   QK_LANES     bits of a lane of Q and K: 8, or 4 (the INT4 MMA)
-//   V_HALF       P and V in FP16 (1) or E4M3 (0)
-//   SUMS_F16     P·V in FP16 sums (1) or FP32-typed ones (0)
-//   PROMOTE      add each tile's sums to an FP32 output (1), or let the MMA sum everything (0)
-//   SUM_IN_MMA   the row sum is taken over the rounded P by an MMA with ones (1), or over P before rounding (0)
-//   SMOOTH_Q     Q is smoothed, and its tile mean's logits come in `delta`
-//   ROTATE       Q is rotated (K was, when it was packed)
-#include "attend/quantize_block.cuh"
-#include "attend/softmax.cuh"
-#include "mma/loader.cuh"
+// A warp of attention_mma: scores, softmax and P·V of its 32 rows, tile after tile, and O on its way to the caller.
+#pragma once
+#include "common/epilogue.cuh"
+#include "common/softmax.cuh"
+#include "mma/block.cuh"
 #include "mma/multiply.cuh"
 #include "ptx/barrier.cuh"
-#include "tile/output.cuh"
-
-// ---- a warp
 
 struct Warp {
   const MmaArgs& args;
-  const int warp, lane, quad, turn;
+  const int warp, lane, quad, lane_in_quad;
   u32 q_at;           // shared address of the lane's ldmatrix row of Q
   u32 k_at, v_at;     // of its rows of K and V, in the first stage
 #if SMOOTH_Q
@@ -44,7 +27,7 @@ struct Warp {
         warp(__shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0)),  // (so that the compiler knows it is the warp's)
         lane(threadIdx.x % 32),
         quad(threadIdx.x % 32 / 4),
-        turn(threadIdx.x % 4) {
+        lane_in_quad(threadIdx.x % 4) {
     const int matrix = lane / 8, row = lane % 8;
     // A: rows 0–7, 8–15 of the first 16 bytes, then of the second; B: both halves of keys 0–7, then of keys 8–15. In the
     // next 32 bytes the chunks' places differ by an exclusive or.
@@ -55,7 +38,7 @@ struct Warp {
            (V_HALF ? swizzled<kVRowBytes>(matrix % 2 * 8 + row, matrix / 2) : swizzled<kVRowBytes>(row, matrix));
     pin_register(q_at), pin_register(k_at), pin_register(v_at);
 #if SMOOTH_Q
-    delta_at = shared_address(shared.stages[0].delta) + warp / 4 * 4 * kTileKeys + 8 * turn;
+    delta_at = shared_address(shared.stages[0].delta) + warp / 4 * 4 * kTileKeys + 8 * lane_in_quad;
     pin_register(delta_at);
 #endif
 #pragma unroll
@@ -116,7 +99,7 @@ struct Warp {
     }
   }
 
-  // Scores of a tile that hides keys, or whose factor wants care, to logits, exactly; hidden ones to −∞.
+  // Scores of a tile that hides keys, or whose factor needs the exact path, to logits, exactly; hidden ones to −∞.
   __device__ __forceinline__ void to_logits(i32 (&s)[kScores], float factor, const Visible& visible) const {
     constexpr float kLargestLogit = 3.4028234663852886e38f;
 #pragma unroll
@@ -126,7 +109,7 @@ struct Warp {
       x = __fadd_rn(x, __uint_as_float(ld_shared(delta_at + stage + i / 4 * 32 + i % 2 * 4)));
 #endif
       x = max_nan_f32(min_nan_f32(x, kLargestLogit), -kLargestLogit);
-      s[i] = i / 4 * 8 + i % 2 > visible.last[i / 2 % 2] ? __float_as_int(-kInfinity) : __float_as_int(x);
+      s[i] = visible.hides(i) ? __float_as_int(-kInfinity) : __float_as_int(x);
     }
   }
 
@@ -260,7 +243,7 @@ struct Warp {
 #endif
   }
 
-  // One tile. kMasked: it hides keys, or its factor wants care.
+  // One tile. kMasked: it hides keys, or its factor needs the exact path.
   template <bool kMasked>
   __device__ __forceinline__ void advance(float k_scale, i32 first_row, i32 tile) {
     float factor = q_scale * k_scale;
@@ -272,11 +255,11 @@ struct Warp {
     i32 s[2][kScores];
     compute_scores<kMasked>(s, inverse_factor);
     if constexpr (kMasked) {
-      const i32 key = tile * kTileKeys + 2 * turn;
+      const i32 key = tile * kTileKeys + 2 * lane_in_quad;
 #pragma unroll
       for (int block = 0; block < 2; ++block) {
-        const Visible visible = {{last_key(first_row + row(block, 0), args.causal_offset, args.kv_len) - key,
-                                  last_key(first_row + row(block, 1), args.causal_offset, args.kv_len) - key}};
+        const Visible visible = {{Mask::last_key(first_row + row(block, 0), args.causal_offset, args.kv_len) - key,
+                                  Mask::last_key(first_row + row(block, 1), args.causal_offset, args.kv_len) - key}};
         to_logits(s[block], factor, visible);
       }
     }
@@ -314,7 +297,7 @@ struct Warp {
   // O / l · δ_V + v̄, and lse. Rows that saw no key give 0 and −∞.
   template <Dtype kDtype>
   __device__ __forceinline__ void finish(const Work& work) {
-    const i64 channels = (i64(work.batch) * args.kv_heads + work.kv_head) * kDim + 2 * turn;
+    const i64 channels = Sequence{args, work}.kv_head() * kDim + 2 * lane_in_quad;
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
       float inverse[2], seen[2];
@@ -329,13 +312,13 @@ struct Warp {
         const bool blind = base[block][half] == kInfinity;
         seen[half] = blind ? 0.0f : 1.0f;
         inverse[half] = blind ? 0.0f : 1.0f / total;
-        if (args.lse != nullptr && turn == 0 && token + 8 * half < args.q_len) {
-          float& lse = args.lse[(i64(work.batch) * args.q_heads + work.head) * args.q_len + token + 8 * half];
+        if (args.lse != nullptr && lane_in_quad == 0 && token + 8 * half < args.q_len) {
+          float& lse = args.lse[Sequence{args, work}.in_lse(token) + 8 * half];
           // Σ P = P_r · Σ 2^(x − m) = Σ 2^(x + base); lse already holds q · k̄
           lse = blind ? -kInfinity : (__log2f(total) - base[block][half]) * kLn2 + lse;
         }
       }
-      const i64 at = work.batch * args.out_batch + work.head * args.out_head + token * args.out_token + 2 * turn;
+      const i64 at = Sequence{args, work}.in_output(token) + 2 * lane_in_quad;
 #pragma unroll
       for (int i = 0; i < kDim / 8; ++i) {
         const Vec8 v_scale = *reinterpret_cast<const Vec8*>(args.v_scale + channels + 8 * i);
@@ -357,92 +340,3 @@ struct Warp {
     }
   }
 };
-
-// ---- a thread block
-
-// Returns whether some factor, or ΔS in a score's units, wants care; the same for the whole warp.
-template <Dtype kDtype>
-__device__ __forceinline__ bool quantize_queries(const MmaArgs& args, Shared& shared, Warp& me, const Work& work) {
-  const i64 base = i64(work.batch) * args.q.batch + i64(work.head) * args.q.head;
-  const i64 kv_head = i64(work.batch) * args.kv_heads + work.kv_head, head = i64(work.batch) * args.q_heads + work.head;
-  const i32 first_row = work.first_row + me.warp * kWarpRows;
-  const QueryOptions options = {args.q_len, args.channels, args.q_max, args.q_granularity, args.sm_scale, args.logits_scale};
-  const float* mean = nullptr;
-#if SMOOTH_Q
-  const i32 query_tiles = (args.q_len + kScaleRows - 1) / kScaleRows;
-  mean = args.q_mean + (head * query_tiles + min(first_row / kScaleRows, query_tiles - 1)) * kDim;
-#endif
-  float* mean_logit = args.lse == nullptr ? nullptr : args.lse + head * args.q_len + first_row;
-  float unit;
-  me.q_scale = quantize_32_rows<kDtype, kDim, QK_LANES, SMOOTH_Q, ROTATE>(
-      args.q, base, first_row, options, mean, args.k_mean + kv_head * kDim, mean_logit, shared.q[me.warp],
-      shared.warp_max[me.warp / 4], me.warp / 4, unit);
-  // Rows of zeros have no scores, so any scale will do: 0 lets the base stay exact, and below ΔS wants a small unit.
-  const bool zeros = unit == 0.0f && me.q_scale < kInfinity;  // (NaN must show)
-  if (zeros) me.q_scale = 0.0f;
-  bool careful = me.q_scale * args.k_largest_scale[kv_head] > args.largest_fast_factor;
-#if SMOOTH_Q
-  // |ΔS| / (δ_Q δ_K) ≤ |q̄| |k| / (δ_Q δ_K), and |k| ≤ √d · q_max · δ_K, rotated or not
-  float square = 0.0f;
-  for (int i = me.turn; i < kDim; i += 4) square += mean[i] * mean[i];
-  square += __shfl_xor_sync(0xFFFFFFFF, square, 1);
-  square += __shfl_xor_sync(0xFFFFFFFF, square, 2);
-  const float most = sqrtf(square * kDim) * float(args.q_max);
-  careful |= !(most * unit < kMostUnits);
-  if (zeros) me.q_scale = most * (2.0f / kMostUnits) * args.logits_scale;
-#endif
-  return __any_sync(0xFFFFFFFF, careful);
-}
-
-extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) attention_mma(const __grid_constant__ MmaArgs args) {
-  extern __shared__ __align__(128) u8 memory[];
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
-  griddepcontrol_wait();  // K and V are packed
-  const i32 item = args.first_item + i32(blockIdx.x);
-  const Work work = work_item(item, args.schedule, kRows);
-  const KeyTiles tiles = key_tiles(work.first_row, kRows, args.q_len, args.causal_offset, args.kv_len);
-  Loader loader(args, shared, work);
-  float k_scale = tiles.count > 0 ? loader.next(0) : 0.0f;
-  cp_async_commit_group();
-
-  Warp me(args, shared);
-  bool careful;
-  if (args.dtype == kBFloat16) careful = quantize_queries<kBFloat16>(args, shared, me, work);
-  else if (args.dtype == kFloat16) careful = quantize_queries<kFloat16>(args, shared, me, work);
-  else careful = quantize_queries<kFloat32>(args, shared, me, work);
-
-  const auto await = [&] {  // everybody is done with the tile before, and the next one is there
-    cp_async_wait_group<0>();
-    __syncthreads();
-  };
-  const auto other_stage = [&] { return u32(sizeof(Stage)) - me.stage; };
-  const auto load_next = [&] {
-    const float before = k_scale;
-    k_scale = loader.next(other_stage());
-    cp_async_commit_group();
-    return before;
-  };
-  // The last tile of all is left to the other loop, so that here there always is a next one to be loaded. Both loops are
-  // the same for all warps, which spares the compiler's care for those that go their own way.
-  const i32 fast = __syncthreads_or(careful) ? 0 : max(min(tiles.full, tiles.count - 1), 0);
-  for (i32 left = fast; left > 0; --left) {
-    await();
-    me.advance<false>(load_next(), 0, 0);
-    me.stage = other_stage();
-  }
-  // the work is found again: the loop above has no registers to keep it
-  const Work again = work_item(pinned(item), args.schedule, kRows);
-  const KeyTiles all = key_tiles(again.first_row, kRows, args.q_len, args.causal_offset, args.kv_len);
-  const i32 mine =
-      key_tiles(again.first_row + me.warp * kWarpRows, kWarpRows, args.q_len, args.causal_offset, args.kv_len).count;
-  for (i32 tile = fast; tile < all.count; ++tile) {
-    await();
-    const float scale = tile + 1 < all.count ? load_next() : k_scale;
-    if (tile < mine) me.advance<true>(scale, again.first_row, tile);
-    me.stage = other_stage();
-  }
-  const Work done = work_item(pinned(item), args.schedule, kRows);
-  if (args.dtype == kBFloat16) me.finish<kBFloat16>(done);
-  else if (args.dtype == kFloat16) me.finish<kFloat16>(done);
-  else me.finish<kFloat32>(done);
-}

@@ -1,31 +1,33 @@
 // A warpgroup's MMAs: the scores, P·V and its sums, in the two formats.
 #pragma once
+#include "hopper/block.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/convert.cuh"
 #include "ptx/math.cuh"
 #include "ptx/wgmma.cuh"
-#include "wgmma/block.cuh"
 
-#define WGMMA_NAME_(n, type) wgmma_m64n##n##k32_##type##_e4m3_rs
-#define WGMMA_NAME(n, type) WGMMA_NAME_(n, type)
-#if SPLITS_CHANNELS && SUM_IN_MMA  // the second half; the first is 64
-#define COLUMNS 72
-#elif SPLITS_CHANNELS
-#define COLUMNS 64
-#elif HEAD_DIM == 128 && SUM_IN_MMA
-#define COLUMNS 136
-#elif HEAD_DIM == 64 && SUM_IN_MMA
-#define COLUMNS 72
-#else
-#define COLUMNS HEAD_DIM
-#endif
+// P·V of 32 keys, by the columns that the sums have.
+template <int kRegisters>
+__device__ __forceinline__ void multiply_pv(u32 (&sums)[kRegisters], const u32 (&p)[4], u64 v, bool accumulate) {
+  constexpr int kWide = 4 * kRegisters;
+  static_assert(kWide == 64 || kWide == 72 || kWide == 128 || kWide == 136, "no such MMA in ptx/wgmma.cuh");
+  if constexpr (kWide == 64) wgmma_m64n64k32_f16_e4m3_rs(sums, p, v, accumulate);
+  if constexpr (kWide == 72) wgmma_m64n72k32_f16_e4m3_rs(sums, p, v, accumulate);
+  if constexpr (kWide == 128) wgmma_m64n128k32_f16_e4m3_rs(sums, p, v, accumulate);
+  if constexpr (kWide == 136) wgmma_m64n136k32_f16_e4m3_rs(sums, p, v, accumulate);
+}
+template <int kRegisters>
+__device__ __forceinline__ void multiply_pv(float (&sums)[kRegisters], const u32 (&p)[4], u64 v, bool accumulate) {
+  constexpr int kWide = 2 * kRegisters;
+  static_assert(kWide == 64 || kWide == 72 || kWide == 128 || kWide == 136, "no such MMA in ptx/wgmma.cuh");
+  if constexpr (kWide == 64) wgmma_m64n64k32_f32_e4m3_rs(sums, p, v, accumulate);
+  if constexpr (kWide == 72) wgmma_m64n72k32_f32_e4m3_rs(sums, p, v, accumulate);
+  if constexpr (kWide == 128) wgmma_m64n128k32_f32_e4m3_rs(sums, p, v, accumulate);
+  if constexpr (kWide == 136) wgmma_m64n136k32_f32_e4m3_rs(sums, p, v, accumulate);
+}
 
 #if SUMS_F16
-using Sums = u32[COLUMNS / 4];  // two FP16 sums a register: row half r % 2, channels 8 · (r / 2) + 2q and + 1
-template <int kPart>
-__device__ __forceinline__ void multiply_pv(Sums& sums, const u32 (&p)[4], u64 v, bool accumulate) {
-  WGMMA_NAME(COLUMNS, f16)(sums, p, v, accumulate);
-}
+using Sums = u32[kColumns / 4];  // two FP16 sums a register: row half r % 2, channels 8 · (r / 2) + 2q and + 1
 __device__ __forceinline__ float sum_of(const Sums& sums, int i) {
   const u32 pair = sums[i / 4 * 2 + i / 2 % 2];
   return cvt_f32_f16(u16(i % 2 ? pair >> 16 : pair));
@@ -33,22 +35,14 @@ __device__ __forceinline__ float sum_of(const Sums& sums, int i) {
 __device__ __forceinline__ void rescale_sums(Sums& sums, const float (&factor)[2]) {
   const u32 pair[2] = {cvt_f16x2_f32(factor[0], factor[0]), cvt_f16x2_f32(factor[1], factor[1])};
 #pragma unroll
-  for (int r = 0; r < COLUMNS / 4; ++r) sums[r] = mul_f16x2(sums[r], pair[r % 2]);
+  for (int r = 0; r < kColumns / 4; ++r) sums[r] = mul_f16x2(sums[r], pair[r % 2]);
 }
 #else
-using Sums = float[COLUMNS / 2];
-template <int kPart>
-__device__ __forceinline__ void multiply_pv(Sums& sums, const u32 (&p)[4], u64 v, bool accumulate) {
-  if constexpr (SPLITS_CHANNELS && kPart == 0) {
-    wgmma_m64n64k32_f32_e4m3_rs(reinterpret_cast<float(&)[32]>(sums), p, v, accumulate);
-  } else {
-    WGMMA_NAME(COLUMNS, f32)(sums, p, v, accumulate);
-  }
-}
+using Sums = float[kColumns / 2];
 __device__ __forceinline__ float sum_of(const Sums& sums, int i) { return sums[i]; }
 __device__ __forceinline__ void rescale_sums(Sums& sums, const float (&factor)[2]) {
 #pragma unroll
-  for (int i = 0; i < COLUMNS / 2; ++i) sums[i] *= factor[i / 2 % 2];
+  for (int i = 0; i < kColumns / 2; ++i) sums[i] *= factor[i / 2 % 2];
 }
 #endif
 
@@ -79,7 +73,11 @@ __device__ __forceinline__ void begin_pv(Sums& sums, u32 (&p)[16], u64 v, bool a
 #pragma unroll
   for (int i = kFirst; i < kEnd; ++i) {
     const u32(&four)[4] = reinterpret_cast<const u32(&)[4]>(p[4 * i]);
-    multiply_pv<kPart>(sums, four, v + i * kDescriptorStep, accumulate || i > kFirst);
+    if constexpr (kSplitsChannels && kPart == 0) {  // (the columns of ones are in the other part)
+      multiply_pv(reinterpret_cast<float(&)[kDim / 4]>(sums), four, v + i * kDescriptorStep, accumulate || i > kFirst);
+    } else {
+      multiply_pv(sums, four, v + i * kDescriptorStep, accumulate || i > kFirst);
+    }
   }
   wgmma_commit_group();
 }
@@ -122,6 +120,6 @@ __device__ __forceinline__ void write_ones(Shared& shared) {
 
 // The last eight columns are P · ones, the keys shared among them: a thread has two of them for each of its rows.
 __device__ __forceinline__ float row_sum(const Sums& sums, int half) {
-  constexpr int kFirst = COLUMNS / 2 - 4;
+  constexpr int kFirst = kColumns / 2 - 4;
   return sum_of(sums, kFirst + 2 * half) + sum_of(sums, kFirst + 2 * half + 1);
 }

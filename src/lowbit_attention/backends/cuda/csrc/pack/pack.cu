@@ -13,9 +13,9 @@
 //   K_LANES      bits of a lane of K: 8 or 4
 //   V_HALF       V in FP16 (1) or E4M3 (0)
 //   ROTATE       K is rotated after smoothing
-//   V_TILE_MEANS V loses its mean over each tile, where that is large (E4M3 only; not defined: it does not)
-#include "attend/rotate.cuh"
-#include "attend/scale.cuh"
+//   V_TILE_MEANS V loses its mean over each tile, where that is large (E4M3 only)
+#include "common/rotate.cuh"
+#include "common/scale.cuh"
 #include "pack/statistics.cuh"
 #include "ptx/barrier.cuh"
 #include "tile/strided.cuh"
@@ -31,6 +31,8 @@
 // those have (griddepcontrol.launch_dependents is their first instruction).
 
 constexpr int kPackThreads = 128;
+static_assert(kDim <= kPackThreads, "a thread has one channel's statistics at most");
+static_assert(kPackThreads % kChunks == 0, "each thread keeps to its chunk of channels");
 constexpr bool kLoadsEarly = CLUSTERS;  // (else the splits are added up meanwhile: 40 registers more, a block less)
 
 struct Channels {  // of a thread's chunk
@@ -146,6 +148,7 @@ __device__ void pack_keys(const PackArgs& args, i64 head) {
     __syncthreads();  // the last tile's maxima have been read
     if (threadIdx.x % 16 == 0) half_warp_max[threadIdx.x / 16] = largest;
     __syncthreads();
+    static_assert(kDim == 64 || kDim == 128, "which half warps make a group is written here for one or two tokens each");
     const int group = row % 8 / 2;
     float group_max = kDim == 128 ? max_nan_f32(half_warp_max[2 * group], half_warp_max[2 * group + 1])
                                   : max_nan_f32(half_warp_max[group], half_warp_max[group + 4]);
@@ -186,6 +189,7 @@ __device__ void pack_keys(const PackArgs& args, i64 head) {
 static_assert(!V_HALF && CLUSTERS, "means by tile are for wgmma's E4M3");
 constexpr int kGroups = kTileKeys / 16;  // of 16 tokens, a thread's
 constexpr int kTileThreads = kChunks * kGroups;
+static_assert(kTileThreads <= kPackThreads, "a tile's threads are of one block");
 static_assert(kTileThreads == kDim, "each thread of a tile decides for one channel");
 
 struct TileStatistics {
@@ -271,6 +275,7 @@ __device__ void pack_values(const PackArgs& args, i64 head) {
   constexpr int kStep = 1, kTokens = 16;                     // a thread's: one 16-byte chunk of a channel's row
   constexpr int kThreads = kChunks * (kTileKeys / kTokens);  // that a tile takes
   constexpr int kTiles = kPackThreads / kThreads;
+  static_assert(kPackThreads % kThreads == 0, "the block packs whole tiles at once");
   const int group = threadIdx.x % kThreads / kChunks, token_of_tile = group * kTokens;
 #endif
   const int end = min(args.tiles, int(blockIdx.x + 1) * args.tiles_a_block);

@@ -1,9 +1,9 @@
 // A warp's 16 rows of the output on their way to the caller.
 #pragma once
+#include "common/epilogue.cuh"
+#include "hopper/block.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/copy.cuh"
-#include "tile/output.cuh"
-#include "wgmma/block.cuh"
 
 #if ROWS_THROUGH_SHARED
 // Until the rows sent last have left the warp's part of shared memory, and all its lanes know.
@@ -14,7 +14,7 @@ __device__ __forceinline__ void await_rows_sent() {
 
 // By the copy engine, through the warp's part of shared memory: a lane has two channels at a time of a row, and such stores
 // would take longer than two tiles. `first`: the token of the first row.
-__device__ __forceinline__ void send_rows(const AttentionArgs& args, const Piece& work, const Vec16 (&part)[kDim / 8][32],
+__device__ __forceinline__ void send_rows(const AttentionArgs& args, const WorkTile& work, const Vec16 (&part)[kDim / 8][32],
                                           i32 first, const u32 (&y)[kDim / 8][2]) {
   // From row to row: a chunk more than it has, so that eight rows' equal chunks lie in different banks.
   constexpr int kPitch = kDim * 2 + 16;
@@ -29,7 +29,7 @@ __device__ __forceinline__ void send_rows(const AttentionArgs& args, const Piece
   __syncwarp();
   const i32 token = first + i32(lane);
   if (lane < 16 && token < work.end_row) {
-    const i64 to = work.batch * args.out_batch + work.head * args.out_head + token * args.out_token;
+    const i64 to = Sequence{args, work}.in_output(token);
     cp_async_bulk_global_shared(static_cast<u16*>(args.out) + to, at + lane * kPitch, args.v_channels * 2);
   }
   cp_async_bulk_commit_group();
