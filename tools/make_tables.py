@@ -194,14 +194,14 @@ def _option_cells(r: Recipe) -> list[str]:
         smoothed = f"SmoothQuant α={r.smoothquant_alpha:g}"
     return [
         bits,
-        str(r.q_granularity) if r.quantises_qk else "–",
-        str(r.k_granularity) if r.quantises_qk else "–",
+        str(r.q_granularity) if r.quantizes_qk else "–",
+        str(r.k_granularity) if r.quantizes_qk else "–",
         smoothed,
         r.rotation if r.rotation != "none" else "–",
-        r.pv_format if r.quantises_pv else "–",
-        f"{r.p_max:g}, {r.v_max:g}" if r.quantises_pv else "–",
-        r.accumulator if r.quantises_pv else "–",
-        every if r.quantises_pv else "–",
+        r.pv_format if r.quantizes_pv else "–",
+        f"{r.p_max:g}, {r.v_max:g}" if r.quantizes_pv else "–",
+        r.accumulator if r.quantizes_pv else "–",
+        every if r.quantizes_pv else "–",
     ]
 
 
@@ -246,9 +246,9 @@ def apart(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, r: Recipe) -> torch
         return x.gather(2, tokens.expand(batch, heads, tokens.shape[2], x.shape[3]))
 
     out, lse = exact_attention(q, some(k, first), some(v, first), sm_scale=q.shape[3] ** -0.5)
-    quantised = emulate(q, some(k, rest), some(v, rest), r, sm_scale=q.shape[3] ** -0.5)
-    share = torch.sigmoid(lse - quantised.lse)[..., None]
-    return out * share + quantised.out * (1 - share)
+    quantized = emulate(q, some(k, rest), some(v, rest), r, sm_scale=q.shape[3] ** -0.5)
+    share = torch.sigmoid(lse - quantized.lse)[..., None]
+    return out * share + quantized.out * (1 - share)
 
 
 def remedies_page() -> None:

@@ -35,7 +35,7 @@ from ..recipes.granularity import PerChannelAndKeyTile
 from ..recipes.machine import DEFAULT_MACHINE, Machine, row_sum_column
 from .arithmetic import product, without_autocast
 from .quantize import Means, Packed, pack
-from .softmax import OnlineSoftmax, by_parabola, row_sum_columns
+from .softmax import OnlineSoftmax, row_sum_columns, uses_polynomial
 
 _TILE_ELEMENTS = 1 << 20
 _TILE_ELEMENTS_CUDA = 1 << 24
@@ -162,7 +162,7 @@ def _slices(
     by_tile = packed.v_scale[b, h_kv]
     v_scale = by_tile.amax(dim=1, keepdim=True)
     v, tile_scale = _with_ones(packed.v[b, h_kv], by_tile / v_scale, recipe, machine)
-    approximates = k.shape[1] > 0 and by_parabola(recipe, machine, max(packed.q.shape[3], packed.v.shape[3]))
+    approximates = k.shape[1] > 0 and uses_polynomial(recipe, machine, max(packed.q.shape[3], packed.v.shape[3]))
     smooth_q = packed.q_mean is not None and packed.k_smooth is not None
     return _Slices(
         recipe,
@@ -246,7 +246,7 @@ def _multiply(of: _Slices, rows: slice, tile: slice) -> tuple[Tensor, Tensor]:
 
     Integers of 8 bits, whose sums stay below 2²⁴: exact whatever rounds float32 operands.
     """
-    multiply = torch.bmm if of.recipe.quantises_qk else product
+    multiply = torch.bmm if of.recipe.quantizes_qk else product
     factor = (of.q_scale[:, rows, None] * of.k_scale[:, None, tile]).clamp_(-FP32_MAX, FP32_MAX)
     return multiply(of.q[:, rows], of.k[:, tile].transpose(1, 2)), factor
 
@@ -264,7 +264,7 @@ def _dequantize(of: _Slices, rows: slice, tile: slice, integers: Tensor, factor:
     x = integers.mul_(factor)
     if of.q_mean is not None and of.k_smooth is not None:
         x += _delta_s(of.q_mean, of.k_smooth[:, tile], rows, of.machine.geometry.b_q)
-    if of.recipe.quantises_qk:  # (non-finite Q or K are NaN here, and stay so)
+    if of.recipe.quantizes_qk:  # (non-finite Q or K are NaN here, and stay so)
         x = x.clamp_(-FP32_MAX, FP32_MAX)
     return of.masking.hide(x, of.heads, rows, tile)
 
