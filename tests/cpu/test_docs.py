@@ -78,11 +78,21 @@ def test_there_are_commands_in_the_readme():
     assert {command.split()[0] for command in COMMANDS} == wanted
 
 
-def test_the_page_of_recipes_is_current():
+@pytest.fixture(scope="module")
+def tables():
+    """tools/make_tables.py."""
     spec = importlib.util.spec_from_file_location("make_tables", ROOT / "tools" / "make_tables.py")
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_recipes_is_current(tables):
     assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == tables.recipes_text(), "run: make tables"
+
+
+def test_the_speed_table_is_the_benchmarks(tables):
+    assert tables.between_marks(ROOT / "docs/results/hopper.md", "speeds") == tables.speeds_text(), "run: make tables"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -27,7 +27,7 @@ HALF_UNIT = {"e4m3": 2.0**-4, "e5m2": 2.0**-3, "fp16": 2.0**-11, "fp32": 0.0, "i
 HALF_STEP = {"e4m3": 2.0**-10, "e5m2": 2.0**-17, "fp16": 2.0**-25, "fp32": 0.0, "int8": 0.5, "u8": 0.5}
 """Of a subnormal one, and of integers."""
 POLYNOMIAL = 0.0067
-"""An approximated exponential's error (docs/kernels/hopper.md)."""
+"""An approximated exponential's error (docs/notebook/hopper/0010-polynomial-exp2.md)."""
 N, D = 140, 32
 SCALE = D**-0.5
 

@@ -126,7 +126,7 @@ _ENTRIES = (
         v_tile_means=True,
         # 1024 keys · 14 · 4.5 = 64512 ≤ 65504. (28, 2.25) has the same product and errs more on sinks, whose small V
         # falls among E4M3's subnormals. Over 512 keys (28, 4.5) errors are the same to 1 %, and the kernel 2 to 7 %
-        # slower; 2048 keys (7, 4.5) cost outlier tokens 3 % and sinks 1 % of L1 (docs/kernels/hopper.md).
+        # slower; 2048 keys (7, 4.5) cost outlier tokens 3 % and sinks 1 % of L1 (docs/notebook/hopper, 0005).
         p_max=14.0,
         v_max=4.5,
         softmax_max=RestartedMax(20.0, 4.0),
