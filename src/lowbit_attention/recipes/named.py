@@ -1,4 +1,4 @@
-"""The named recipes, each in one place. Adding a recipe is adding one entry (CONTRIBUTING.md says what else to run)."""
+"""The named recipes, each in one place. Adding a recipe is adding one entry (docs/architecture.md says what else)."""
 
 from __future__ import annotations
 
