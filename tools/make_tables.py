@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from grid_picture import draw as draw_grid
 from rich.progress import track
 
 from lowbit_attention import RECIPES, Recipe, attention, compare
@@ -435,6 +436,11 @@ def pictures() -> None:
     plots.grouped_bars(DOCS / "images/minilm.png", layers, series, title, "relative L1")
 
 
+def grid_picture() -> None:
+    """docs/images/grid.png: the offset of a mean taken off a bfloat16 V."""
+    draw_grid(DOCS / "images/grid.png")
+
+
 def _smoothing_picture(captured: dict[str, tuple[torch.Tensor, ...]]) -> None:
     """The head whose keys lose most magnitude by smoothing: its keys, and its logits exact against INT4."""
     name, head = max(
@@ -497,6 +503,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "speeds": speeds,
     "speeds_table": speeds_table,
     "pictures": pictures,
+    "grid_picture": grid_picture,
 }
 
 
