@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from grid_picture import draw as draw_grid
 from rich.progress import track
 
 from lowbit_attention import RECIPES, Recipe, attention, compare
@@ -194,14 +195,14 @@ def _option_cells(r: Recipe) -> list[str]:
         smoothed = f"SmoothQuant α={r.smoothquant_alpha:g}"
     return [
         bits,
-        str(r.q_granularity) if r.quantises_qk else "–",
-        str(r.k_granularity) if r.quantises_qk else "–",
+        str(r.q_granularity) if r.quantizes_qk else "–",
+        str(r.k_granularity) if r.quantizes_qk else "–",
         smoothed,
         r.rotation if r.rotation != "none" else "–",
-        r.pv_format if r.quantises_pv else "–",
-        f"{r.p_max:g}, {r.v_max:g}" if r.quantises_pv else "–",
-        r.accumulator if r.quantises_pv else "–",
-        every if r.quantises_pv else "–",
+        r.pv_format if r.quantizes_pv else "–",
+        f"{r.p_max:g}, {r.v_max:g}" if r.quantizes_pv else "–",
+        r.accumulator if r.quantizes_pv else "–",
+        every if r.quantizes_pv else "–",
     ]
 
 
@@ -246,9 +247,9 @@ def apart(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, r: Recipe) -> torch
         return x.gather(2, tokens.expand(batch, heads, tokens.shape[2], x.shape[3]))
 
     out, lse = exact_attention(q, some(k, first), some(v, first), sm_scale=q.shape[3] ** -0.5)
-    quantised = emulate(q, some(k, rest), some(v, rest), r, sm_scale=q.shape[3] ** -0.5)
-    share = torch.sigmoid(lse - quantised.lse)[..., None]
-    return out * share + quantised.out * (1 - share)
+    quantized = emulate(q, some(k, rest), some(v, rest), r, sm_scale=q.shape[3] ** -0.5)
+    share = torch.sigmoid(lse - quantized.lse)[..., None]
+    return out * share + quantized.out * (1 - share)
 
 
 def remedies_page() -> None:
@@ -341,9 +342,61 @@ def speeds() -> None:
     write_json(ROOT / "src/lowbit_attention/data/hopper_speedups.json", {"rows": from_rows(rows)})
 
 
+_SPEEDS_COMMIT = "e649fa9"
+_SPEEDS = (
+    "d128 1K", "d128 2K", "d128 8K", "1x32x32768x128", "d128 8K causal", "d64 8K", "Flux", "SD3.5-L", "CogVideoX-2B",
+    "Wan 1.3B 480p", "Wan cross", "Mochi", "Wan 14B 720p", "HunyuanVideo 720p", "Llama-3.1-8B 8K", "Llama-3.1-8B 32K",
+    "1x8x512x64", "ViT",
+)  # fmt: skip
+"""Shapes of benchmarks/results/h200.csv that docs/results/hopper.md shows, and the commit whose rows they are."""
+_SHOWN = {"1x32x32768x128": "d128 32K"}
+
+
+def speeds_text() -> str:
+    """The speed table of docs/results/hopper.md."""
+    with (ROOT / "benchmarks/results/h200.csv").open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["commit"] == _SPEEDS_COMMIT]
+    found = {(row["shape"], row["provider"], row["part"]): row for row in reversed(rows)}  # (measured twice: the first)
+    body = []
+    for shape in _SPEEDS:
+        cudnn = found[shape, "torch_cudnn", "whole"]
+        whole, kernel = (found[shape, "ours:fast_8b", part] for part in ("whole", "kernel"))
+        sage, fp8 = found[shape, "ours:sage2_8b", "whole"], found[shape, "cudnn_fp8", "kernel"]
+        heads = cudnn["q_heads"] if cudnn["q_heads"] == cudnn["kv_heads"] else f"{cudnn['q_heads']}/{cudnn['kv_heads']}"
+        length = cudnn["q_len"] if cudnn["q_len"] == cudnn["kv_len"] else f"{cudnn['q_len']}, {cudnn['kv_len']}"
+        times = [float(row["median_us"]) for row in (cudnn, whole)]
+        digits = 1 if times[0] < 100 else 0
+        ratios = [f"{float(row['ratio_to_cudnn']):.2f}" for row in (whole, kernel, sage, fp8)]
+        body.append([
+            f"{_SHOWN.get(shape, shape)}: {cudnn['batch']} × {heads} × {length} × {cudnn['head_dim']}",
+            *(f"{time:.{digits}f}" for time in times),
+            f"**{ratios[0]}**", f"{float(kernel['tops']):.0f}", *ratios[1:],
+        ])  # fmt: skip
+    headings = (
+        "shape", "cuDNN bf16, µs", "`fast_8b` whole call, µs", "×cuDNN", "kernel alone, TOPS", "×cuDNN",
+        "`sage2_8b` whole, ×cuDNN", "cuDNN FP8 kernel, ×cuDNN",
+    )  # fmt: skip
+    return markdown(headings, body)
+
+
+def speeds_table() -> None:
+    """Writes the speed table of docs/results/hopper.md."""
+    _replace(DOCS / "results/hopper.md", "speeds", speeds_text())
+
+
+def between_marks(page: Path, name: str) -> str:
+    """What stands between a page's two marks ``<!-- name -->``."""
+    return page.read_text(encoding="utf-8").split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0]
+
+
+def _replace(page: Path, name: str, text: str) -> None:
+    whole, old = page.read_text(encoding="utf-8"), between_marks(page, name)
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    page.write_text(whole.replace(begin + old + end, begin + text + end), encoding="utf-8")
+
+
 def machine_code() -> None:
-    """docs/kernels/mma.md: the main loops' instructions, between its two marks."""
-    page = DOCS / "kernels/mma.md"
+    """docs/results/mma.md: the main loops' instructions, between its two marks."""
     specs = [
         "sage1",
         "int8_fp16",
@@ -358,9 +411,7 @@ def machine_code() -> None:
         (recipe(spec), head_dim, arch) for arch in ("sm_89", "sm_120") for head_dim in (128, 64) for spec in specs
     ] + [(recipe(spec), 128, arch) for arch in ("sm_80", "sm_86") for spec in specs[:2]]
     rows = [inspect(*job) for job in track(jobs, "machine code")]
-    begin, end = "<!-- machine code -->\n", "<!-- /machine code -->"
-    before, rest = page.read_text(encoding="utf-8").split(begin)
-    page.write_text(before + begin + markdown_table(rows) + end + rest.split(end)[1], encoding="utf-8")
+    _replace(DOCS / "results/mma.md", "machine code", markdown_table(rows))
 
 
 def pictures() -> None:
@@ -383,6 +434,11 @@ def pictures() -> None:
     series = {r.name: [m.l1 for m in result.of("chunks", r.name)] for r in chosen}
     title = "MiniLM-L6: attention output against exact attention"
     plots.grouped_bars(DOCS / "images/minilm.png", layers, series, title, "relative L1")
+
+
+def grid_picture() -> None:
+    """docs/images/grid.png: the offset of a mean taken off a bfloat16 V."""
+    draw_grid(DOCS / "images/grid.png")
 
 
 def _smoothing_picture(captured: dict[str, tuple[torch.Tensor, ...]]) -> None:
@@ -445,7 +501,9 @@ PARTS: dict[str, Callable[[], None]] = {
     "costs": costs,
     "machine_code": machine_code,
     "speeds": speeds,
+    "speeds_table": speeds_table,
     "pictures": pictures,
+    "grid_picture": grid_picture,
 }
 
 

@@ -36,7 +36,7 @@ L1 = {
     "fast_8b": 0.037,
 }
 SLACK = 1.5  # the figures are means over n = 640, d = 128; here are fewer samples
-QUANTISED = sorted(set(RECIPES) - {"exact"})
+QUANTIZED = sorted(set(RECIPES) - {"exact"})
 
 
 def qk_error(recipe: str) -> float:
@@ -45,7 +45,7 @@ def qk_error(recipe: str) -> float:
 
 
 def test_every_recipe_has_a_figure() -> None:
-    assert sorted(L1) == QUANTISED
+    assert sorted(L1) == QUANTIZED
 
 
 def inputs(
@@ -101,7 +101,7 @@ FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("recipe", QUANTISED)
+@pytest.mark.parametrize("recipe", QUANTIZED)
 def test_error_is_the_methods(recipe: str, feature: str) -> None:
     shape, options = FEATURES[feature]
     q, k, v = inputs(**shape)
@@ -123,8 +123,8 @@ def test_error_is_the_methods(recipe: str, feature: str) -> None:
     assert (lse - want_lse)[seen].abs().max() < 6 * qk_error(recipe)
 
 
-@pytest.mark.parametrize("recipe", QUANTISED)
-def test_it_is_really_quantised(recipe: str) -> None:
+@pytest.mark.parametrize("recipe", QUANTIZED)
+def test_it_is_really_quantized(recipe: str) -> None:
     """A third of the method's error is more than anything that computes in full precision would show."""
     q, k, v = inputs()
     want, _ = exact(q, k, v, sm_scale=0.125)
@@ -143,7 +143,7 @@ def test_smoothing_pays_where_channels_are_biased(smoothed: str) -> None:
     assert smooth < SLACK * 0.206
 
 
-@pytest.mark.parametrize("recipe", QUANTISED)
+@pytest.mark.parametrize("recipe", QUANTIZED)
 def test_layouts_agree_bitwise(recipe: str) -> None:
     q, k, v = inputs(batch=2, heads=4, kv_heads=2, dv=40)
     mask = random_mask(4, 150, 200)
@@ -157,7 +157,7 @@ def test_layouts_agree_bitwise(recipe: str) -> None:
     bitwise(other_lse, lse)
 
 
-@pytest.mark.parametrize("recipe", sorted(set(QUANTISED) - {"smooth_attn"}))  # its factor is shared by the group
+@pytest.mark.parametrize("recipe", sorted(set(QUANTIZED) - {"smooth_attn"}))  # its factor is shared by the group
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_gqa_is_repeated_heads_bitwise(recipe: str, is_causal: bool) -> None:
     q, k, v = inputs(batch=2, heads=6, kv_heads=2)
@@ -168,7 +168,7 @@ def test_gqa_is_repeated_heads_bitwise(recipe: str, is_causal: bool) -> None:
     bitwise(got[1], want[1])
 
 
-@pytest.mark.parametrize("recipe", QUANTISED)
+@pytest.mark.parametrize("recipe", QUANTIZED)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_varlen_is_each_sequence_on_its_own(recipe: str, is_causal: bool) -> None:
     """Bitwise, so statistics are per sequence: the sequences' K means are far apart."""
@@ -189,7 +189,7 @@ def test_varlen_is_each_sequence_on_its_own(recipe: str, is_causal: bool) -> Non
         bitwise(lse[:, rows], one_lse[0])
 
 
-@pytest.mark.parametrize("recipe", QUANTISED)
+@pytest.mark.parametrize("recipe", QUANTIZED)
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_padding_is_slicing(recipe: str, kind: str, is_causal: bool) -> None:
@@ -215,7 +215,7 @@ def test_padding_is_slicing(recipe: str, kind: str, is_causal: bool) -> None:
         torch.testing.assert_close(lse[b], one_lse[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("recipe", QUANTISED)
+@pytest.mark.parametrize("recipe", QUANTIZED)
 def test_full_padding_mask_is_the_broadcast_one(recipe: str) -> None:
     q, k, v = inputs(batch=2, heads=2)
     mask = (torch.arange(200) < torch.tensor([[180], [33]]))[:, None, None, :]
@@ -225,7 +225,7 @@ def test_full_padding_mask_is_the_broadcast_one(recipe: str) -> None:
     bitwise(got, want)
 
 
-@pytest.mark.parametrize("recipe", QUANTISED)
+@pytest.mark.parametrize("recipe", QUANTIZED)
 @pytest.mark.parametrize("options", [BOTTOM_RIGHT, TOP_LEFT], ids=["bottom_right", "top_left"])
 @pytest.mark.parametrize(("q_len", "kv_len"), [(150, 200), (200, 150)])
 def test_causal_is_its_mask(recipe: str, options: dict[str, Any], q_len: int, kv_len: int) -> None:
@@ -242,7 +242,7 @@ def test_causal_is_its_mask(recipe: str, options: dict[str, Any], q_len: int, kv
     bitwise(as_float, want)
 
 
-@pytest.mark.parametrize("recipe", QUANTISED)
+@pytest.mark.parametrize("recipe", QUANTIZED)
 def test_batches_and_heads_do_not_touch_each_other(recipe: str) -> None:
     q, k, v = inputs(batch=3, heads=4, kv_heads=4)
     out, lse = attention(q, k, v, recipe=recipe, return_lse=True)
@@ -252,7 +252,7 @@ def test_batches_and_heads_do_not_touch_each_other(recipe: str) -> None:
     bitwise(moved_lse, lse[b][:, h])
 
 
-@pytest.mark.parametrize("recipe", QUANTISED)
+@pytest.mark.parametrize("recipe", QUANTIZED)
 def test_strides_do_not_matter(recipe: str) -> None:
     g = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, 99, 3 * 24, generator=g)[..., 2::3]  # last dim strided, storage offset
@@ -264,7 +264,7 @@ def test_strides_do_not_matter(recipe: str) -> None:
     bitwise(got[1], want[1])
 
 
-@pytest.mark.parametrize("recipe", QUANTISED)
+@pytest.mark.parametrize("recipe", QUANTIZED)
 def test_machines_differ(recipe: str) -> None:
     """Other tiles, other scales; that both are accurate is test_error_is_the_methods' 'plain' and 'hopper'."""
     q, k, v = inputs()
@@ -285,7 +285,7 @@ def test_lse_is_precise_beside_a_large_mean(recipe: str) -> None:
     assert compare(want, out).l1 < SLACK * L1[recipe]
 
 
-@pytest.mark.parametrize("recipe", QUANTISED)
+@pytest.mark.parametrize("recipe", QUANTIZED)
 def test_rows_that_see_nothing_are_zero(recipe: str) -> None:
     """No mean of V is added to them, though it is 4 here; a batch without a single visible key, too."""
     q, k, v = inputs(batch=2)
@@ -303,7 +303,7 @@ def test_rows_that_see_nothing_are_zero(recipe: str) -> None:
 def test_calls_repeat_bitwise_and_leave_inputs_alone() -> None:
     q, k, v = inputs()
     copies = [t.clone() for t in (q, k, v)]
-    for recipe in QUANTISED:
+    for recipe in QUANTIZED:
         first = attention(q, k, v, recipe=recipe, is_causal=True)
         bitwise(first, attention(q, k, v, recipe=recipe, is_causal=True))
         assert all(torch.equal(a, b) for a, b in zip((q, k, v), copies, strict=True)), recipe

@@ -72,7 +72,7 @@ def test_compiled_training_without_graph_breaks(function):
         assert torch.equal(compiled(q, k, v), function(q, k, v))
 
 
-def test_compiled_gradients_of_a_quantised_recipe_are_refused():
+def test_compiled_gradients_of_a_quantized_recipe_are_refused():
     torch._dynamo.reset()
     q, k, v = (t.requires_grad_() for t in qkv())
     for function in (lambda *t: attention(*t, recipe=RECIPE), sdpa_8b):

@@ -112,7 +112,7 @@ def test_the_layout_counts() -> None:
 
 @pytest.mark.parametrize("recipe", ["auto", "exact"])
 @pytest.mark.parametrize("like", ["sm_89", "sm_75"])
-def test_like_means_nothing_without_quantisation(recipe: str, like: str) -> None:
+def test_like_means_nothing_without_quantization(recipe: str, like: str) -> None:
     with pytest.raises(InvalidArgumentError, match=f"like='{like}'.*{recipe}"):
         attention(*OK, recipe=recipe, like=like)
 

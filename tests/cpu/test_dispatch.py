@@ -279,7 +279,7 @@ def test_auto_never_picks_4_bits_or_the_unmeasured(kernel: FakeKernel, name: str
     assert ("4 bits" if "4b" in name else "not measured") in why(told, "fake_kernel")
 
 
-def test_exact_never_goes_to_a_quantising_kernel(kernel: FakeKernel) -> None:
+def test_exact_never_goes_to_a_quantizing_kernel(kernel: FakeKernel) -> None:
     kernel.speedups = {"exact": 9.0, "fast_8b": 9.0}
     assert explain(*tokens(4), recipe="exact").implementation == "torch_sdpa"
 

@@ -93,11 +93,36 @@ def test_there_are_commands_in_the_readme():
     assert {command.split()[0] for command in COMMANDS} == wanted
 
 
-def test_the_page_of_recipes_is_current():
+@pytest.fixture(scope="module")
+def tables():
+    """tools/make_tables.py."""
     spec = importlib.util.spec_from_file_location("make_tables", ROOT / "tools" / "make_tables.py")
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_recipes_is_current(tables):
     assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == tables.recipes_text(), "run: make tables"
+
+
+def test_the_speed_table_is_the_benchmarks(tables):
+    assert tables.between_marks(ROOT / "docs/results/hopper.md", "speeds") == tables.speeds_text(), "run: make tables"
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/kernels").glob("*.md")), ids=lambda p: p.name)
+def test_guides_stay_guides(page):
+    """Results go to docs/results, history to docs/notebook."""
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= 200
+
+
+@pytest.mark.parametrize("book", sorted((ROOT / "docs/notebook").iterdir()), ids=lambda p: p.name)
+def test_notebooks_list_their_entries(book):
+    index = re.findall(r"^\| \[\d{4}\]\(([^)]+)\)", (book / "index.md").read_text(encoding="utf-8"), flags=re.M)
+    assert index == sorted(path.name for path in book.glob("[0-9]*.md"))
+    for name in index:
+        heads = re.findall(r"^\| \*\*(\w+)\*\*", (book / name).read_text(encoding="utf-8"), flags=re.M)
+        assert heads == ["Predicted", "Changed", "Measured", "Verdict"], name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -97,12 +97,12 @@ class Rounded(TorchDispatchMode):
         return torch.where(x.isfinite(), rounded, x.double()).float()
 
 
-UNQUANTISED = "sage2_8b:qk_bits=none,smooth_k=false,row_sum=unrounded"
+UNQUANTIZED = "sage2_8b:qk_bits=none,smooth_k=false,row_sum=unrounded"
 
 
 @pytest.mark.parametrize("like", ["sm_89", "sm_90a", "sm_80"])
 @pytest.mark.parametrize("spec", [
-    *(n for n, r in RECIPES.items() if not r.is_exact), UNQUANTISED,
+    *(n for n, r in RECIPES.items() if not r.is_exact), UNQUANTIZED,
     "int8_fp16:pv_format=fp32,p_max=1,v_max=1,v_scale_power_of_two=false",
 ])  # fmt: skip
 def test_s2_products_of_fewer_bits_change_no_number(spec, like):

@@ -26,8 +26,8 @@ HALF_UNIT = {"e4m3": 2.0**-4, "e5m2": 2.0**-3, "fp16": 2.0**-11, "fp32": 0.0, "i
 """Of a normal number: half a unit in the last place."""
 HALF_STEP = {"e4m3": 2.0**-10, "e5m2": 2.0**-17, "fp16": 2.0**-25, "fp32": 0.0, "int8": 0.5, "u8": 0.5}
 """Of a subnormal one, and of integers."""
-PARABOLA = 0.0067
-"""An approximated exponential's error (docs/kernels/hopper.md)."""
+POLYNOMIAL = 0.0067
+"""An approximated exponential's error (docs/notebook/hopper/0010-polynomial-exp2.md)."""
 N, D = 140, 32
 SCALE = D**-0.5
 
@@ -68,7 +68,7 @@ def row_sum_bound(r, machine, keys):
         steps = math.ceil(min(interval, keys) / 32) * (3 if machine.accumulators.fp8_by_fp16 else 1)
         tiles = math.ceil(min(interval, keys) / machine.geometry.b_k)
         lost += (steps + tiles) * (2.0**-13 if r.accumulator == "fp8_f32" else 2.0**-11)
-    return lost + (PARABOLA if machine.parabolas else 0.0)
+    return lost + (POLYNOMIAL if machine.polynomial_exp2 else 0.0)
 
 
 def masks():
@@ -113,13 +113,13 @@ def ratio(family, name, masking, like):
     return float((off / bound)[seen].max()), float(off[seen].max())
 
 
-QUANTISING = [n for n, r in RECIPES.items() if not r.is_exact and r.quantises_qk]
+QUANTIZING = [n for n, r in RECIPES.items() if not r.is_exact and r.quantizes_qk]
 EXTRA = ["sage2_8b:row_sum=unrounded", "sage2_4b:smooth_q=false", "sage2_8b:smooth_k=false,k_granularity=per_tensor"]
 OUR_FAMILIES = ["equal keys", "large K mean", "GQA"]
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *OUR_FAMILIES])
-@pytest.mark.parametrize("name", [*QUANTISING, *EXTRA])
+@pytest.mark.parametrize("name", [*QUANTIZING, *EXTRA])
 def test_t11_lse_is_within_the_bound(name, family):
     for kind, masking in masks().items():
         for like in ("sm_89", "sm_90a") if kind in ("none", "causal") else ("sm_89",):
@@ -137,7 +137,7 @@ def test_t11_the_bound_says_something():
 
 
 if __name__ == "__main__":
-    for name in QUANTISING:
+    for name in QUANTIZING:
         found = {(f, k): ratio(f, name, m, "sm_89") for f in [*FAMILIES, *OUR_FAMILIES] for k, m in masks().items()}
         off = {k: max(o for (f, kk), (_, o) in found.items() if kk == k and f in FAMILIES) for k in masks()}
         print(f"{name:14}", f"ratio {max(r for r, _ in found.values()):.2f}", {k: round(o, 4) for k, o in off.items()})

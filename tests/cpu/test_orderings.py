@@ -114,15 +114,15 @@ def test_what_the_accumulator_cuts_off_does_not_govern_the_row_sum(name):
 
 
 @pytest.mark.parametrize("family", ["normal", "peaked", "sink", "local"])
-def test_parabolas_cost_no_accuracy(family):
-    """Rounding P to E4M3 errs by 2.6 % on average, a parabola by .22 % in a quarter of the keys: .1 % of the error."""
+def test_polynomials_cost_no_accuracy(family):
+    """Rounding P to E4M3 errs by 2.6 % on average, a polynomial by .22 % in a quarter of the keys: .1 % of all."""
     q, k, v = make(family, heads=2, length=1024, head_dim=64)
     hopper = resolve_machine("sm_90a")
     true = attention(q.double(), k.double(), v.double(), recipe="exact")
     outs = [
-        emulate(q, k, v, recipe("fast_8b"), sm_scale=0.125, machine=replace(hopper, parabolas=some)).out
+        emulate(q, k, v, recipe("fast_8b"), sm_scale=0.125, machine=replace(hopper, polynomial_exp2=some)).out
         for some in (False, True)
     ]
     assert not outs[0].equal(outs[1])
-    without, with_parabolas = (compare(true, out).l1 for out in outs)
-    assert with_parabolas == pytest.approx(without, rel=0.005)  # measured: at most .1 %
+    without, with_polynomial = (compare(true, out).l1 for out in outs)
+    assert with_polynomial == pytest.approx(without, rel=0.005)  # measured: at most .1 %

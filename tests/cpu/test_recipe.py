@@ -199,7 +199,7 @@ def test_the_name_after_a_change_is_a_spec_of_the_same_recipe(r: Recipe) -> None
     assert recipe(changed.name) == changed == r
     assert str(changed) == changed.name
     other: dict[str, float] = {"v_max": 4.0} if r.v_tile_means else {"v_headroom": 3.0}
-    again = changed.replace(**other) if r.quantises_pv else changed
+    again = changed.replace(**other) if r.quantizes_pv else changed
     assert recipe(again.name) == again
     assert recipe(r) is r
 

@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from lowbit_attention import RECIPES, attention, compare, explain, make_sdpa
 from lowbit_attention.evaluation.synthetic import make
 
-QUANTISING = [name for name, r in RECIPES.items() if not r.is_exact]
+QUANTIZING = [name for name, r in RECIPES.items() if not r.is_exact]
 
 
 def inputs(length=200, head_dim=32, family="normal"):
@@ -60,7 +60,7 @@ def test_the_matmul_precision_is_given_back():
 
 
 @pytest.mark.parametrize("bias", [0.0, -3e6, 1e7, -1e8, 1e30])
-@pytest.mark.parametrize("name", QUANTISING)
+@pytest.mark.parametrize("name", QUANTIZING)
 def test_rows_of_p_sum_to_one_beside_any_constant_bias(name, bias):
     q, k, _ = inputs(length=300)
     v = torch.ones_like(k)
@@ -70,7 +70,7 @@ def test_rows_of_p_sum_to_one_beside_any_constant_bias(name, bias):
     assert (out - 1).abs().max() < 2**-4
 
 
-@pytest.mark.parametrize("name", QUANTISING)
+@pytest.mark.parametrize("name", QUANTIZING)
 def test_rows_of_p_sum_to_one_at_huge_logits(name):
     q, k, _ = inputs(length=300)
     out = attention(4096 * q, 4096 * k, torch.ones_like(k), recipe=name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -136,6 +137,13 @@ def test_no_circles() -> None:
 
 def test_every_room_is_there() -> None:
     assert {room(module) for module in files()} == set(LEVEL)
+
+
+def test_the_page_of_the_architecture_has_these_rooms() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/architecture.md").read_text(encoding="utf-8")
+    table = page.split("| room | what is in it |")[1].split("\n\n")[0]
+    rows = [re.findall(r"`([\w.]+)`", line.split("|")[1]) for line in table.splitlines() if line.startswith("| `")]
+    assert [tuple("" if name == NAME else name for name in row) for row in rows] == list(ROOMS)
 
 
 @pytest.mark.parametrize(

@@ -69,10 +69,10 @@ def test_shapes(q_shape: tuple[int, ...], k_shape: tuple[int, ...], v_shape: tup
     q, k, v = normal(q_shape, k_shape, v_shape)
     want = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
     torch.testing.assert_close(sdpa(q, k, v, is_causal=is_causal), want, **F32)
-    quantised = sdpa_8b(q, k, v, is_causal=is_causal)
-    assert quantised.shape == want.shape
+    quantized = sdpa_8b(q, k, v, is_causal=is_causal)
+    assert quantized.shape == want.shape
     if want.numel() and want.any():
-        assert compare(want, quantised).l1 < L1_8B
+        assert compare(want, quantized).l1 < L1_8B
 
 
 @pytest.mark.parametrize("scale", [None, 0.3, 1])
@@ -157,7 +157,7 @@ def test_dropout_is_torchs_own() -> None:
     assert not torch.allclose(want, sdpa(q, k, v), **F32)
 
 
-def test_quantised_recipes_have_no_dropout() -> None:
+def test_quantized_recipes_have_no_dropout() -> None:
     q, k, v = normal((1, 2, 20, 16), (1, 2, 30, 16), (1, 2, 30, 16))
     with pytest.raises(UnsupportedError, match=r"dropout_p=0\.25"):
         sdpa_8b(q, k, v, dropout_p=0.25)

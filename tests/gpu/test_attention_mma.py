@@ -189,7 +189,7 @@ def test_a_mean_of_q_that_dwarfs_the_rest(name, flat, factor):
 
 @pytest.mark.parametrize("name", ["sage2_8b:smooth_q=true", "sage2_4b", "sage2pp_4b", "rotated_4b"])
 @pytest.mark.parametrize("rows", ["one", "equal"])
-def test_rows_that_are_their_tiles_mean_lose_nothing_to_quantisation(name, rows):
+def test_rows_that_are_their_tiles_mean_lose_nothing_to_quantization(name, rows):
     """A single query, or 128 equal ones: Q − q̄ is zero, ΔS all there is, and Q·K exact but for float32.
 
     A group of zeros has no unit of a score (δ = 1 stands for none), so none may be what ΔS is rounded to.

@@ -13,7 +13,7 @@ from lowbit_attention.reference.quantize import pack
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-QUANTISING = [name for name, r in RECIPES.items() if not r.is_exact]
+QUANTIZING = [name for name, r in RECIPES.items() if not r.is_exact]
 
 
 @pytest.mark.parametrize(("rounding", "dtype"), [(round_e4m3, torch.float8_e4m3fn), (round_e5m2, torch.float8_e5m2)])
@@ -25,7 +25,7 @@ def test_formats_are_the_device_casts(rounding, dtype):
 
 
 @pytest.mark.parametrize("family", ["normal", "qkv_bias", "sink"])
-@pytest.mark.parametrize("name", QUANTISING)
+@pytest.mark.parametrize("name", QUANTIZING)
 def test_packing_is_bitwise_the_cpus(name, family):
     recipe, geometry = RECIPES[name], MACHINES["sm_90a"].geometry
     tensors = make(family, heads=2, length=333, head_dim=64)
@@ -39,7 +39,7 @@ def test_packing_is_bitwise_the_cpus(name, family):
 
 
 @pytest.mark.parametrize("machine", ["sm_89", "sm_90a"])
-@pytest.mark.parametrize("name", QUANTISING)
+@pytest.mark.parametrize("name", QUANTIZING)
 def test_output_is_the_cpus_to_rounding(name, machine):
     q, k, v = make("normal", heads=2, length=777, head_dim=64)
     exact = attention(q.double(), k.double(), v.double(), recipe="exact", is_causal=True)

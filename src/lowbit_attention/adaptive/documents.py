@@ -48,7 +48,8 @@ def number_of(value: Any, what: str, least: float = -math.inf) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     # (compared, not converted: an integer may be beyond any float)
     if not is_number or not abs(value) <= _LARGEST or value < least:
-        raise ValueError(f"{what} is {shown(value)}, not a finite number" + (f" from {least:g}" * (least > -math.inf)))
+        bound = f" from {least:g}" if least > -math.inf else ""
+        raise ValueError(f"{what} is {shown(value)}, not a finite number{bound}")
     return float(value)
 
 

@@ -120,7 +120,7 @@ def _facts(choice: Choice) -> list[dict[str, str]]:
 
 
 def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" + "s" * (count != 1)
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _times(slow: float, fast: float) -> str:

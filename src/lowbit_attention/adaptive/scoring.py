@@ -44,7 +44,9 @@ class Sample:
             if value is None and name != "tokens":
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidArgumentError(f"{name}={value!r}: a positive number" + ", or None" * (name != "tokens"))
+                raise InvalidArgumentError(
+                    f"{name}={value!r}: a positive number{'' if name == 'tokens' else ', or None'}"
+                )
 
 
 @dataclass(frozen=True)

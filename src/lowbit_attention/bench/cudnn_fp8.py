@@ -52,12 +52,12 @@ class CudnnFp8(Provider):
         if q.device not in self._handles:
             self._handles[q.device] = cudnn.create_handle()
         handle = self._handles[q.device]
-        quantised, scales = quantise(q, k, v)
+        quantized, scales = quantize(q, k, v)
         problems: list[str] = []
         # Older versions insist on the largest softmax value as an output, newer ones prefer to do without.
         for with_amax_s in (False, True):
             try:
-                graph, tensors, out = build(cudnn, handle, shape, quantised, scales, with_amax_s)
+                graph, tensors, out = build(cudnn, handle, shape, quantized, scales, with_amax_s)
                 workspace = torch.empty(max(1, graph.get_workspace_size()), dtype=torch.uint8, device=q.device)
                 call = _caller(cudnn, handle, graph, tensors, workspace, out)
                 call()
@@ -71,22 +71,22 @@ class CudnnFp8(Provider):
         raise Unsupported("cuDNN: " + " | ".join(dict.fromkeys(problems)))
 
 
-def quantise(q: Tensor, k: Tensor, v: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def quantize(q: Tensor, k: Tensor, v: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Q, K and V in E4M3, one scale a tensor, and every scale the graph asks for (float32, ``[1, 1, 1, 1]``)."""
-    quantised: dict[str, Tensor] = {}
+    quantized: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
     for name, t in (("q", q), ("k", k), ("v", v)):
         scale = t.abs().amax().float() / E4M3_MAX
-        quantised[name] = (t.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        quantized[name] = (t.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
         scales[f"descale_{name}"] = scale
     largest = torch.full_like(scales["descale_v"], E4M3_MAX)
     scales["scale_s"], scales["descale_s"] = largest, 1 / largest  # the softmax is at most 1
     scales["scale_o"] = 1 / scales["descale_v"]  # an average of V is no larger than V
-    return quantised, {name: scales[name].reshape(1, 1, 1, 1).contiguous() for name in _SCALES}
+    return quantized, {name: scales[name].reshape(1, 1, 1, 1).contiguous() for name in _SCALES}
 
 
 def build(
-    cudnn: Any, handle: Any, shape: Shape, quantised: dict[str, Tensor], scales: dict[str, Tensor], with_amax_s: bool
+    cudnn: Any, handle: Any, shape: Shape, quantized: dict[str, Tensor], scales: dict[str, Tensor], with_amax_s: bool
 ) -> tuple[Any, dict[Any, Tensor], Tensor]:
     """The finished graph, the tensors that fill its places (outputs included), and which of them is the output."""
     e4m3, f32 = cudnn.data_type.FP8_E4M3, cudnn.data_type.FLOAT
@@ -95,13 +95,13 @@ def build(
     def place(name: str, t: Tensor, dtype: Any) -> Any:
         return graph.tensor(name=name, dim=list(t.shape), stride=list(t.stride()), data_type=dtype)
 
-    places = {name: place(name, t, e4m3) for name, t in quantised.items()}
+    places = {name: place(name, t, e4m3) for name, t in quantized.items()}
     places |= {name: place(name, t, f32) for name, t in scales.items()}
     # `is_inference` and `use_causal_mask` are the names that every version since FP8 attention came has.
     out, _, amax_s, amax_o = graph.sdpa_fp8(
         **places, is_inference=True, attn_scale=shape.head_dim**-0.5, use_causal_mask=shape.is_causal, name="attention"
     )
-    result, one = torch.empty_like(quantised["q"]), scales["scale_o"]
+    result, one = torch.empty_like(quantized["q"]), scales["scale_o"]
     outputs = [(out, result, e4m3), (amax_o, torch.zeros_like(one), f32)]
     outputs += [(amax_s, torch.zeros_like(one), f32)] if with_amax_s else []
     for where, t, dtype in outputs:
@@ -111,7 +111,7 @@ def build(
     graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
     graph.check_support()
     graph.build_plans()
-    tensors = {places[name]: t for name, t in (quantised | scales).items()} | {where: t for where, t, _ in outputs}
+    tensors = {places[name]: t for name, t in (quantized | scales).items()} | {where: t for where, t, _ in outputs}
     return graph, tensors, result
 
 

@@ -73,7 +73,7 @@ def bars(path: Path, rows: Sequence[Row]) -> None:
         look = {"color": colour} if part == "whole" else {"facecolor": "white", "edgecolor": colour, "hatch": "////"}
         axes.bar(at, [value for _, value in points], width, label=label(f"{provider} {part}"), **look)
     axes.set_xticks(
-        range(len(shapes)), shapes, rotation=30 if len(shapes) > 6 else 0, ha="right" * (len(shapes) > 6) or "center"
+        range(len(shapes)), shapes, rotation=30 if len(shapes) > 6 else 0, ha="right" if len(shapes) > 6 else "center"
     )
     axes.set_ylabel("TOPS")
     axes.set_title(label(f"attention on {rows[0].gpu}") if rows else "attention")

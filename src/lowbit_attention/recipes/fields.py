@@ -71,16 +71,16 @@ class RecipeFields:
     row_sum: RowSum = "unrounded"
 
     @property
-    def quantises_qk(self) -> bool:
+    def quantizes_qk(self) -> bool:
         """Whether Q·K is quantised."""
         return self.qk_bits is not None
 
     @property
-    def quantises_pv(self) -> bool:
+    def quantizes_pv(self) -> bool:
         """Whether P·V is quantised."""
         return self.pv_format != "fp32"
 
     @property
     def is_exact(self) -> bool:
         """Whether nothing is quantised."""
-        return not (self.quantises_qk or self.quantises_pv)
+        return not (self.quantizes_qk or self.quantizes_pv)

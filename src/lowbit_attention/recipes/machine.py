@@ -94,8 +94,8 @@ class Machine:
     """Whose numbers an emulation gives: a geometry, an accumulator model and how faithfully it is followed.
 
     ``row_sum_columns``: how many columns of ones beside V share the keys among them where the MMA adds up P (see
-    `row_sum_column`). ``parabolas``: with head dimensions up to 64 and FP16 sums over several key tiles, P of some keys
-    (`parabola_keys`) is a polynomial's instead of 2^x rounded once (`power_by_parabola`).
+    `row_sum_column`). ``polynomial_exp2``: with head dimensions up to 64 and FP16 sums over several key tiles, P of
+    some keys (`polynomial_keys`) is a polynomial's (reference/softmax.py) instead of 2^x rounded once.
     """
 
     name: str
@@ -103,7 +103,7 @@ class Machine:
     accumulators: AccumulatorModel = ADA_FP22
     fidelity: Fidelity = "step"
     row_sum_columns: Literal[1, 8] = 1
-    parabolas: bool = False
+    polynomial_exp2: bool = False
 
     def __post_init__(self) -> None:
         if self.row_sum_columns not in (1, 8):
@@ -125,8 +125,8 @@ def row_sum_column(keys: Tensor, columns: int) -> Tensor:
     return keys % 32 // 16 * 4 + keys % 8 // 2 if columns == 8 else torch.zeros_like(keys)
 
 
-def parabola_keys(keys: Tensor) -> Tensor:
-    """Which keys' exponentials a machine with ``parabolas`` approximates, bool like ``keys`` (numbers in a tile).
+def polynomial_keys(keys: Tensor) -> Tensor:
+    """Which keys' exponentials a machine with ``polynomial_exp2`` approximates, bool like ``keys`` (numbers in a tile).
 
     The unit for exponentials is what Hopper waits for at head dimension 64; the FMA units take a quarter off it.
     """
@@ -142,7 +142,7 @@ MACHINES: dict[str, Machine] = {
         Machine("sm_80", _ADA_TILES, SM90_MMA),  # no FP8 here: where a recipe wants it, FP16 MMAs do it as on sm_90
         Machine("sm_86", _ADA_TILES, SM90_MMA),
         Machine("sm_89", _ADA_TILES, ADA_FP22),
-        Machine("sm_90a", _HOPPER_TILES, SM90_WGMMA, row_sum_columns=8, parabolas=True),
+        Machine("sm_90a", _HOPPER_TILES, SM90_WGMMA, row_sum_columns=8, polynomial_exp2=True),
         Machine("sm_120a", _ADA_TILES, SM90_MMA),  # not probed; its FP32 sums are true FP32, as these are
     )
 }

@@ -1,4 +1,4 @@
-"""The named recipes, each in one place. Adding a recipe is adding one entry (CONTRIBUTING.md says what else to run)."""
+"""The named recipes, each in one place. Adding a recipe is adding one entry (docs/architecture.md says what else)."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ _ENTRIES = (
         v_tile_means=True,
         # 1024 keys · 14 · 4.5 = 64512 ≤ 65504. (28, 2.25) has the same product and errs more on sinks, whose small V
         # falls among E4M3's subnormals. Over 512 keys (28, 4.5) errors are the same to 1 %, and the kernel 2 to 7 %
-        # slower; 2048 keys (7, 4.5) cost outlier tokens 3 % and sinks 1 % of L1 (docs/kernels/hopper.md).
+        # slower; 2048 keys (7, 4.5) cost outlier tokens 3 % and sinks 1 % of L1 (docs/notebook/hopper, 0005).
         p_max=14.0,
         v_max=4.5,
         # A sink's tile has an interval of its own and eight times more of P's range (1024 / 128 keys): L1 on sinks at

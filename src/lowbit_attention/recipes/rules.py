@@ -99,7 +99,7 @@ def type_reasons(r: RecipeFields) -> list[str]:
 
 def _qk_reasons(r: RecipeFields) -> list[str]:
     reasons = []
-    if not r.quantises_qk:
+    if not r.quantizes_qk:
         idle = [name for name in ("smooth_q", "smooth_k") if getattr(r, name)]
         idle += ["rotation"] if r.rotation != "none" else []
         idle += ["smoothquant_alpha"] if r.smoothquant_alpha is not None else []
@@ -111,7 +111,7 @@ def _qk_reasons(r: RecipeFields) -> list[str]:
 
 def _pv_reasons(r: RecipeFields) -> list[str]:
     reasons = []
-    if not r.quantises_pv:
+    if not r.quantizes_pv:
         idle = [name for name in ("smooth_v", "v_scale_power_of_two") if getattr(r, name)]
         idle += [name for name in ("v_headroom", "p_max", "v_max") if getattr(r, name) != 1]
         idle += ["v_granularity"] if r.v_granularity != PerChannel() else []
@@ -209,9 +209,9 @@ def range_reasons(r: RecipeFields, keys: int | None) -> list[str]:
     """Whether a sum over ``keys`` keys stays in the accumulator's range, on the values *after* rounding."""
     if keys is None:
         return []
-    by_parabola = _most_of_one(r)
+    polynomial = _most_of_one(r)
     p, v = (
-        largest_rounded(r.p_max * by_parabola, r.pv_format),
+        largest_rounded(r.p_max * polynomial, r.pv_format),
         largest_rounded(r.v_max, "int8" if r.pv_format == "u8" else r.pv_format),
     )
     total = keys * p * v

@@ -165,7 +165,7 @@ def _pack_values(
     scale, factor = _scale_and_factor(channel_max, recipe.v_max / recipe.v_headroom)
     if recipe.v_sample != AllTokens():
         factor = torch.where(channel_max < TINY, 1.0, factor)  # a channel of zeros in the sample only: δ = 1
-    if recipe.v_scale_power_of_two or not recipe.quantises_pv:  # (unrounded, a power of two only keeps sums in range)
+    if recipe.v_scale_power_of_two or not recipe.quantizes_pv:  # (unrounded, a power of two only keeps sums in range)
         scale = _next_power_of_two(scale)
         factor = torch.where(factor == 0, 0.0, torch.ones_like(scale) / scale)
     expanded = factor.repeat_interleave(tile, dim=2)[:, :, : v.shape[2]]

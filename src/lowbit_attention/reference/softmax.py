@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from ..recipes.definition import Recipe
-from ..recipes.machine import Machine, parabola_keys
+from ..recipes.machine import Machine, polynomial_keys
 from ..recipes.options import RestartedMax, TileMax
 from .accumulate import E4M3_MIN_EXPONENT, FP16_MIN_EXPONENT, accumulate, round_to_accumulator
 from .arithmetic import product
 from .quantize import SIGNIFICANT_BITS, round_probabilities
 
 
-def by_parabola(recipe: Recipe, machine: Machine, head_dim: int) -> bool:
-    """Whether a machine approximates some exponentials of this recipe (``Machine.parabolas``)."""
+def uses_polynomial(recipe: Recipe, machine: Machine, head_dim: int) -> bool:
+    """Whether a machine approximates some exponentials of this recipe (``Machine.polynomial_exp2``)."""
     keys = recipe.promotion_keys(machine.geometry) or 0
     sums = recipe.accumulator == "fp8_f16" and keys > machine.geometry.b_k and recipe.row_sum == "accumulator"
-    return machine.parabolas and sums and head_dim <= 64 and recipe.qk_bits == 8 and not recipe.smooth_q
+    return machine.polynomial_exp2 and sums and head_dim <= 64 and recipe.qk_bits == 8 and not recipe.smooth_q
 
 
 def row_sum_columns(recipe: Recipe, machine: Machine) -> int:
@@ -88,7 +88,7 @@ class OnlineSoftmax:
         """Fix what is subtracted from the tile ``x`` ``[S, rows, keys]``; ``fresh``: the partial sum is empty.
 
         Args:
-            scores: where some keys' exponentials are approximated (`by_parabola`), the integer scores s and factors
+            scores: where some keys' exponentials are approximated (`uses_polynomial`), the integer scores s and factors
                 f of ``x = s · f``, shaped like ``x``.
 
         Returns:
@@ -117,9 +117,9 @@ class OnlineSoftmax:
         log2_p_max = math.log2(self.recipe.p_max)
         p = _exp2(x - m + log2_p_max)
         if scores is not None:
-            keys = parabola_keys(torch.arange(x.shape[-1], dtype=torch.int64, device=x.device))
+            keys = polynomial_keys(torch.arange(x.shape[-1], dtype=torch.int64, device=x.device))
             s, factor = (of[..., keys] for of in scores)
-            p[..., keys] = power_by_parabola(_exponent(x[..., keys], s, factor, log2_p_max - m))
+            p[..., keys] = polynomial_exp2(_exponent(x[..., keys], s, factor, log2_p_max - m))
         return p
 
     def _max_with_jumps(self, kind: RestartedMax, bits: int, rows: slice, tile_max: Tensor) -> Tensor:
@@ -232,12 +232,12 @@ _POWER_BIAS = 15
 _LARGEST_FAST_FACTOR = 1 / 16
 _SMALLEST_FACTOR = 2.0**-90
 """The kernel raises smaller ones to it, whose inverse it could not take."""
-PARABOLA = (7968.0, -0.233154296875, 0.94140625)
+POLYNOMIAL = (7968.0, -0.233154296875, 0.94140625)
 """``2^f / (1 + f) ≈ (a · f · 2⁻¹⁴ + b)² + c``, FP16 numbers: the least error on average that has no bias."""
 
 
 def _exponent(x: Tensor, s: Tensor, factor: Tensor, base: Tensor) -> Tensor:
-    """``x + base`` as `power_by_parabola` wants it, rounded as the kernel does: by one FMA of the scores ``s`` where
+    """``x + base`` as `polynomial_exp2` wants it, rounded as the kernel does: by one FMA of the scores ``s`` where
     their ``factor`` is small enough for what that loses (up to two of their units, never more than x + base and 2⁻¹¹).
     """
     s, factor = s * factor.sign(), factor.abs()  # (a negative sm_scale is in the kernel's Q)
@@ -260,7 +260,7 @@ def _difference_rounded_down(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(above, torch.nextafter(nearest, nearest.new_tensor(-math.inf)), nearest)
 
 
-def power_by_parabola(y: Tensor) -> Tensor:
+def polynomial_exp2(y: Tensor) -> Tensor:
     """``2^x`` as the FMA units approximate it in FP16, to 0.6 %, unbiased on average; 0 below ``x = −15``.
 
     (The kernel raises x to −14 instead, which E4M3 rounds to 0 as well.)
@@ -272,13 +272,13 @@ def power_by_parabola(y: Tensor) -> Tensor:
         y: float32 ``x + 15 + 1.5 · 2¹³``, for x < 16.
 
     >>> x = torch.tensor([-20.0, -1.0, 0.5, 3.0])
-    >>> power_by_parabola(x + 15 + 1.5 * 2**13)
+    >>> polynomial_exp2(x + 15 + 1.5 * 2**13)
     tensor([0.0000, 0.4978, 1.4121, 7.9648])
     """
     number = y.clamp(min=_POWER_MAGIC).sub(_POWER_MAGIC).mul(1024)
     bits = torch.where(number.isnan(), 0.0, number).to(torch.int16)
     value, fraction = bits.view(torch.float16), (bits & 0x3FF).view(torch.float16)
-    scale, shift, rest = PARABOLA
+    scale, shift, rest = POLYNOMIAL
     f = (fraction.double() * scale + shift).half().double()
     power = (value.double() * (f * f + rest).half().double()).half().float()
     return torch.where(number.isnan(), number, power)

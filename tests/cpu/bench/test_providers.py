@@ -11,7 +11,7 @@ from bench_cases import TINY, inputs
 from lowbit_attention.backends.cuda.mma import MMA_KERNEL
 from lowbit_attention.bench import base, providers
 from lowbit_attention.bench.base import Unsupported
-from lowbit_attention.bench.cudnn_fp8 import CudnnFp8, build, quantise
+from lowbit_attention.bench.cudnn_fp8 import CudnnFp8, build, quantize
 from lowbit_attention.bench.peers import ComfyKitchen, FlashAttention3, SageAttention, Xformers
 from lowbit_attention.bench.providers import NAMES, Ours, TorchSdpa, default_names, resolve_providers
 from lowbit_attention.bench.shapes import parse_shape
@@ -267,10 +267,10 @@ def test_cudnn_fp8_builds_its_graph(monkeypatch, needs_amax_s):
 
 def test_fp8_scales_give_the_values_back():
     q, k, v = inputs(TINY)
-    quantised, scales = quantise(q, k, v)
+    quantized, scales = quantize(q, k, v)
     for name, t in (("q", q), ("k", k), ("v", v)):
-        back = quantised[name].float() * scales[f"descale_{name}"]
+        back = quantized[name].float() * scales[f"descale_{name}"]
         torch.testing.assert_close(back, t.float(), rtol=2**-4, atol=1e-3)
-        assert quantised[name].float().abs().max() == 448
+        assert quantized[name].float().abs().max() == 448
     assert scales["scale_s"] * scales["descale_s"] == 1
     assert build.__doc__

@@ -67,7 +67,7 @@ def test_a_row_of_the_real_kernel():
 
 
 def test_the_limits_are_those_that_were_set_as_goals_or_said_otherwise():
-    """75 % of the official kernels' instructions, at head dimension 128 on Ada; docs/kernels/mma.md names the miss."""
+    """75 % of the official kernels' instructions, at head dimension 128 on Ada; docs/results/mma.md has the table."""
     limits = json.loads((ROOT / "tools" / "instruction_limits.json").read_text())
     goals = {"sage2_8b": 501, "sage2pp_8b": 611, "sage2pp_4b": 672}
     for name, goal in goals.items():

@@ -10,7 +10,7 @@ import torch
 
 from lowbit_attention import RECIPES
 from lowbit_attention.backends.cuda.instances import CSRC, HEAD_DIMS, WgmmaConfig, wgmma_config
-from lowbit_attention.recipes.machine import MACHINES, parabola_keys
+from lowbit_attention.recipes.machine import MACHINES, polynomial_keys
 from lowbit_attention.recipes.options import RestartedMax, RunningMax
 from lowbit_attention.reference import softmax
 
@@ -28,7 +28,7 @@ def test_constants_are_the_references():
     halves = [int(constant(name), 16) for name in ("kScale", "kShift", "kRest")]
     assert all(word >> 16 == word & 0xFFFF for word in halves)  # the same for both numbers of a pair
     low = torch.tensor([word & 0xFFFF for word in halves], dtype=torch.uint16).view(torch.float16)
-    assert tuple(low.tolist()) == softmax.PARABOLA
+    assert tuple(low.tolist()) == softmax.POLYNOMIAL
     assert float(constant("kPowerMagic").rstrip("f")) == softmax._POWER_MAGIC
     assert constant("kPowerBias") == f"kPowerMagic + {softmax._POWER_BIAS}.0f"
     assert float(constant("kMagic").rstrip("f")) == softmax._MAGIC
@@ -43,7 +43,7 @@ def test_keys_are_the_references():
     assert "return group / 2 % 4 == 3;" in SOURCE
     by_kernel = {8 * (i // 4) + 2 * q + i % 2 for i in range(64) for q in range(4) if i // 8 % 4 == 3}
     keys = torch.arange(128)
-    assert by_kernel == set(keys[parabola_keys(keys)].tolist())
+    assert by_kernel == set(keys[polynomial_keys(keys)].tolist())
 
 
 def test_raised_scores_keep_away_from_what_the_bits_cannot_say():
@@ -70,7 +70,7 @@ def test_raised_scores_keep_away_from_what_the_bits_cannot_say():
     y = (f64(with_magic) * factor + offset).astype(f32)
     assert y.min() >= 12288
     assert y.max() < 12288 + 31
-    p = softmax.power_by_parabola(torch.from_numpy(y)).numpy()
+    p = softmax.polynomial_exp2(torch.from_numpy(y)).numpy()
     true = 14 * np.exp2(s * f64(factor) - m)
     units = 2 * f64(factor) * math.log(2)  # what the FMA may lose (BASE_ERROR of tests/gpu)
     seen = true > 2.0**-9
@@ -110,7 +110,7 @@ def test_recipes_are_the_references(name, head_dim):
     """Four warpgroups approximate, unless they need the exponentials' FP32 sum."""
     config = wgmma_config(EXAMPLES[name], head_dim, torch.bfloat16)
     kernel = config.consumers == 4 and config.sum_in_mma
-    assert softmax.by_parabola(EXAMPLES[name], MACHINE, head_dim) == kernel
+    assert softmax.uses_polynomial(EXAMPLES[name], MACHINE, head_dim) == kernel
     assert kernel == (name in ("fast_8b", "256 keys") and head_dim == 64)
 
 
@@ -120,4 +120,4 @@ def test_four_warpgroups_without_row_sums_in_the_mma():
     plain = FAST.replace(v_tile_means=False, promote_first_tile=False, softmax_max=RestartedMax(20.0, 4.0))
     r = plain.replace(keys_per_promotion=256, row_sum="unrounded", softmax_max=RunningMax())
     assert wgmma_config(r, 64, torch.bfloat16) == config
-    assert not softmax.by_parabola(r, MACHINE, 64)
+    assert not softmax.uses_polynomial(r, MACHINE, 64)

@@ -38,7 +38,7 @@ from lowbit_attention.recipes.named import RECIPES
 from lowbit_attention.recipes.options import RestartedMax, RunningMax, TileMax
 from lowbit_attention.reference.attention import Result, emulate
 from lowbit_attention.reference.exact import exact
-from lowbit_attention.reference.softmax import by_parabola, power_by_parabola
+from lowbit_attention.reference.softmax import polynomial_exp2, uses_polynomial
 
 f16, f32, f64 = np.float16, np.float32, np.float64
 U = 2.0**-24
@@ -59,7 +59,7 @@ def power(old: f32, new: f32) -> f32:
     return f32(0) if old == -INF else f32(np.exp2(f64(f32(old - new))))
 
 
-def parabola(s: f32, factor: f32, base: f32) -> f32:
+def polynomial(s: f32, factor: f32, base: f32) -> f32:
     """2^(s · factor + base) as the kernel approximates it: FP16 arithmetic on the bits of a fixed-point exponent."""
     if factor <= 1 / 16:
         exact = f64(f32(f32(base) + f32(15 + 12288))) - 12582912 * f64(factor)
@@ -193,7 +193,7 @@ def attend(
             for k in range(keys.start, keys.stop) if units is not None else ():
                 if k // 16 % 4 == 3 and x[k] > -INF:
                     base = f32(f32(math.log2(r.p_max)) - m)
-                    p[k - keys.start] = parabola(np.rint(x[k] / units[k]), units[k], base)
+                    p[k - keys.start] = polynomial(np.rint(x[k] / units[k]), units[k], base)
             p_hat = round_p(p, r.pv_format)
             sums[0] = add(sums[0], p_hat, v[keys], kind, model)
             if in_mma:
@@ -300,7 +300,7 @@ def compare(
             x, error, units = logits(packed, b, h, i, machine, offset)
             v_seen = v[: len(x)]
             if parts == 1:
-                approximated = units if by_parabola(r, machine, HEAD_DIM) else None
+                approximated = units if uses_polynomial(r, machine, HEAD_DIM) else None
                 means = None if packed.v_tile_means is None else packed.v_tile_means[b, h // heads].numpy()
                 jumps = None
                 if r.jump_bits(machine.geometry) is not None:
@@ -400,29 +400,29 @@ def test_promotions(tiles: int, first: bool, family: str, maximum: Any, options:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("maximum", MAXIMA, ids=str)
 @pytest.mark.parametrize("family", ["normal", "sink", "rising", "far"])
-def test_exponentials_by_parabola(family: str, maximum: Any, causal: bool) -> None:
+def test_exponentials_by_polynomial(family: str, maximum: Any, causal: bool) -> None:
     """``far``: logits of thousands, whose factors are too large for the FMA that takes the magic number away."""
     options = F16_28 | {"smooth_q": False, "keys_per_promotion": 256, "row_sum": "accumulator"}
     r = Recipe(**options, softmax_max=maximum)
-    assert by_parabola(r, HOPPER, HEAD_DIM)
+    assert uses_polynomial(r, HOPPER, HEAD_DIM)
     check(r, HOPPER, family, causal=causal)
 
     q, k, v = inputs("normal", 90, 490, (2, 1))
-    exact = dataclasses.replace(HOPPER, parabolas=False)
+    exact = dataclasses.replace(HOPPER, polynomial_exp2=False)
     result = emulate(q, k, v, r, sm_scale=SM_SCALE, masking=Masking(None), machine=exact)
     with pytest.raises(AssertionError):  # the oracle sees it if they are not
         compare(q, result, r, HOPPER, None, 9)
 
 
-def test_parabola_approximates_powers() -> None:
+def test_polynomial_approximates_powers() -> None:
     x = torch.arange(-14 * 1024, 4 * 1024) / 1024
-    power = power_by_parabola(x + 15 + 12288)
+    power = polynomial_exp2(x + 15 + 12288)
     error = (power / x.exp2() - 1).numpy()
     assert np.abs(error).max() <= 0.006
     assert abs(error.mean()) <= 1e-4  # so that P of these keys is not larger or smaller than the others'
-    np.testing.assert_array_equal(power, [parabola(f32(s), f32(2.0**-10), f32(0)) for s in (x * 1024).numpy()])
+    np.testing.assert_array_equal(power, [polynomial(f32(s), f32(2.0**-10), f32(0)) for s in (x * 1024).numpy()])
     ends = torch.tensor([-15.0, -100.0, -3e38, -math.inf, math.nan])
-    np.testing.assert_array_equal(power_by_parabola(ends + 15 + 12288), [0, 0, 0, 0, math.nan])
+    np.testing.assert_array_equal(polynomial_exp2(ends + 15 + 12288), [0, 0, 0, 0, math.nan])
 
 
 @machines
@@ -527,7 +527,7 @@ def test_means_by_tile_are_put_back(family: str, keys: int, first: bool, parts: 
     n_k = 370 if machine.geometry.b_k == 64 else 490
     q, k, v = inputs(family, 90, n_k, (2, 1))
     v = v + torch.linspace(-4, 4, n_k)[:, None] * torch.linspace(-1, 1, CHANNELS)
-    exact = dataclasses.replace(machine, accumulators=EXACT_SUMS, parabolas=False)
+    exact = dataclasses.replace(machine, accumulators=EXACT_SUMS, polynomial_exp2=False)
     result = emulate(q, k, v, r, sm_scale=SM_SCALE, machine=exact, key_splits=parts)
     means = result.packed.v_tile_means
     assert means is not None

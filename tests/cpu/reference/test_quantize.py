@@ -257,7 +257,7 @@ def test_a_channel_of_zeros_in_the_sample_saturates_and_does_not_vanish() -> Non
     assert packed.v[0, 0, :5, 0].tolist() == [0.5, -1.0, 2.25, -2.25, 0.0]
 
 
-def test_what_is_not_quantised_is_not_touched() -> None:
+def test_what_is_not_quantized_is_not_touched() -> None:
     q, k, v = normal(1, 2, 9, 4), normal(1, 1, 7, 4), normal(1, 1, 7, 3)
     nothing = Recipe(qk_bits=None, smooth_k=False, pv_format="fp32", p_max=1.0, v_max=1.0, accumulator="fp32")
     packed = pack(q, k, v, nothing, TILES, None)

@@ -125,10 +125,10 @@ def logit_bound(packed: Packed, q: Tensor, k: Tensor) -> Tensor:
     q_hat, k_hat = packed.q.double().abs(), packed.k.double().abs()
     dim = q_hat.shape[-1]
     halves = (q_hat + 0.5).sum(-1)[..., None] + k_hat.sum(-1)[..., None, :]
-    quantised = q_scale[..., None] * k_scale[..., None, :] / 2 * halves
+    quantized = q_scale[..., None] * k_scale[..., None, :] / 2 * halves
     longest_q = max(2 * q.norm(dim=-1).max(), ((q_hat + 0.5).norm(dim=-1) * q_scale).max())
     longest_k = max(2 * k.norm(dim=-1).max(), ((k_hat + 0.5).norm(dim=-1) * k_scale).max())
-    return SCALE * (quantised + U * (2 * dim + 32) * math.sqrt(dim) * longest_q * longest_k)
+    return SCALE * (quantized + U * (2 * dim + 32) * math.sqrt(dim) * longest_q * longest_k)
 
 
 SMOOTH = {
