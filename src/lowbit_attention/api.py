@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from . import ops
 from .backends.dispatch import Choice, Explanation, check_possible, explain_request, run_request
 from .call import checks
+from .call.memo import Memo
 from .call.request import Request, make_request, wants_grad
 from .errors import InvalidArgumentError
 from .recipes.definition import Recipe
@@ -164,9 +165,7 @@ def run_attention(
             q, k, v, recipe, is_causal, causal_alignment, attn_mask, sm_scale, layout, return_lse, like
         )
         if key is not None:
-            if len(_calls) >= _MOST_CALLS:
-                _calls.clear()
-            _calls[key] = scale, request
+            _calls.put(key, (scale, request))
     (out, lse), choice = run_request(q, k, v, mask, scale, request)
     if layout == "NHD":
         out = out.transpose(1, 2)
@@ -174,8 +173,7 @@ def run_attention(
     return (out, _promised(lse, choice)) if return_lse else out
 
 
-_MOST_CALLS = 4096
-_calls: dict[tuple[object, ...], tuple[float, Request]] = {}
+_calls: Memo[tuple[float, Request]] = Memo()
 """The scale and the request of calls that passed every check, by all that those look at: most calls are repeated."""
 
 

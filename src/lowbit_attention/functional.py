@@ -14,6 +14,7 @@ from . import ops
 from .api import Training, for_scale, goes_through_the_op, resolve_like
 from .backends.dispatch import Choice, check_possible, run_request
 from .call import checks
+from .call.memo import Memo
 from .call.request import Request, make_request, wants_grad
 from .errors import InvalidArgumentError
 from .recipes.definition import Recipe
@@ -100,14 +101,11 @@ def make_call(
         layout="NHD" if by_token else "HND", return_lse=return_lse,
     )  # fmt: skip
     if memo is not None and all(a.shape == b.shape for a, b in ((q, query), (k, key), (v, value))):
-        if len(_calls) >= _MOST_CALLS:
-            _calls.clear()
-        _calls[memo] = request, sm_scale
+        _calls.put(memo, (request, sm_scale))
     return Call(q, k, v, mask, sm_scale, request, lead)
 
 
-_MOST_CALLS = 4096
-_calls: dict[tuple[object, ...], tuple[Request, float]] = {}
+_calls: Memo[tuple[Request, float]] = Memo()
 """The request and scale of calls that passed every check, by all that those look at (as `api` has it)."""
 
 

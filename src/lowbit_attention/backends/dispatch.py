@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..call.memo import IdentityMemo
 from ..call.request import Request, device_name
 from ..errors import UnsupportedError
 from ..output.console import fitting
@@ -136,9 +137,9 @@ def choose(request: Request) -> Choice:
     if request.needs_grad and torch.compiler.is_compiling():
         check_possible(request)
         return Choice(_TORCH, request.recipe or EXACT)
-    known = _known.get(id(request))
-    if known is not None and known[0] is request and _same(known[1]):
-        return known[2]
+    known = _known.get(request)
+    if known is not None and _same(known[0]):
+        return known[1]
     choice, verdicts = _decide(request)
     if choice is None:
         raise UnsupportedError(
@@ -146,9 +147,7 @@ def choose(request: Request) -> Choice:
             _by_implementation(verdicts),
         )
     if all(i.decides_by_request for i in IMPLEMENTATIONS):
-        if len(_known) >= _MOST_KNOWN:
-            _known.clear()
-        _known[id(request)] = request, tuple(IMPLEMENTATIONS), choice
+        _known.put((tuple(IMPLEMENTATIONS), choice), request)
     return choice
 
 
@@ -170,9 +169,8 @@ def check_possible(request: Request) -> None:
 
 
 _TORCH, _EXACT, _EMULATION = TorchSDPA(), TiledExact(), Emulation()
-_MOST_KNOWN = 4096
-_known: dict[int, tuple[Request, tuple[Implementation, ...], Choice]] = {}
-"""Choices by the identity of the request, which `api` keeps for calls that are alike."""
+_known: IdentityMemo[tuple[tuple[Implementation, ...], Choice]] = IdentityMemo()
+"""Choices, and among which implementations, by the identity of the request: calls that are alike have one."""
 
 
 def _same(implementations: tuple[Implementation, ...]) -> bool:

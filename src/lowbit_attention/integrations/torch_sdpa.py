@@ -15,7 +15,8 @@ from ..api import Training, resolve_like
 from ..backends.base import call_torch, torch_sdpa
 from ..backends.dispatch import attempt, check_possible, choose, explain_request
 from ..call import checks
-from ..call.request import wants_grad
+from ..call.memo import IdentityMemo
+from ..call.request import Request, wants_grad
 from ..errors import InvalidArgumentError, LowbitError, UnsupportedError
 from ..functional import as_autocast, find_recipe_or_auto, make_call, recipe_text
 from ..ops import operator, parse_recipe
@@ -175,18 +176,16 @@ def in_short(error: LowbitError) -> str:
     return str(error)
 
 
-def why_not_faster(request: Any) -> str:
-    found = _auto_reasons.get(id(request))
-    if found is None or found[0] is not request:
-        kernels = [v for v in explain_request(request).verdicts if v.implementation not in ("torch_sdpa", "emulation")]
-        reasons = kernels[0].reasons if kernels else ("there is no kernel",)
-        if len(_auto_reasons) > 4096:
-            _auto_reasons.clear()
-        found = _auto_reasons[id(request)] = request, "recipe auto: " + "; ".join(reasons)
-    return found[1]
+def why_not_faster(request: Request) -> str:
+    """Why "auto" gave a call to torch's own function."""
+    if (known := _auto_reasons.get(request)) is not None:
+        return known
+    kernels = [v for v in explain_request(request).verdicts if v.implementation not in ("torch_sdpa", "emulation")]
+    reasons = kernels[0].reasons if kernels else ("there is no kernel",)
+    return _auto_reasons.put("recipe auto: " + "; ".join(reasons), request)
 
 
-_auto_reasons: dict[int, tuple[Any, str]] = {}
+_auto_reasons: IdentityMemo[str] = IdentityMemo()
 
 
 class sdpa_enabled(intercepted):
