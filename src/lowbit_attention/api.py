@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from typing_extensions import Unpack
 
 from . import ops
-from .backends.dispatch import Choice, Explanation, check_possible, explain_request, run_request
+from .backends.dispatch import Chosen, Explanation, check_possible, explain_request, run_request
 from .call import checks
 from .call.memo import Memo
 from .call.request import Request, make_request, wants_grad
@@ -311,7 +311,7 @@ def attention_varlen(
     return (packed, torch.cat(lses, dim=1)) if return_lse else packed
 
 
-def _promised(lse: Tensor | None, choice: Choice) -> Tensor:
+def _promised(lse: Tensor | None, choice: Chosen) -> Tensor:
     if lse is None:
         raise RuntimeError(f"{choice.implementation.name} accepted return_lse and gave none: a defect of ours")
     return lse

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import ops
 from .api import Training, for_scale, goes_through_the_op, resolve_like
-from .backends.dispatch import Choice, check_possible, run_request
+from .backends.dispatch import Chosen, check_possible, run_request
 from .call import checks
 from .call.memo import Memo
 from .call.request import Request, make_request, wants_grad
@@ -37,11 +37,11 @@ class Call:
     request: Request
     lead: list[int]
 
-    def run(self, choice: Choice) -> Tensor:
+    def run(self, choice: Chosen) -> Tensor:
         """The output, ``[*lead, L, Ev]``, contiguous in the layout of the request."""
         return self.run_with_lse(choice)[0]
 
-    def run_with_lse(self, choice: Choice) -> tuple[Tensor, Tensor | None]:
+    def run_with_lse(self, choice: Chosen) -> tuple[Tensor, Tensor | None]:
         """The same with lse, ``[B, Hq, L]``, if the request asks for it."""
         out, lse = choice.run(self.q, self.k, self.v, self.mask, self.sm_scale, self.request)
         return self.finish(out), lse
