@@ -13,13 +13,12 @@ from typing_extensions import Unpack
 from . import ops
 from .backends.dispatch import Chosen, Explanation, check_possible, explain_request, run_request
 from .call import checks
+from .call.checks import for_scale
 from .call.memo import Memo
 from .call.request import Request, make_request, wants_grad
 from .errors import InvalidArgumentError
 from .recipes.definition import Recipe
-from .recipes.formats import FP32_MAX
 from .recipes.machine import Machine, resolve_machine
-from .recipes.named import EXACT
 from .recipes.named import recipe as find_recipe
 
 Layout = Literal["HND", "NHD"]
@@ -368,26 +367,6 @@ def _attention_request(
         is_causal=is_causal, bottom_right=causal_alignment != "top_left", return_lse=return_lse, layout=layout,
     )  # fmt: skip
     return q, k, v, mask, scale, request
-
-
-def for_scale(name: str, scale: float, recipe: Recipe | None) -> Recipe | None:
-    """The recipe of a call with this scale; beyond float32's range "auto" is exact.
-
-    Raises:
-        InvalidArgumentError: such a scale with a quantising recipe.
-    """
-    if abs(scale) <= _LARGEST_SCALE or (recipe is not None and recipe.is_exact):
-        return recipe
-    if recipe is not None:
-        raise InvalidArgumentError(
-            f"{name}={scale!r} is beyond {_LARGEST_SCALE:.2g}, and quantised attention computes in float32; "
-            "recipe='exact' takes it"
-        )
-    return EXACT
-
-
-_LARGEST_SCALE = FP32_MAX / 2
-"""Times log2(e), as kernels take it, it is a float32 number."""
 
 
 ops.implement(run_attention)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import is_
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,15 +58,15 @@ class Chosen:
 Answer = TypeVar("Answer")
 
 
-def attempt(choice: Chosen, request: Request, run: Callable[[], Answer]) -> Answer | str:
+def attempt(choice: Chosen, request: Request, run: Callable[..., Answer], *arguments: Any) -> Answer | str:
     """What ``run`` gives; or, where the choice is a kernel that failed now or before, why, in one line."""
     if not choice.implementation.is_kernel:
-        return run()
+        return run(*arguments)
     name = choice.implementation.name
     if (failed := failures.known(name, choice.recipe, request, count=True)) is not None:
         return failed
     try:
-        return run()
+        return run(*arguments)
     except Exception as error:
         if not failures.can_go_round(error):
             raise
@@ -86,7 +86,7 @@ def run_request(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sm_scale: 
     choice = choose(request)
     if request.recipe is not None or not choice.implementation.is_kernel:
         return choice.run(q, k, v, mask, sm_scale, request), choice
-    answer = attempt(choice, request, lambda: choice.run(q, k, v, mask, sm_scale, request))
+    answer = attempt(choice, request, choice.run, q, k, v, mask, sm_scale, request)
     if not isinstance(answer, str):
         return answer, choice
     if (again := choose(request)) != choice:
