@@ -11,15 +11,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from typing_extensions import Unpack
 
 from . import ops
-from .backends.dispatch import Choice, Explanation, check_possible, explain_request, run_request
+from .backends.dispatch import Chosen, Explanation, check_possible, explain_request, run_request
 from .call import checks
+from .call.checks import for_scale
 from .call.mask_types import Mask, as_tensor, tensors_of
+from .call.memo import Memo
 from .call.request import Request, make_request, wants_grad
 from .errors import InvalidArgumentError, UnsupportedError
 from .recipes.definition import Recipe
-from .recipes.formats import FP32_MAX
 from .recipes.machine import Machine, resolve_machine
-from .recipes.named import EXACT
 from .recipes.named import recipe as find_recipe
 
 Layout = Literal["HND", "NHD"]
@@ -176,9 +176,7 @@ def run_attention(
             q, k, v, recipe, is_causal, causal_alignment, attn_mask, sm_scale, layout, return_lse, like
         )
         if key is not None:
-            if len(_calls) >= _MOST_CALLS:
-                _calls.clear()
-            _calls[key] = scale, request
+            _calls.put(key, (scale, request))
     (out, lse), choice = run_request(q, k, v, mask, scale, request)
     if layout == "NHD":
         out = out.transpose(1, 2)
@@ -186,8 +184,7 @@ def run_attention(
     return (out, _promised(lse, choice)) if return_lse else out
 
 
-_MOST_CALLS = 4096
-_calls: dict[tuple[object, ...], tuple[float, Request]] = {}
+_calls: Memo[tuple[float, Request]] = Memo()
 """The scale and the request of calls that passed every check, by all that those look at: most calls are repeated."""
 
 
@@ -345,7 +342,7 @@ def attention_varlen(
     return (packed, torch.cat(lses, dim=1)) if return_lse else packed
 
 
-def _promised(lse: Tensor | None, choice: Choice) -> Tensor:
+def _promised(lse: Tensor | None, choice: Chosen) -> Tensor:
     if lse is None:
         raise RuntimeError(f"{choice.implementation.name} accepted return_lse and gave none: a defect of ours")
     return lse
@@ -402,26 +399,6 @@ def _attention_request(
         is_causal=is_causal, bottom_right=causal_alignment != "top_left", return_lse=return_lse, layout=layout,
     )  # fmt: skip
     return q, k, v, mask, scale, request
-
-
-def for_scale(name: str, scale: float, recipe: Recipe | None) -> Recipe | None:
-    """The recipe of a call with this scale; beyond float32's range "auto" is exact.
-
-    Raises:
-        InvalidArgumentError: such a scale with a quantising recipe.
-    """
-    if abs(scale) <= _LARGEST_SCALE or (recipe is not None and recipe.is_exact):
-        return recipe
-    if recipe is not None:
-        raise InvalidArgumentError(
-            f"{name}={scale!r} is beyond {_LARGEST_SCALE:.2g}, and quantised attention computes in float32; "
-            "recipe='exact' takes it"
-        )
-    return EXACT
-
-
-_LARGEST_SCALE = FP32_MAX / 2
-"""Times log2(e), as kernels take it, it is a float32 number."""
 
 
 ops.implement(run_attention)

@@ -15,6 +15,7 @@ from torch import Tensor
 from .call.checks import TRANSFORMED
 from .call.mask_types import Mask, from_text, tensors_of, to_text
 from .call.request import has_tangent
+from .call.torch_call import OPERANDS, as_query_lies, of_operands
 from .errors import InvalidArgumentError, UnsupportedError
 from .recipes.definition import Recipe
 from .recipes.machine import MACHINES, Machine
@@ -67,6 +68,28 @@ def operator(
             return packet(*arguments)
 
     LIBRARY.impl(name, autograd, "Autograd")
+
+
+def sdpa_operator(name: str, more: str, run: Callable[..., Tensor]) -> None:
+    """Define an operator that stands for one call of torch's ``scaled_dot_product_attention`` without dropout.
+
+    Args:
+        more: what it takes behind the call's arguments (`OPERANDS`), as a schema has it.
+        run: called as ``run(call, *more)`` with a `TorchCall`.
+    """
+
+    def implementation(*operands: Any) -> Tensor:
+        call, options = of_operands(*operands)
+        return as_query_lies(run(call, *options), call.query)
+
+    def fake(*operands: Any) -> Tensor:
+        return of_operands(*operands)[0].empty_answer()
+
+    def tangents_to_torch(*operands: Any) -> Tensor | None:
+        call, _ = of_operands(*operands)
+        return call.run(torch._C._nn.scaled_dot_product_attention) if call.has_tangent() else None
+
+    operator(f"{name}({OPERANDS}, {more}) -> Tensor", implementation, fake, tangents_to_torch)
 
 
 def _vmap(info: object, in_dims: object, *arguments: object) -> NoReturn:

@@ -13,7 +13,7 @@ from ..errors import InvalidArgumentError
 from ..reference.rotation import rotate
 from ..reference.smoothing import tile_mean, token_mean
 from .documents import count_of, list_of, number_of
-from .scoring import Call, spread
+from .scoring import ScoredCall, spread
 
 BINS = 192
 _MOST_CHANNELS = 1 << 16
@@ -118,7 +118,7 @@ def new_distribution() -> Distribution:
     return {tensor: {stage: Summary() for stage in stages} for tensor, stages in STAGES.items()}
 
 
-def add_call(distribution: Distribution, call: Call, tile: int, tokens: int, turn: int) -> None:
+def add_call(distribution: Distribution, call: ScoredCall, tile: int, tokens: int, turn: int) -> None:
     """Count some tokens of the sampled heads of a call (``[1, S, N, D]``); means are over all of them."""
     q, k, v = (t.float() for t in (call.q, call.k, call.v))
     if 0 in q.shape or 0 in k.shape:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..backends.base import call_torch
 from ..bench.shapes import Shape
+from ..call.torch_call import TorchCall
 from ..errors import InvalidArgumentError, UnsupportedError
 from ..integrations.intercept import intercepted
 from ..output.console import console, visible
@@ -23,7 +24,7 @@ from .clock import CallKey, Clock, driven
 from .distributions import add_call, new_distribution
 from .fingerprint import Fingerprint
 from .records import Observations, Record, Score
-from .scoring import Call, Sample, query_tile, score, take
+from .scoring import Sample, ScoredCall, query_tile, score, take
 
 DEFAULT_CANDIDATES = ("sage2_8b", "sage2pp_8b", "sage2_4b", "rotated_4b")
 _MOST_CALLS = 200_000
@@ -62,18 +63,18 @@ class Observer:
         out = call_torch(original, *args, **kwargs)
         middle = _now(args)
         try:
-            call = Call.of(*args, **kwargs)
+            given = TorchCall.of(*args, **kwargs)
+            call = ScoredCall.of(given)
         except InvalidArgumentError:  # (nested, traced, transformed: what no recipe could run is not scored)
             return out
         if call.q.is_meta:
             return out
-        dropout = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
-        self._score(key, call, dropout)
+        self._score(key, call, given.dropout_p)
         self.observations.attention_seconds += middle - begin
         self.observations.scoring_seconds += _now(args) - middle
         return out
 
-    def _score(self, key: CallKey, call: Call, dropout: float) -> None:
+    def _score(self, key: CallKey, call: ScoredCall, dropout: float) -> None:
         if 0 in call.q.shape or 0 in call.k.shape or 0 in call.v.shape:
             return
         seen = self.observations
@@ -192,13 +193,13 @@ def _now(args: tuple[Any, ...]) -> float:
     return time.perf_counter()
 
 
-def _shape(call: Call) -> Shape:
+def _shape(call: ScoredCall) -> Shape:
     batch, heads, rows, dim = call.q.shape
     found = Shape("call", batch, heads, call.k.shape[1], rows, call.k.shape[2], dim, call.is_causal)
     return replace(found, name=found.label)
 
 
-def _mask_kind(call: Call) -> str:
+def _mask_kind(call: ScoredCall) -> str:
     if call.mask is None:
         return "none"
     return "bool" if call.mask.dtype == torch.bool else "float"

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..api import attention
+from ..call.checked import check_call
 from ..call.masks import Masking, valid_keys
+from ..call.torch_call import TorchCall
 from ..errors import InvalidArgumentError
 from ..evaluation.metrics import Metrics, compare
-from ..functional import make_call
 from ..recipes.definition import Recipe
 from ..recipes.machine import DEFAULT_MACHINE, Machine
 from ..reference.exact import exact
@@ -50,7 +50,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Call:
+class ScoredCall:
     """The arguments of one ``scaled_dot_product_attention`` as ``[B, H, N, D]`` views."""
 
     q: Tensor
@@ -61,37 +61,22 @@ class Call:
     sm_scale: float
 
     @classmethod
-    def of(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        *,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-        **unknown: Any,
-    ) -> Call:
+    def of(cls, call: TorchCall) -> ScoredCall:
         """From the arguments as they were given.
 
         Raises:
-            InvalidArgumentError: arguments that torch would refuse, too, or does not have.
+            InvalidArgumentError: arguments that torch would refuse, too.
         """
-        if unknown:
-            raise InvalidArgumentError(f"unknown arguments of scaled_dot_product_attention: {', '.join(unknown)}")
-        call = make_call(
-            query.detach(), key.detach(), value.detach(), attn_mask, dropout_p, is_causal, scale, enable_gqa, None, None
-        )
-        return cls(call.q, call.k, call.v, call.mask, is_causal, call.sm_scale)
+        query, key, value = call.query.detach(), call.key.detach(), call.value.detach()
+        checked = check_call(call._replace(query=query, key=key, value=value), None, None)
+        return cls(checked.q, checked.k, checked.v, checked.mask, call.is_causal, checked.sm_scale)
 
 
 @dataclass(frozen=True)
 class Sampled:
     """The chosen heads as a batch of one: q ``[1, S, rows, D]``, k and v of S heads, the mask, rows that count."""
 
-    call: Call
+    call: ScoredCall
     counted: Tensor | None
     """bool ``[1, S, rows]``; ``None`` for all. Left out are queries that are padding."""
 
@@ -123,7 +108,7 @@ def slices(count: int | None, batch: int, heads: int, turn: int) -> list[tuple[i
     return sorted(found)
 
 
-def take(call: Call, sample: Sample, tile: int, turn: int) -> Sampled:
+def take(call: ScoredCall, sample: Sample, tile: int, turn: int) -> Sampled:
     """The part of a call that is scored: whole query tiles of ``tile`` rows, every key."""
     batch, heads, rows = call.q.shape[:3]
     device = call.q.device
@@ -159,7 +144,7 @@ def take(call: Call, sample: Sample, tile: int, turn: int) -> Sampled:
                 else mask.masked_fill(~seen, hidden)
             )
             is_causal = False
-    chosen = Call(call.q[b[:, None], h[:, None], row][None], k, v, mask, is_causal, call.sm_scale)
+    chosen = ScoredCall(call.q[b[:, None], h[:, None], row][None], k, v, mask, is_causal, call.sm_scale)
     return Sampled(chosen, counted)
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import is_
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..call.memo import IdentityMemo
 from ..call.request import Request, device_name
 from ..errors import UnsupportedError
 from ..output.console import fitting
@@ -40,7 +41,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Chosen:
     """What runs a request."""
 
     implementation: Implementation
@@ -57,15 +58,15 @@ class Choice:
 Answer = TypeVar("Answer")
 
 
-def attempt(choice: Choice, request: Request, run: Callable[[], Answer]) -> Answer | str:
+def attempt(choice: Chosen, request: Request, run: Callable[..., Answer], *arguments: Any) -> Answer | str:
     """What ``run`` gives; or, where the choice is a kernel that failed now or before, why, in one line."""
     if not choice.implementation.is_kernel:
-        return run()
+        return run(*arguments)
     name = choice.implementation.name
     if (failed := failures.known(name, choice.recipe, request, count=True)) is not None:
         return failed
     try:
-        return run()
+        return run(*arguments)
     except Exception as error:
         if not failures.can_go_round(error):
             raise
@@ -85,7 +86,7 @@ def run_request(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sm_scale: 
     choice = choose(request)
     if request.recipe is not None or not choice.implementation.is_kernel:
         return choice.run(q, k, v, mask, sm_scale, request), choice
-    answer = attempt(choice, request, lambda: choice.run(q, k, v, mask, sm_scale, request))
+    answer = attempt(choice, request, choice.run, q, k, v, mask, sm_scale, request)
     if not isinstance(answer, str):
         return answer, choice
     if (again := choose(request)) != choice:
@@ -94,16 +95,16 @@ def run_request(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sm_scale: 
     return exact.run(q, k, v, mask, sm_scale, request), exact
 
 
-def _without_kernels(request: Request, failed: Choice, why: str) -> Choice:
+def _without_kernels(request: Request, failed: Chosen, why: str) -> Chosen:
     for implementation in IMPLEMENTATIONS:
         if not implementation.is_kernel and not implementation.not_supported_reasons(request, EXACT):
-            return Choice(implementation, EXACT)
+            return Chosen(implementation, EXACT)
     raise UnsupportedError(
         f"{failed.implementation.name} failed ({why}), and nothing else can run the call ({request})"
     )
 
 
-Ran = tuple[Output, Choice]
+Ran = tuple[Output, Chosen]
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Explanation:
         return fitting("\n".join(lines))
 
 
-def choose(request: Request) -> Choice:
+def choose(request: Request) -> Chosen:
     """The implementation and recipe for ``request``.
 
     Raises:
@@ -135,10 +136,10 @@ def choose(request: Request) -> Choice:
     """
     if request.needs_grad and torch.compiler.is_compiling():
         check_possible(request)
-        return Choice(_TORCH, request.recipe or EXACT)
-    known = _known.get(id(request))
-    if known is not None and known[0] is request and _same(known[1]):
-        return known[2]
+        return Chosen(_TORCH, request.recipe or EXACT)
+    known = _known.get(request)
+    if known is not None and _same(known[0]):
+        return known[1]
     choice, verdicts = _decide(request)
     if choice is None:
         raise UnsupportedError(
@@ -146,9 +147,7 @@ def choose(request: Request) -> Choice:
             _by_implementation(verdicts),
         )
     if all(i.decides_by_request for i in IMPLEMENTATIONS):
-        if len(_known) >= _MOST_KNOWN:
-            _known.clear()
-        _known[id(request)] = request, tuple(IMPLEMENTATIONS), choice
+        _known.put((tuple(IMPLEMENTATIONS), choice), request)
     return choice
 
 
@@ -170,9 +169,8 @@ def check_possible(request: Request) -> None:
 
 
 _TORCH, _EXACT, _EMULATION = TorchSDPA(), TiledExact(), Emulation()
-_MOST_KNOWN = 4096
-_known: dict[int, tuple[Request, tuple[Implementation, ...], Choice]] = {}
-"""Choices by the identity of the request, which `api` keeps for calls that are alike."""
+_known: IdentityMemo[tuple[tuple[Implementation, ...], Chosen]] = IdentityMemo()
+"""Choices, and among which implementations, by the identity of the request: calls that are alike have one."""
 
 
 def _same(implementations: tuple[Implementation, ...]) -> bool:
@@ -201,9 +199,9 @@ def explain_request(request: Request) -> Explanation:
     )
 
 
-def _decide(request: Request) -> tuple[Choice | None, list[Verdict]]:
+def _decide(request: Request) -> tuple[Chosen | None, list[Verdict]]:
     """The choice, if any, and a verdict on every implementation."""
-    found: Choice | None = None
+    found: Chosen | None = None
     verdicts: list[Verdict] = []
     if request.recipe is None:
         found, verdicts = _fastest_kernel(request)
@@ -214,14 +212,14 @@ def _decide(request: Request) -> tuple[Choice | None, list[Verdict]]:
         reasons = implementation.not_supported_reasons(request, recipe)
         chosen = found is None and not reasons
         if chosen:
-            found, reasons = Choice(implementation, recipe), (implementation.remark(request),)
+            found, reasons = Chosen(implementation, recipe), (implementation.remark(request),)
         elif not reasons and found is not None:
             reasons = (f"{found.implementation.name} comes first",)
         verdicts.append(Verdict(implementation.name, recipe.name, chosen, reasons))
     return found, verdicts
 
 
-def _fastest_kernel(request: Request) -> tuple[Choice | None, list[Verdict]]:
+def _fastest_kernel(request: Request) -> tuple[Chosen | None, list[Verdict]]:
     """The kernel and recipe ``auto`` picks, if any, and what speaks for and against each."""
     candidates: list[tuple[float, Implementation, Recipe, str]] = []
     against: list[Verdict] = []
@@ -266,4 +264,4 @@ def _fastest_kernel(request: Request) -> tuple[Choice | None, list[Verdict]]:
         Verdict(c[1].name, c[2].name, c is best, (c[3],) if c is best else (c[3], "another is faster"))
         for c in candidates
     ]
-    return Choice(best[1], best[2]), verdicts + against
+    return Chosen(best[1], best[2]), verdicts + against

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..output.console import visible
 from ..output.plots import figure, label, save
-from .results import Row
+from .results import Measurement
 
 
 def microseconds(value: float) -> str:
@@ -25,14 +25,16 @@ def tops_text(value: float) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:.3g}"
 
 
-def _grouped(rows: Sequence[Row]) -> tuple[list[str], list[tuple[str, str]], dict[tuple[str, str, str], Row]]:
+def _grouped(
+    rows: Sequence[Measurement],
+) -> tuple[list[str], list[tuple[str, str]], dict[tuple[str, str, str], Measurement]]:
     """Shapes and (provider, part) pairs in the order they first occur, and the last row of each combination."""
     shapes = list(dict.fromkeys(r.shape for r in rows))
     series = list(dict.fromkeys((r.provider, r.part) for r in rows))
     return shapes, series, {(r.shape, r.provider, r.part): r for r in rows}
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Measurement]) -> str:
     """Shapes down, providers across; a cell is ``µs (TOPS, times cuDNN's speed)``."""
     if not rows:
         return "Nothing was measured.\n"
@@ -53,14 +55,14 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(row: Row | None) -> str:
+def _cell(row: Measurement | None) -> str:
     if row is None:
         return "-"
     ratio = "" if row.ratio_to_cudnn is None else f", {row.ratio_to_cudnn:.2f}×"
     return f"{microseconds(row.median_us)} ({tops_text(row.tops)}{ratio})"
 
 
-def bars(path: Path, rows: Sequence[Row]) -> None:
+def bars(path: Path, rows: Sequence[Measurement]) -> None:
     """TOPS of every provider at every shape: whole calls filled, kernels alone hatched in the same colour."""
     shapes, series, found = _grouped(rows)
     providers = list(dict.fromkeys(provider for provider, _ in series))

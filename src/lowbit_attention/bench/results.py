@@ -35,7 +35,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """One measurement. Times are microseconds on the device; ``host_us`` is the host's for queueing a whole call."""
 
     time: str
@@ -73,7 +73,7 @@ class Row:
         return f"{self.provider} {self.part}"
 
 
-COLUMNS = tuple(f.name for f in fields(Row))
+COLUMNS = tuple(f.name for f in fields(Measurement))
 
 
 def tops(shape: Shape, microseconds: float) -> float:
@@ -81,7 +81,7 @@ def tops(shape: Shape, microseconds: float) -> float:
     return shape.flops / microseconds / 1e6 if microseconds > 0 else 0.0
 
 
-def with_ratios(rows: Sequence[Row]) -> list[Row]:
+def with_ratios(rows: Sequence[Measurement]) -> list[Measurement]:
     """The rows of one shape in one run, with how much faster each is than cuDNN's whole 16-bit call, if that ran."""
     reference = [r.median_us for r in rows if r.provider == CUDNN and r.part == "whole"]
     if not reference:
@@ -147,7 +147,7 @@ def _check_columns(path: Path) -> None:
     )
 
 
-def append_csv(path: Path, rows: Sequence[Row]) -> None:
+def append_csv(path: Path, rows: Sequence[Measurement]) -> None:
     """Add rows to a file, which is made if it is not there; of several processes each adds whole rows.
 
     Raises:
@@ -163,7 +163,7 @@ def append_csv(path: Path, rows: Sequence[Row]) -> None:
         file.write(text.getvalue().encode("utf-8", "backslashreplace"))
 
 
-def read_csv(path: Path) -> list[Row]:
+def read_csv(path: Path) -> list[Measurement]:
     """The rows of a file that `append_csv` wrote.
 
     Raises:
@@ -172,12 +172,12 @@ def read_csv(path: Path) -> list[Row]:
     if not path.is_file():
         raise InvalidArgumentError(f"no file {path}")
     _check_columns(path)
-    kinds = get_type_hints(Row)
+    kinds = get_type_hints(Measurement)
     rows = []
     with path.open(newline="", encoding="utf-8") as file:
         for number, line in enumerate(csv.DictReader(file), start=2):
             try:
-                rows.append(Row(**{name: _value(kinds[name], line[name]) for name in COLUMNS}))
+                rows.append(Measurement(**{name: _value(kinds[name], line[name]) for name in COLUMNS}))
             except (TypeError, ValueError, OverflowError) as error:
                 raise InvalidArgumentError(f"{path}, line {number}: {error}") from None
     return rows

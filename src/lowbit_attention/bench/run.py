@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .base import Call, Part, Provider, first_line
-from .results import Facts, Row, collect_facts, tops, with_ratios
+from .results import Facts, Measurement, collect_facts, tops, with_ratios
 from .sensors import Reading, Sensors, median_reading, open_sensors
 from .shapes import Shape
 from .timing import Limits, Timer, interleave, make_timer, percentile, tensors
@@ -45,11 +45,11 @@ class Note:
 
 
 @dataclass(frozen=True)
-class Result:
+class ShapeResult:
     """What came of one shape."""
 
     shape: Shape
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Measurement] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     reading: Reading = Reading()
 
@@ -87,7 +87,7 @@ def run(
     providers: Sequence[Provider],
     settings: Settings,
     say: Callable[[Shape, str], None] = lambda shape, what: None,
-) -> Iterator[Result]:
+) -> Iterator[ShapeResult]:
     """Measure shape after shape; ``say`` hears what is being done.
 
     A provider that cannot do a shape, runs out of memory or raises is left out of that shape, with a note.
@@ -106,7 +106,7 @@ def run(
     for shape in shapes:
         if settings.max_seconds is not None and time.perf_counter() - begun > settings.max_seconds:
             reason = f"not begun: {settings.max_seconds:g} seconds were over"
-            yield Result(shape, notes=[Note("all", shape.name, reason)])
+            yield ShapeResult(shape, notes=[Note("all", shape.name, reason)])
             continue
         with _on(device), torch.no_grad():
             result = _measure_shape(shape, providers, bench)
@@ -137,7 +137,7 @@ def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, seed: in
     return q, normal(shape.kv_heads, shape.kv_len), normal(shape.kv_heads, shape.kv_len)
 
 
-def _measure_shape(shape: Shape, providers: Sequence[Provider], bench: _Bench) -> Result:
+def _measure_shape(shape: Shape, providers: Sequence[Provider], bench: _Bench) -> ShapeResult:
     settings, timer = bench.settings, bench.timer
     notes: list[Note] = []
     found: dict[Key, _Candidate] = {}
@@ -162,7 +162,7 @@ def _measure_shape(shape: Shape, providers: Sequence[Provider], bench: _Bench) -
         "all", "inputs",
         lambda: inputs.extend(make_inputs(shape, settings.device, DTYPES[settings.dtype], settings.seed)),
     ):  # fmt: skip
-        return Result(shape, notes=notes)
+        return ShapeResult(shape, notes=notes)
     q, k, v = inputs
     for provider in providers:
 
@@ -198,7 +198,7 @@ def _measure_shape(shape: Shape, providers: Sequence[Provider], bench: _Bench) -
     overall = median_reading(everything)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     rows = [_row(shape, bench, key, found[key], some, overall.sm_mhz, now) for key, some in times.items() if some]
-    return Result(shape, with_ratios(rows), notes, overall)
+    return ShapeResult(shape, with_ratios(rows), notes, overall)
 
 
 def _warm_up(one: _Candidate, part: Part, timer: Timer) -> None:
@@ -222,10 +222,10 @@ def _is_finite(out: Tensor) -> bool:
 
 def _row(
     shape: Shape, bench: _Bench, key: Key, one: _Candidate, times: list[float], sm_mhz: float | None, now: str
-) -> Row:
+) -> Measurement:
     middle = percentile(times, 50)
     own = median_reading(one.readings).sm_mhz
-    return Row(
+    return Measurement(
         time=now,
         **asdict(bench.facts),
         provider=key[0],

@@ -13,6 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
 from ..errors import InvalidArgumentError
+from ..recipes.definition import Recipe
+from ..recipes.formats import FP32_MAX
+from ..recipes.named import EXACT
 
 LAYOUTS = ("HND", "NHD")
 CAUSAL_ALIGNMENTS = ("bottom_right", "top_left")
@@ -193,3 +196,23 @@ def check_max_seqlen(name: str, given: int | None, offsets: list[int]) -> int:
     if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < longest):
         fail(f"{name}={given!r} is not an integer of at least {longest}, the longest sequence's length")
     return longest
+
+
+def for_scale(name: str, scale: float, recipe: Recipe | None) -> Recipe | None:
+    """The recipe of a call with this scale; beyond float32's range "auto" is exact.
+
+    Raises:
+        InvalidArgumentError: such a scale with a quantising recipe.
+    """
+    if abs(scale) <= _LARGEST_SCALE or (recipe is not None and recipe.is_exact):
+        return recipe
+    if recipe is not None:
+        raise InvalidArgumentError(
+            f"{name}={scale!r} is beyond {_LARGEST_SCALE:.2g}, and quantised attention computes in float32; "
+            "recipe='exact' takes it"
+        )
+    return EXACT
+
+
+_LARGEST_SCALE = FP32_MAX / 2
+"""Times log2(e), as kernels take it, it is a float32 number."""

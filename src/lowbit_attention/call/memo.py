@@ -51,29 +51,34 @@ class Memo(Generic[Value]):
 class IdentityMemo(Generic[Value]):
     """Answers by which objects are asked about, not by their values: cheaper where a hash would read many fields.
 
-    The objects are held, so that none of another life can have their place in memory.
+    One to three objects. They are held, so that none of another life can have their place in memory.
 
     >>> memo = IdentityMemo[str]()
     >>> request, recipe = object(), object()
-    >>> memo.put("plan", request, recipe), memo.get(request, recipe), memo.get(recipe, request)
-    ('plan', 'plan', None)
+    >>> memo.put("plan", request, recipe), memo.get(request, recipe), memo.get(recipe, request), memo.get(request)
+    ('plan', 'plan', None, None)
     """
+
+    __slots__ = ("__weakref__", "_answers", "_most")
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most
-        self._answers: dict[tuple[int, ...], tuple[tuple[object, ...], Value]] = {}
+        self._answers: dict[object, tuple[tuple[object, ...], Value]] = {}
         _all.add(self)
 
-    def get(self, *objects: object) -> Value | None:
+    # (``*objects`` would be shorter, and takes the host 0.3 to 0.7 µs longer a call)
+
+    def get(self, first: object, second: object = None, third: object = None) -> Value | None:
         """The answer about these very objects, or ``None``."""
-        found = self._answers.get(tuple(map(id, objects)))
+        found = self._answers.get(id(first) if second is None else (id(first), id(second), id(third)))
         return None if found is None else found[1]
 
-    def put(self, value: Value, *objects: object) -> Value:
+    def put(self, value: Value, first: object, second: object = None, third: object = None) -> Value:
         """Remember ``value`` about these objects, and give it back."""
         if len(self._answers) >= self._most:
             self._answers.clear()
-        self._answers[tuple(map(id, objects))] = objects, value
+        key = id(first) if second is None else (id(first), id(second), id(third))
+        self._answers[key] = (first, second, third), value
         return value
 
     def clear(self) -> None:

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from ..bench.pictures import bars, markdown, microseconds, number, tops_text
 from ..bench.providers import DEFAULT_RECIPES, NAMES, default_names, resolve_providers
-from ..bench.results import Row, append_csv, check_csv
-from ..bench.run import DTYPES, Note, Result, Settings, run, split_available
+from ..bench.results import Measurement, append_csv, check_csv
+from ..bench.run import DTYPES, Note, Settings, ShapeResult, run, split_available
 from ..bench.shapes import SETS, Shape, parse_shape, shape_set
 from ..bench.timing import Limits
 from ..errors import InvalidArgumentError
@@ -83,7 +83,7 @@ def command(
     if csv:
         check_csv(csv)
     available, notes = split_available(providers)
-    rows: list[Row] = []
+    rows: list[Measurement] = []
     settings = Settings(where, dtype, Limits(seconds), max_seconds, commit=commit)
     try:
         with progress() as bar:
@@ -139,7 +139,7 @@ def _shapes(which: str | None, texts: list[str] | None, device: torch.device) ->
     return found
 
 
-def _table(result: Result) -> Table:
+def _table(result: ShapeResult) -> Table:
     shape, rows = result.shape, result.rows
     title = shape.name if shape.name == shape.label else f"{shape.name}: {shape.label}"
     columns = ("part", "µs", "p20–p80", "TOPS", "×cuDNN", "host µs", "MiB", "MHz")
@@ -163,7 +163,9 @@ def _table(result: Result) -> Table:
     return table
 
 
-def _report(rows: list[Row], notes: list[Note], json: Path | None, table: Path | None, plot: Path | None) -> None:
+def _report(
+    rows: list[Measurement], notes: list[Note], json: Path | None, table: Path | None, plot: Path | None
+) -> None:
     """What was not measured, and the files but the CSV one."""
     grouped: dict[tuple[str, str], list[str]] = {}
     for note in notes:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..backends.cuda.inspect.kernels import Row, check_runs, inspect
+from ..backends.cuda.inspect.kernels import KernelCost, check_runs, inspect
 from ..backends.cuda.inspect.machine_code import nvdisasm
 from ..backends.cuda.instances import HEAD_DIMS, MMA_ARCHS, mma_recipes
 from ..output.console import plain
@@ -66,7 +66,7 @@ def command(
     )
 
 
-def _inspect_all(jobs: list[tuple[Recipe, int, str]]) -> list[Row]:
+def _inspect_all(jobs: list[tuple[Recipe, int, str]]) -> list[KernelCost]:
     """Their rows, in order; compilers run side by side."""
     rows = []
     pool = ThreadPoolExecutor(max_workers=os.cpu_count())
@@ -81,7 +81,7 @@ def _inspect_all(jobs: list[tuple[Recipe, int, str]]) -> list[Row]:
     return rows
 
 
-def _tables(title: str, rows: list[Row], width: int) -> Iterator[Table]:
+def _tables(title: str, rows: list[KernelCost], width: int) -> Iterator[Table]:
     """As many tables, one below the other, as the columns need in this width; each tells the recipe, arch and d."""
     cells = [_cells(row) for row in rows]
     widths = [max(len(heading), *(len(line[c]) for line in cells)) + 1 for c, heading in enumerate(_HEAD)]
@@ -101,7 +101,7 @@ def _tables(title: str, rows: list[Row], width: int) -> Iterator[Table]:
         yield table
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: KernelCost) -> list[str]:
     def number(x: float | None) -> str:
         return "–" if x is None else f"{x:.0f}"
 
@@ -113,7 +113,7 @@ def _cells(row: Row) -> list[str]:
     ]  # fmt: skip
 
 
-def markdown_table(rows: list[Row]) -> str:
+def markdown_table(rows: list[KernelCost]) -> str:
     """The rows as a Markdown table."""
     lines = ["| " + " | ".join(_HEAD) + " |", "|---|---|" + "---:|" * (len(_HEAD) - 2)]
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]

@@ -13,15 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..api import resolve_like
-from ..backends.dispatch import attempt, choose
-from ..call.request import wants_grad
-from ..errors import LowbitError, UnsupportedError
-from ..functional import find_recipe_or_auto, make_call
+from ..call.torch_call import TorchCall
+from ..errors import UnsupportedError
 from ..recipes.definition import Recipe
 from ..recipes.machine import Machine
-from .call_report import TORCH, CallKind, CallReport
-from .torch_sdpa import DROPOUT, GRADIENTS, in_short, why_not_faster
+from .call_report import CallReport
+from .rerouting import Rerouter
 
 _CUDA_OP = "aten::_scaled_dot_product_flash_attention"
 _CPU_OP = "aten::_scaled_dot_product_flash_attention_for_cpu"
@@ -48,15 +45,14 @@ def register_flash_impl(
         InvalidRecipeError: an unknown recipe.
         UnsupportedError: this torch has no such registry.
     """
-    asked = find_recipe_or_auto(recipe)
-    impl = _Impl(asked, resolve_like(asked, like))
+    impl = _Impl(recipe, like)
     register = getattr(torch.nn.attention, "register_flash_attention_impl", None)
     if register is None or not hasattr(torch.library, "get_kernel"):
         raise UnsupportedError(
             f"torch {torch.__version__} has no torch.nn.attention.register_flash_attention_impl; use sdpa_enabled"
         )
-    register(name or f"lowbit_{asked or 'auto'}", register_fn=impl.activate)
-    return impl.report
+    register(name or f"lowbit_{impl.rerouter.recipe or 'auto'}", register_fn=impl.activate)
+    return impl.rerouter.report
 
 
 def _as_query_lies(out: Tensor, query: Tensor) -> Tensor:
@@ -78,8 +74,10 @@ class _Handle:
 
 
 class _Impl:
-    def __init__(self, recipe: Recipe | None, machine: Machine | None) -> None:
-        self.recipe, self.machine, self.report = recipe, machine, CallReport()
+    """Torch's flash kernels while ours stand in their place. (Their arguments are those of aten's operators.)"""
+
+    def __init__(self, recipe: str | Recipe, like: str | Machine | None) -> None:
+        self.rerouter = Rerouter(recipe, like=like)
         self.kernels: dict[str, Any] = {}
 
     def activate(self) -> _Handle:
@@ -103,16 +101,13 @@ class _Impl:
         *,
         scale: float | None = None,
     ) -> Any:
-        answer = None
-        if return_debug_mask:
-            self.report.add(CallKind(TORCH, "-", "the debug mask is asked for"))
-        else:
-            answer = self.answer(query, key, value, None, dropout_p, is_causal, scale)
+        call = _call(query, key, value, None, dropout_p, is_causal, scale)
+        answer = self.answer(call, "the debug mask is asked for" if return_debug_mask else "")
         if answer is None:
             return self.kernels["CUDA"].call_boxed(
                 keys, query, key, value, dropout_p, is_causal, return_debug_mask, scale=scale
             )
-        out, lse = _as_query_lies(answer[0], query), answer[1]
+        out, lse = answer
         state = torch.zeros(2, dtype=torch.uint64, device=query.device)
         unused = torch.zeros((), dtype=torch.uint64, device=query.device)
         return out, lse, None, None, query.shape[2], key.shape[2], state, unused, query.new_empty(0)
@@ -129,52 +124,36 @@ class _Impl:
         attn_mask: Tensor | None = None,
         scale: float | None = None,
     ) -> Any:
-        answer = self.answer(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        answer = self.answer(_call(query, key, value, attn_mask, dropout_p, is_causal, scale))
         if answer is None:
             return self.kernels["CPU"].call_boxed(
                 keys, query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
             )
-        return _as_query_lies(answer[0], query), answer[1].transpose(1, 2).contiguous().transpose(1, 2)
+        out, lse = answer
+        return out, lse.transpose(1, 2).contiguous().transpose(1, 2)
 
-    def answer(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        dropout_p: float,
-        is_causal: bool,
-        scale: float | None,
-    ) -> tuple[Tensor, Tensor] | None:
-        """Output and lse by the recipe; ``None``, and counted, if torch's kernel is to run."""
-        kind: CallKind
-        if wants_grad(query, key, value, attn_mask):
-            kind = GRADIENTS
-        elif dropout_p:
-            kind = DROPOUT
-        elif is_causal and query.shape[2] != key.shape[2]:
-            kind = CallKind(
-                TORCH, "-", "causal with unequal lengths: torch's flash kernels do not agree on what it means"
-            )
-        else:
-            gqa = query.shape[1] != key.shape[1]
-            try:
-                call = make_call(
-                    query, key, value, attn_mask, 0.0, is_causal, scale, gqa, self.recipe, self.machine, return_lse=True
-                )
-                choice = choose(call.request)
-            except LowbitError as error:
-                kind = CallKind(TORCH, "-", in_short(error))
-            else:
-                if self.recipe is not None or choice.implementation.is_kernel:
-                    ran = attempt(choice, call.request, lambda: call.run_with_lse(choice))
-                    if not isinstance(ran, str):
-                        self.report.add(CallKind(choice.implementation.name, choice.recipe.name))
-                        out, lse = ran
-                        assert lse is not None  # (asked for; dispatch chose what gives it)
-                        return out, lse
-                    kind = CallKind(TORCH, "-", ran)
-                else:
-                    kind = CallKind(TORCH, "-", why_not_faster(call.request))
-        self.report.add(kind)
-        return None
+    def answer(self, call: TorchCall, why_not: str = "") -> tuple[Tensor, Tensor] | None:
+        """Output, in memory as query lies, and lse by the recipe; ``None`` if torch's kernel is to run."""
+        if call.is_causal and call.query.shape[2] != call.key.shape[2]:
+            why_not = "causal with unequal lengths: torch's flash kernels do not agree on what it means"
+        if self.rerouter.declines(call, why_not):
+            return None
+        answer = self.rerouter.answer(call, return_lse=True)
+        if answer is None:
+            return None
+        out, lse = answer
+        assert lse is not None  # (asked for; dispatch chose what gives it)
+        return _as_query_lies(out, call.query), lse
+
+
+def _call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> TorchCall:
+    """What aten's arguments mean: where the heads are fewer, groups of query heads share one."""
+    return TorchCall(query, key, value, mask, dropout_p, is_causal, scale, query.shape[1] != key.shape[1])

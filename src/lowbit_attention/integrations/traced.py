@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ..call.request import has_tangent, wants_grad
-from ..functional import as_autocast, is_by_token, leading
-from ..ops import operator
+from ..call.torch_call import TorchCall
+from ..ops import operator, sdpa_operator
 from .scope import Place, frames, running
 
 _INSIDE = "inside "
@@ -36,7 +35,7 @@ _numbering = threading.Lock()
 
 watching = False
 """Whether a block in force wants to see calls with gradients, too; set by `intercept.reconcile`."""
-_tally: Tensor = torch.zeros((), dtype=torch.int64, device="cpu")
+tally: Tensor = torch.zeros((), dtype=torch.int64, device="cpu")
 """Written by the operator that counts, so that torch.compile does not take it for dead code."""
 
 
@@ -53,7 +52,7 @@ def implement(decide: Decide, whose: Whose) -> None:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _exports() -> bool:
+def exports() -> bool:
     """Whether this is a program for elsewhere. (Asked here: torch 2.11 answers its own tracer wrongly.)"""
     return torch.compiler.is_exporting()
 
@@ -63,73 +62,33 @@ def compiles_around() -> bool:
     return torch._guards.TracingContext.try_get() is not None and not torch.compiler.is_exporting()
 
 
-def call(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+def call(*args: Any, **kwargs: Any) -> Tensor:
     """One call while torch.compile traces (whose graph this becomes)."""
-    if _exports():
-        return _exported(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if wants_grad(query, key, value, attn_mask) or dropout_p:
+    given = TorchCall.of(*args, **kwargs)
+    if exports():
+        return _exported(given)
+    if given.wants_grad() or given.dropout_p:
         if watching:
-            seen: Tensor = _eagerly(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            seen: Tensor = _eagerly(*args, **kwargs)
             return seen
-        reason = "gradients" if wants_grad(query, key, value, attn_mask) else "dropout"
-        torch.ops.lowbit_attention.skipped(_tally, where(), reason)
-        return _torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    query, key, value, attn_mask = as_autocast(query, key, value, attn_mask)
-    out: Tensor = torch.ops.lowbit_attention.sdpa_in_scope(
-        query, key, value, attn_mask, is_causal, scale, enable_gqa, where()
-    )
-    return out
-
-
-def _torch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Tensor:
-    out: Tensor = torch._C._nn.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+        reason = "gradients" if given.wants_grad() else "dropout"
+        torch.ops.lowbit_attention.skipped(tally, where(), reason)
+        return given.run(torch._C._nn.scaled_dot_product_attention)
+    out: Tensor = torch.ops.lowbit_attention.sdpa_in_scope(*given.in_autocast().operands(), where())
     return out
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _eagerly(*args: Any) -> Tensor:
-    *positional, scale, enable_gqa = args
-    return _decide("", *positional, scale=scale, enable_gqa=enable_gqa)
+def _eagerly(*args: Any, **kwargs: Any) -> Tensor:
+    return _decide("", *args, **kwargs)
 
 
-def _exported(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Tensor:
+def _exported(given: TorchCall) -> Tensor:
     """An exported program runs anywhere: the handler writes into it what it can, now."""
     options = _export_options()
-    if options is None or dropout_p or wants_grad(query, key, value, attn_mask):
-        return _torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    query, key, value, attn_mask = as_autocast(query, key, value, attn_mask)
-    out: Tensor = torch.ops.lowbit_attention.rerouted_sdpa(
-        query, key, value, attn_mask, is_causal, scale, enable_gqa, *options
-    )
+    if options is None or given.dropout_p or given.wants_grad():
+        return given.run(torch._C._nn.scaled_dot_product_attention)
+    out: Tensor = torch.ops.lowbit_attention.rerouted_sdpa(*given.in_autocast().operands(), *options)
     return out
 
 
@@ -220,35 +179,8 @@ def with_compiled(modules: Sequence[nn.Module], where: str) -> list[nn.Module]:
 # ---- the operators
 
 
-def as_query_lies(out: Tensor, query: Tensor) -> Tensor:
-    """The output in one of two orders of memory, which `empty_answer` foresees."""
-    return out.transpose(1, 2).contiguous().transpose(1, 2) if is_by_token(query) else out.contiguous()
-
-
-def empty_answer(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> Tensor:
-    """A tensor like the answer, for a fake call."""
-    lead, _ = leading(query, key, value, enable_gqa)
-    if is_by_token(query):
-        return query.new_empty(lead[0], query.shape[2], lead[1], value.shape[-1]).transpose(1, 2)
-    return query.new_empty(*lead, query.shape[-2], value.shape[-1])
-
-
-def _run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    where: str,
-) -> Tensor:
-    out = _decide(where, query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
-    return as_query_lies(out, query)
-
-
-def _fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
-    return empty_answer(query, key, value, options[3])
+def _run(given: TorchCall, where: str) -> Tensor:
+    return given.run(_decide, where)
 
 
 def _skipped(tally: Tensor, where: str, reason: str) -> None:
@@ -257,19 +189,5 @@ def _skipped(tally: Tensor, where: str, reason: str) -> None:
         told(reason)
 
 
-def tangents_to_torch(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *options: Any) -> Any:
-    """The check of a rerouted call: torch's own function is what has a forward-mode derivative."""
-    if not has_tangent(query, key, value, attn_mask):
-        return None
-    is_causal, scale, enable_gqa, *_ = options
-    return _torch(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
-
-
-operator(
-    "sdpa_in_scope(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float? scale, "
-    "bool enable_gqa, str where) -> Tensor",
-    _run,
-    _fake,
-    tangents_to_torch,
-)
+sdpa_operator("sdpa_in_scope", "str where", _run)
 operator("skipped(Tensor(a!) tally, str where, str reason) -> ()", _skipped, lambda *_: None, mutates=True)

@@ -74,7 +74,7 @@ def made_up(layers=6, steps=5, candidates=CANDIDATES, seed=0, name="blocks.{}.at
 
 def add_distribution(seen, name, q, k, v):
     from lowbit_attention.adaptive.distributions import add_call
-    from lowbit_attention.adaptive.scoring import Call
+    from lowbit_attention.adaptive.scoring import ScoredCall
 
     distribution = seen.distributions.setdefault(name, new_distribution())
-    add_call(distribution, Call(q, k, v, None, False, 0.125), 128, 256, 0)
+    add_call(distribution, ScoredCall(q, k, v, None, False, 0.125), 128, 256, 0)

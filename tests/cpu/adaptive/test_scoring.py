@@ -5,7 +5,8 @@ import torch
 
 from lowbit_attention import InvalidArgumentError, attention, compare, recipe
 from lowbit_attention.adaptive import Sample
-from lowbit_attention.adaptive.scoring import Call, score, slices, spread, take
+from lowbit_attention.adaptive.scoring import ScoredCall, score, slices, spread, take
+from lowbit_attention.call.torch_call import TorchCall
 from lowbit_attention.evaluation.synthetic import make
 from lowbit_attention.recipes.machine import MACHINES
 
@@ -16,6 +17,10 @@ EVERYTHING = Sample(heads=None, tiles=None)
 
 def tensors(batch=2, heads=4, length=300, head_dim=32, family="qk_bias"):
     return make(family, batch=batch, heads=heads, length=length, head_dim=head_dim)
+
+
+def call_of(*args, **kwargs):
+    return ScoredCall.of(TorchCall.of(*args, **kwargs))
 
 
 def plain(call_q, k, v, name, mask=None, is_causal=False, scale=None, rows=None):
@@ -29,7 +34,7 @@ def plain(call_q, k, v, name, mask=None, is_causal=False, scale=None, rows=None)
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_of_everything_it_is_the_plain_comparison(is_causal, scale):
     q, k, v = tensors()
-    found = score(take(Call.of(q, k, v, None, 0.0, is_causal, scale=scale), EVERYTHING, 128, 0), RECIPES, ADA)
+    found = score(take(call_of(q, k, v, None, 0.0, is_causal, scale=scale), EVERYTHING, 128, 0), RECIPES, ADA)
     assert list(found) == [r.name for r in RECIPES]
     for name, metrics in found.items():
         wanted = plain(q, k, v, name, is_causal=is_causal, scale=scale)
@@ -41,7 +46,7 @@ def test_of_everything_it_is_the_plain_comparison(is_causal, scale):
 @pytest.mark.parametrize("turn", [0, 1, 2])
 def test_of_a_sample_it_is_the_comparison_of_its_heads_and_rows(is_causal, turn):
     q, k, v = tensors(length=700)
-    sampled = take(Call.of(q, k, v, is_causal=is_causal), Sample(heads=3, tiles=2), 128, turn)
+    sampled = take(call_of(q, k, v, is_causal=is_causal), Sample(heads=3, tiles=2), 128, turn)
     tiles = spread(2, 6, turn)
     rows = torch.cat([torch.arange(700)[t * 128 : (t + 1) * 128] for t in tiles])
     chosen = torch.zeros(2, 4, 700, dtype=torch.bool)
@@ -59,9 +64,9 @@ def test_of_a_sample_it_is_the_comparison_of_its_heads_and_rows(is_causal, turn)
 def test_grouped_heads_share_keys():
     q, k, v = tensors(batch=1, heads=8)
     k, v = k[:, :2], v[:, :2]
-    sampled = take(Call.of(q, k, v, enable_gqa=True), Sample(heads=3, tiles=None), 128, 0)
+    sampled = take(call_of(q, k, v, enable_gqa=True), Sample(heads=3, tiles=None), 128, 0)
     assert torch.equal(sampled.call.k[0], k[0, [s // 4 for s in spread(3, 8, 0)]])
-    found = score(take(Call.of(q, k, v, enable_gqa=True), EVERYTHING, 128, 0), RECIPES, ADA)
+    found = score(take(call_of(q, k, v, enable_gqa=True), EVERYTHING, 128, 0), RECIPES, ADA)
     assert found["sage2_4b"].l1 == pytest.approx(plain(q, k, v, "sage2_4b").l1, rel=1e-9)
 
 
@@ -71,7 +76,7 @@ def test_masks(kind):
     allowed = torch.rand(2, 1, 300, 300, generator=torch.Generator().manual_seed(1)) < 0.7
     mask = allowed if kind == "bool" else torch.where(allowed, 0.1, -torch.inf)
     for is_causal in (False, True):
-        call = Call.of(q, k, v, mask, is_causal=is_causal)
+        call = call_of(q, k, v, mask, is_causal=is_causal)
         found = score(take(call, EVERYTHING, 128, 0), RECIPES[:1], ADA)["sage2_8b"]
         assert found.l1 == pytest.approx(plain(q, k, v, "sage2_8b", mask, is_causal).l1, rel=1e-9)
         rows = torch.cat([torch.arange(300)[t * 128 : (t + 1) * 128] for t in spread(2, 3, 1)])
@@ -88,7 +93,7 @@ def test_padding_counts_neither_as_key_nor_as_query():
     mask = real[:, None, None]
     k = torch.where(mask.mT, k, 1e4)  # junk in the padding
     q = torch.where(mask.mT, q, -50.0)
-    found = score(take(Call.of(q, k, v, mask), EVERYTHING, 128, 0), RECIPES[:1], ADA)["sage2_8b"]
+    found = score(take(call_of(q, k, v, mask), EVERYTHING, 128, 0), RECIPES[:1], ADA)["sage2_8b"]
     wanted = plain(q, k, v, "sage2_8b", mask, rows=real[:, None].expand(2, 2, 200))
     assert found.l1 == pytest.approx(wanted.l1, rel=1e-9)
 
@@ -97,16 +102,16 @@ def test_rows_that_see_nothing_do_not_count():
     q, k, v = tensors(batch=1, heads=1, length=64)
     mask = torch.ones(64, 64, dtype=torch.bool)
     mask[10] = False
-    found = score(take(Call.of(q, k, v, mask), EVERYTHING, 128, 0), RECIPES[:1], ADA)["sage2_8b"]
+    found = score(take(call_of(q, k, v, mask), EVERYTHING, 128, 0), RECIPES[:1], ADA)["sage2_8b"]
     rows = torch.arange(64) != 10
     assert found.l1 == pytest.approx(plain(q, k, v, "sage2_8b", mask, rows=rows).l1, rel=1e-9)
-    nothing = score(take(Call.of(q, k, v, mask & False), EVERYTHING, 128, 0), RECIPES[:1], ADA)["sage2_8b"]
+    nothing = score(take(call_of(q, k, v, mask & False), EVERYTHING, 128, 0), RECIPES[:1], ADA)["sage2_8b"]
     assert nothing.l1 != nothing.l1
 
 
 def test_three_dimensions_and_broadcast():
     q, k, v = (t[0] for t in tensors(batch=1))
-    found = score(take(Call.of(q, k, v), EVERYTHING, 128, 0), RECIPES[:1], ADA)["sage2_8b"]
+    found = score(take(call_of(q, k, v), EVERYTHING, 128, 0), RECIPES[:1], ADA)["sage2_8b"]
     assert found.l1 == pytest.approx(plain(q[None], k[None], v[None], "sage2_8b").l1, rel=1e-6)
 
 
@@ -144,9 +149,3 @@ def test_a_sample_sees_different_heads_and_inputs(batch, heads):
 def test_a_sample_that_is_none(options):
     with pytest.raises(InvalidArgumentError, match="a positive number"):
         Sample(**options)
-
-
-def test_unknown_arguments_are_refused():
-    q, k, v = tensors(batch=1, heads=1, length=8)
-    with pytest.raises(InvalidArgumentError, match="unknown arguments of scaled_dot_product_attention: window"):
-        Call.of(q, k, v, window=3)

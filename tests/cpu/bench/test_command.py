@@ -51,7 +51,7 @@ def test_the_command_with_nothing_to_time(capsys):
 
 def test_what_was_measured_is_kept_when_the_run_breaks(monkeypatch, tmp_path):
     def breaks(shapes, *others):
-        yield run.Result(TINY, rows())
+        yield run.ShapeResult(TINY, rows())
         raise RuntimeError("CUDA error: an illegal memory access")
 
     monkeypatch.setattr(cli, "run", breaks)

@@ -502,7 +502,9 @@ import lowbit_attention
 x = torch.randn(1, 1, 4, 8)
 torch.set_grad_enabled(False)
 report = lowbit_attention.enable_sdpa(recipe="sage2_8b")
-for name in ("ops", "api", "sdpa", "integrations.traced", "integrations.intercept", "integrations.torch_sdpa"):
+ours = "call.memo call.torch_call call.checked ops api functional".split()
+ours += ["integrations." + name for name in "rerouting traced intercept torch_sdpa".split()]
+for name in ours:
     importlib.reload(sys.modules["lowbit_attention." + name])
 importlib.reload(lowbit_attention)
 lowbit_attention.attention(x, x, x, recipe="sage2_8b")

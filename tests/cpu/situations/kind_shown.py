@@ -155,8 +155,8 @@ def _second(folder: Path) -> tuple[int, list[str]]:
     return ran.exit_code, [row["input"] for row in _strict(folder / "o.json")["rows"]]
 
 
-def _row(recipe: Any, head_dim: int, arch: str) -> cuda_inspect.Row:
-    return cuda_inspect.Row(
+def _row(recipe: Any, head_dim: int, arch: str) -> cuda_inspect.KernelCost:
+    return cuda_inspect.KernelCost(
         recipe.name,
         arch,
         head_dim,

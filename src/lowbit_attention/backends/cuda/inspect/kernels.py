@@ -49,7 +49,7 @@ RATES = {
 
 
 @dataclass(frozen=True)
-class Row:
+class KernelCost:
     """`attention_mma` for one recipe: what its unmasked iteration takes, a thread and 64 keys.
 
     ``elements``: scores of a thread; ``tensor_clocks``, ``issue_clocks``, ``mufu_clocks``: a multiprocessor's clocks
@@ -106,7 +106,7 @@ def check_runs(recipe: Recipe, head_dim: int, arch: str) -> None:
         raise UnsupportedError(f"there is no kernel for recipe {recipe} on {arch} to inspect:", why)
 
 
-def inspect(recipe: Recipe, head_dim: int, arch: str) -> Row:
+def inspect(recipe: Recipe, head_dim: int, arch: str) -> KernelCost:
     """Compile `attention_mma` for a recipe and read its main loop.
 
     Raises:
@@ -119,7 +119,7 @@ def inspect(recipe: Recipe, head_dim: int, arch: str) -> Row:
     used = compiled.resources["attention_mma"]
     loop = main_loop(disassemble(compiled.cubin), config.own_mmas)
     tensor, issue, mufu, bound = _clocks(config, loop, RATES.get(arch))
-    return Row(
+    return KernelCost(
         recipe=recipe.name,
         arch=arch,
         head_dim=head_dim,
