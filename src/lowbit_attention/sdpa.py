@@ -254,7 +254,7 @@ def as_autocast(*tensors: Tensor | None) -> list[Any]:
 def _check(query: object, key: object, value: object, dropout_p: object, is_causal: object, enable_gqa: object) -> None:
     checks.check_flag("is_causal", is_causal)
     checks.check_flag("enable_gqa", enable_gqa)
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float) or not 0 <= dropout_p <= 1:
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p <= 1:
         checks.fail(f"dropout_p must be a probability, got {checks.shown(dropout_p)}")
     for name, t in (("query", query), ("key", key), ("value", value)):
         if isinstance(t, Tensor):
@@ -276,7 +276,7 @@ def leading(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tupl
         heads = [[leads[0][-1]], [leads[1][-1]]]
         leads = [lead[:-1] for lead in leads]
     lead: list[int] = []
-    for number in range(max(map(len, leads)), 0, -1):  # from the left
+    for number in range(max([len(lead) for lead in leads]), 0, -1):  # from the left
         sizes = [lead[-number] for lead in leads if len(lead) >= number]
         others = [size for size in sizes if size != 1]
         if any(size != others[0] for size in others):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .. import checks
 from ..api import Training, resolve_like
@@ -29,6 +30,8 @@ from .traced import as_query_lies, empty_answer, tangents_to_torch
 GRADIENTS = CallKind(TORCH, "-", "gradients are asked for")
 RECOMPUTED = CallKind(TORCH, "-", "a checkpoint will ask for gradients")
 DROPOUT = CallKind(TORCH, "-", "dropout")
+_WITHOUT_DATA = (FakeTensor, FunctionalTensor)
+"""What `torch.export` runs a model on; torch 2.5 wraps the first in the second."""
 
 
 class _Rerouted:
@@ -69,7 +72,7 @@ class _Rerouted:
             self.count_or_refuse(DROPOUT, f"dropout_p={dropout_p}")
         elif not torch.is_grad_enabled() and recomputes(sys._getframe(1)):
             self.count_or_refuse(RECOMPUTED)
-        elif isinstance(query, FakeTensor) or query.is_meta:
+        elif isinstance(query, _WITHOUT_DATA) or query.is_meta:
             return self.without_block(query, key, value, attn_mask, is_causal, scale, enable_gqa)
         else:
             return self.run(original, query, key, value, attn_mask, is_causal, scale, enable_gqa)
