@@ -33,7 +33,7 @@ PAGE = ROOT / "docs" / "versions.md"
 JSON = ROOT / "docs" / "versions.json"
 BEGIN, END = "<!-- made by tools/matrix.py -->\n", "<!-- end -->\n"
 INSTALL_LIMIT, PROBE_LIMIT = 1500, 900
-"""Seconds, times ``MATRIX_PATIENCE``: a CUDA build of torch is some 3 GB, and a probe takes a minute on an idle core."""
+"""Seconds, times ``MATRIX_PATIENCE``: a CUDA build of torch is some 3 GB, and a probe takes two minutes of a core."""
 OURS = ("PYTHONPATH", "PYTHONHOME", "PIP_USER", "PYTHONDONTWRITEBYTECODE")
 """What an environment must not inherit. (Without its bytecode every start compiles torch's modules again: 8 s each.)"""
 STEERING = ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_CONSTRAINT", "PIP_INDEX_URL", "PIP_NO_INDEX", "PIP_PRE")
@@ -276,8 +276,8 @@ def table(results: Sequence[Result]) -> Iterator[str]:
 
 def write(results: Sequence[Result]) -> None:
     """Put the table into its page, between its marks, and everything into the JSON file beside it."""
-    order = [row.name for row in ROWS]
-    results = sorted(results, key=lambda r: order.index(r.row))
+    made = {r.row: r for r in results}
+    results = [made.get(row.name, Result(row.name, skipped="the last run did not come to it")) for row in ROWS]
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
