@@ -182,8 +182,8 @@ def _traced_modules() -> list[tuple[nn.Module, Any]]:
         if isinstance(variable, LazyVariableTracker):
             variable = variable.realize()
         module = variable.value if isinstance(variable, UnspecializedNNModuleVariable) else None
-        if isinstance(variable, NNModuleVariable):  # (as torch 2.5 exports modules)
-            module = getattr(variable, "module", None)
+        if isinstance(variable, NNModuleVariable):  # (torch.export has these, in torch 2.5 to 2.8 at least)
+            module = translator.output.get_submodule(variable.module_key)
         if isinstance(module, nn.Module) and (not held or held[-1][0] is not module):
             held.append((module, variable))
         translator = getattr(translator, "parent", None)
