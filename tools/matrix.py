@@ -1,14 +1,15 @@
 """Install the built wheel into fresh environments, from the oldest declared dependencies to the newest, and use it.
 
-python tools/matrix.py                      every row that this machine has a Python for; writes docs/versions.md
+python tools/matrix.py --pypi               every row that this machine has a Python for; writes docs/versions.md
 python tools/matrix.py --rows lowest,newest --no-table --jobs 2     (as CI does)
 
-An environment takes up to 8 GB, lies in --work, and goes when its row is done. What runs in it is `matrix_probe`.
+An environment takes up to 9 GB, lies in --work, and goes when its row is done. What runs in it is `matrix_probe`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from email.parser import HeaderParser
 from pathlib import Path
@@ -31,7 +33,11 @@ PAGE = ROOT / "docs" / "versions.md"
 JSON = ROOT / "docs" / "versions.json"
 BEGIN, END = "<!-- made by tools/matrix.py -->\n", "<!-- end -->\n"
 INSTALL_LIMIT, PROBE_LIMIT = 1500, 900
-"""Seconds: a CUDA build of torch is some 3 GB, and a probe takes about a minute on an idle core."""
+"""Seconds, times ``MATRIX_PATIENCE``: a CUDA build of torch is some 3 GB, and a probe takes two minutes of a core."""
+OURS = ("PYTHONPATH", "PYTHONHOME", "PIP_USER", "PYTHONDONTWRITEBYTECODE")
+"""What an environment must not inherit. (Without its bytecode every start compiles torch's modules again: 8 s each.)"""
+STEERING = ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_CONSTRAINT", "PIP_INDEX_URL", "PIP_NO_INDEX", "PIP_PRE")
+"""Settings of pip that change which versions there are."""
 LISTED = (
     "import json; from importlib import metadata; "
     "print(json.dumps({d.metadata['Name'].replace('_', '-').lower(): d.version for d in metadata.distributions()}))"
@@ -77,15 +83,20 @@ ROWS = (
 
 @dataclass
 class Result:
-    """What a row gave; ``skipped`` says why it did not run."""
+    """What a row gave; ``skipped`` says why it did not run.
+
+    wheel: what is in the wheel, as `digest` says it. phases: the seconds of each part.
+    """
 
     row: str
     python: str = ""
+    wheel: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     steps: list[dict[str, str | bool | float]] = field(default_factory=list)
     cuda12: bool | None = None
     skipped: str = ""
     failed: str = ""
+    phases: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
@@ -126,6 +137,13 @@ def build(folder: Path) -> Path:
     return next(folder.glob("*.whl"))
 
 
+def digest(wheel: Path) -> str:
+    """What is in a wheel, in twelve letters: its RECORD has a checksum of every file."""
+    with ZipFile(wheel) as archive:
+        name = next(n for n in archive.namelist() if n.endswith(".dist-info/RECORD"))
+        return hashlib.sha256(archive.read(name)).hexdigest()[:12]
+
+
 def floors(wheel: Path, extras: Sequence[str]) -> dict[str, str]:
     """The lowest version of each dependency that the wheel declares, with these extras."""
     with ZipFile(wheel) as archive:
@@ -155,7 +173,7 @@ def requirements(row: Row, wheel: Path) -> list[str]:
 
 def run_row(row: Row, wheel: Path, work: Path) -> Result:
     """Make the environment, use it, and take it away."""
-    result = Result(row.name, cuda12=None)
+    result = Result(row.name, wheel=digest(wheel))
     interpreter = find_python(row.python)
     if interpreter is None:
         result.skipped = f"no Python {row.python} here"
@@ -171,24 +189,36 @@ def run_row(row: Row, wheel: Path, work: Path) -> Result:
 
 
 def _use(row: Row, wheel: Path, interpreter: str, folder: Path, result: Result) -> None:
-    _run([interpreter, "-m", "venv", str(folder / "env")], 120)
     python = folder / "env" / ("Scripts" if os.name == "nt" else "bin") / "python"
     pip = [str(python), "-m", "pip", "--no-cache-dir", "--disable-pip-version-check", "--quiet"]
-    _run([*pip, "install", "--upgrade", "pip>=24"], 120)  # (older ones download what --dry-run looks at)
+    with _timed(row, result, "environment"):
+        _run([interpreter, "-m", "venv", str(folder / "env")], 120)
+        _run([*pip, "install", "--upgrade", "pip>=24"], 120)  # (older ones download what --dry-run looks at)
     if row.cuda12 is not None:
-        result.cuda12 = _resolves(pip, requirements(row, wheel), wheel)
-    _say(row, "installing")
-    _run([*pip, "install", *requirements(row, wheel)], INSTALL_LIMIT)
-    _run([*pip, "check"], 120)
+        with _timed(row, result, "resolve"):
+            result.cuda12 = _resolves(pip, requirements(row, wheel), wheel)
+    with _timed(row, result, "install"):
+        _run([*pip, "install", "--no-compile", *requirements(row, wheel)], INSTALL_LIMIT)
+        _run([*pip, "check"], 120)
     found = json.loads(_run([str(python), "-c", LISTED], 120))
     names = {name.replace("_", "-").lower(): name for name in SHOWN}
     result.versions = {name: found[key] for key, name in names.items() if key in found}
     result.python = _run([str(python), "-c", "import platform; print(platform.python_version())"], 60).strip()
-    _say(row, "using")
-    text = _run([str(python), "-P", str(PROBE)] if _safe(result.python) else [str(python), str(PROBE)], PROBE_LIMIT)
+    with _timed(row, result, "use"):
+        text = _run([str(python), *(["-P"] if _safe(result.python) else []), str(PROBE)], PROBE_LIMIT)
     result.steps = [json.loads(line) for line in text.splitlines()]
     if row.cuda12 is not None and result.cuda12 != row.cuda12:
         result.failed = f"[cuda12] {'resolves' if result.cuda12 else 'does not resolve'}: docs/versions.md says not so"
+
+
+@contextmanager
+def _timed(row: Row, result: Result, phase: str) -> Iterator[None]:
+    print(f"{time.strftime('%H:%M:%S')} {row.name}: {phase}", flush=True)
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        result.phases[phase] = round(time.perf_counter() - began, 1)
 
 
 def _safe(python: str) -> bool:
@@ -210,21 +240,18 @@ def _resolves(pip: list[str], wanted: list[str], wheel: Path) -> bool:
 
 def _run(command: list[str], limit: float) -> str:
     """The output of a command, or why it failed."""
-    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "PIP_USER")}
+    env = {name: value for name, value in os.environ.items() if name not in OURS}
     env["OMP_NUM_THREADS"] = "1"
+    patience = float(env.get("MATRIX_PATIENCE", "1"))
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=limit, cwd=tempfile.gettempdir(), env=env
+            command, capture_output=True, text=True, timeout=limit * patience, cwd=tempfile.gettempdir(), env=env
         )
     except subprocess.TimeoutExpired:
-        raise StepError(f"{Path(command[0]).name} {' '.join(command[1:5])} took over {limit:g} s") from None
+        raise StepError(f"{Path(command[0]).name} {' '.join(command[1:5])} took over {limit * patience:g} s") from None
     if done.returncode:
         raise StepError(f"{' '.join(command[1:6])} gave {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
     return done.stdout
-
-
-def _say(row: Row, what: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {row.name}: {what}", flush=True)
 
 
 def table(results: Sequence[Result]) -> Iterator[str]:
@@ -233,6 +260,7 @@ def table(results: Sequence[Result]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|---|"
     for r in results:
         if r.skipped:
+            yield f"| {r.row} | | | | | | | | not run: {r.skipped} |"
             continue
         v = r.versions
         front = ", ".join(v.get(name, "-") for name in ("typer", "click", "rich"))
@@ -248,8 +276,8 @@ def table(results: Sequence[Result]) -> Iterator[str]:
 
 def write(results: Sequence[Result]) -> None:
     """Put the table into its page, between its marks, and everything into the JSON file beside it."""
-    order = [row.name for row in ROWS]
-    results = sorted(results, key=lambda r: order.index(r.row))
+    made = {r.row: r for r in results}
+    results = [made.get(row.name, Result(row.name, skipped="the last run did not come to it")) for row in ROWS]
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
@@ -266,6 +294,7 @@ def main() -> int:
     parser.add_argument("--no-table", action="store_true", help="write no files")
     parser.add_argument("--keep", action="store_true", help="take rows that are not run from the last table")
     parser.add_argument("--no-resolve", action="store_true", help="do not try which extras resolve")
+    parser.add_argument("--pypi", action="store_true", help="from PyPI alone, whatever pip is set to on this machine")
     options = parser.parse_args()
     wanted = [name for name in options.rows.split(",") if name]
     if unknown := set(wanted) - {row.name for row in ROWS}:
@@ -273,6 +302,8 @@ def main() -> int:
     rows = [row for row in ROWS if not wanted or row.name in wanted]
     if options.no_resolve:
         rows = [Row(**{**asdict(row), "cuda12": None}) for row in rows]
+    if options.pypi:
+        _only_pypi()
     results: list[Result] = []
     with tempfile.TemporaryDirectory(dir=options.work) as folder, ThreadPoolExecutor(options.jobs) as pool:
         wheel = build(Path(folder))
@@ -284,6 +315,13 @@ def main() -> int:
     return int(any(not r.passed and not r.skipped for r in results) or not any(r.passed for r in results))
 
 
+def _only_pypi() -> None:
+    """Leave mirrors, local wheels and version caps of this machine aside: the rows are what anybody gets."""
+    for name in STEERING:
+        os.environ.pop(name, None)
+    os.environ["PIP_CONFIG_FILE"] = os.devnull
+
+
 def _with_earlier(results: list[Result]) -> list[Result]:
     earlier = {r["row"]: Result(**r) for r in json.loads(JSON.read_text(encoding="utf-8"))} if JSON.exists() else {}
     return list((earlier | {r.row: r for r in results if not r.skipped}).values())
@@ -291,7 +329,8 @@ def _with_earlier(results: list[Result]) -> list[Result]:
 
 def _print(r: Result) -> None:
     verdict = f"skipped ({r.skipped})" if r.skipped else "passed" if r.passed else "FAILED"
-    print(f"{r.row}: {verdict}, {r.seconds:g} s; Python {r.python}, {r.versions}", flush=True)
+    phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in r.phases.items())
+    print(f"{r.row}: {verdict}, {r.seconds:g} s ({phases}); Python {r.python}, {r.versions}", flush=True)
     if r.failed:
         print(f"  {r.failed}")
     for step in r.steps:

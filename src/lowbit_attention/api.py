@@ -151,7 +151,8 @@ def run_attention(
     key: tuple[object, ...] | None = None
     known = None
     try:
-        plain = type(q) is type(k) is type(v) is Tensor and torch._C._functorch.peek_interpreter_stack() is None
+        plain = type(q) is type(k) is type(v) is Tensor and not torch.compiler.is_compiling()
+        plain = plain and torch._C._functorch.peek_interpreter_stack() is None
         plain = plain and torch._C._get_tracing_state() is None
         if plain and attn_mask is None and like is None and not wants_grad(q, k, v):
             key = (

@@ -1,6 +1,6 @@
-"""`make matrix`: what it asks pip for, and how it finds interpreters.
+"""`make matrix`: what it asks pip for, how it finds interpreters, and that its page is of one run.
 
-That the versions work (T27, T28, T29, T30) is what its rows say: see docs/versions.md.
+That the versions work (T27, T28, T29, T30) is what its rows say (docs/versions.md); CI makes two of them anew.
 """
 
 import json
@@ -73,12 +73,13 @@ def test_interpreters(tmp_path, monkeypatch):
 
 
 def test_the_page_shows_what_the_last_run_found():
-    """The table is made from the file beside it, every row of it passed, and its floor is the declared one."""
+    """The table is of the file beside it; its rows are of one wheel, and passed; its floor is the declared one."""
     results = [matrix.Result(**r) for r in json.loads(matrix.JSON.read_text(encoding="utf-8"))]
-    assert {r.row for r in results} >= {"lowest", "newest"}
+    assert [r.row for r in results] == [row.name for row in matrix.ROWS]
+    assert len({r.wheel for r in results if not r.skipped}) == 1
     page = matrix.PAGE.read_text(encoding="utf-8")
     assert "\n".join(matrix.table(results)) + "\n" in page
-    assert all(r.passed for r in results)
+    assert all(r.passed or r.skipped for r in results)
     declared = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert declared is not None
     assert next(r for r in results if r.row == "lowest").versions["torch"].split("+")[0] == declared[1]
@@ -90,3 +91,31 @@ def test_a_failed_step_is_shown():
     assert not result.passed
     assert "| 1 of 2 | **failed** |" in list(matrix.table([result]))[-1]
     assert not matrix.Result("lowest").passed  # nothing was run
+
+
+def test_a_row_that_did_not_run_says_why():
+    line = list(matrix.table([matrix.Result("newest-3.13", skipped="no Python 3.13 here")]))[-1]
+    assert line == "| newest-3.13 | | | | | | | | not run: no Python 3.13 here |"
+
+
+def test_the_digest_is_of_what_is_in_the_wheel(tmp_path):
+    def wheel(name, record):
+        with ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("lowbit_attention-0.1.0.dist-info/RECORD", record)
+        return matrix.digest(tmp_path / name)
+
+    assert wheel("a.whl", "x,1") == wheel("b.whl", "x,1") != wheel("c.whl", "x,2")
+
+
+def test_what_a_machine_sets_for_pip_is_left_aside(monkeypatch):
+    """`--pypi`: no mirror, no cap, no wheel of this machine; certificates and proxies stay."""
+    monkeypatch.setattr(os, "environ", {"PIP_FIND_LINKS": "/wheels", "PIP_CERT": "/certificates"})
+    matrix._only_pypi()
+    assert os.environ == {"PIP_CERT": "/certificates", "PIP_CONFIG_FILE": os.devnull}
+
+
+def test_an_environment_inherits_nothing_that_changes_it(monkeypatch):
+    for name in matrix.OURS:
+        monkeypatch.setenv(name, "1")
+    code = f"import os; print([name for name in {matrix.OURS} if name in os.environ])"
+    assert matrix._run([sys.executable, "-c", code], 60).strip() == "[]"

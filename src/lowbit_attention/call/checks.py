@@ -62,7 +62,7 @@ def resolve_scale(name: str, value: Any, head_dim: int) -> float:
     """``value``, or ``1 / √head_dim`` for ``None``; numpy's numbers and tensors without dimensions are numbers, too."""
     if value is None:
         return 1.0 / math.sqrt(head_dim)
-    if isinstance(value, torch.SymInt | torch.SymFloat):  # (of a shape, where one is traced)
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):  # (of a traced shape; torch 2.5 traces no unions)
         return cast("float", value)
     number: Any = value
     if isinstance(value, Tensor) and value.dim() == 0 and not (value.is_complex() or value.dtype == torch.bool):

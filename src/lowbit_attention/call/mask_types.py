@@ -127,18 +127,22 @@ def to_text(mask: Mask | None) -> str:
     >>> to_text(Window(128, None)), to_text(BlockMask(torch.ones(1, 1, 2, 2, dtype=torch.bool), 64, 128))
     ('window:128,none', 'block:64,128')
     """
-    match mask:
-        case None:
-            return "none"
-        case KeyPadding():
-            return "key_padding"
-        case Window(left, right):
-            return f"window:{'none' if left is None else left},{'none' if right is None else right}"
-        case ALiBi():
-            return "alibi"
-        case BlockMask():
-            return f"block:{mask.q_block},{mask.kv_block}"
+    # (one by one: torch.compile traces neither match nor unions in torch 2.5)
+    if mask is None:
+        return "none"
+    if isinstance(mask, KeyPadding):
+        return "key_padding"
+    if isinstance(mask, Window):
+        return f"window:{_bound(mask.left)},{_bound(mask.right)}"
+    if isinstance(mask, ALiBi):
+        return "alibi"
+    if isinstance(mask, BlockMask):
+        return f"block:{mask.q_block},{mask.kv_block}"
     return "tensor"
+
+
+def _bound(tokens: int | None) -> str:
+    return "none" if tokens is None else str(tokens)
 
 
 def from_text(text: str, tensors: Sequence[Tensor]) -> Mask | None:
@@ -171,7 +175,7 @@ def as_tensor(mask: Mask | None, q: Tensor, k: Tensor) -> Tensor | None:
     """
     if mask is None or isinstance(mask, Tensor):
         return mask
-    if not isinstance(mask, MaskType):
+    if not isinstance(mask, (KeyPadding, Window, ALiBi, BlockMask)):
         fail(f"attn_mask must be a torch.Tensor, KeyPadding, Window, ALiBi, BlockMask or None, got {_what(mask)}")
     batch, heads, rows, keys = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     for t in tensors_of(mask):

@@ -59,10 +59,12 @@ class Block:
         found = self._paths.get(id(module))
         if found is not None and found[0]() is module:
             return found[1]
-        if getattr(module, "_is_replica", False):
-            found = self._paths.get(id(module._forward_pre_hooks))
-            return found[1] if found is not None else None
-        return None
+        found = self._paths.get(id(module.__dict__.get("_forward_pre_hooks")))
+        if found is None or (there := found[0]()) is None:
+            return None
+        # (torch 2.5 exports a model's stand-in, which shares its `__dict__`)
+        same = getattr(module, "_is_replica", False) or module.__dict__ is there.__dict__
+        return found[1] if same else None
 
 
 def subjects_of(model: Any) -> dict[str, nn.Module]:

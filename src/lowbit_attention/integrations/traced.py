@@ -54,12 +54,20 @@ def implement(decide: Decide, whose: Whose) -> None:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def exports() -> bool:
     """Whether this is a program for elsewhere. (Asked here: torch 2.11 answers its own tracer wrongly.)"""
-    return torch.compiler.is_exporting()
+    return _is_exporting()
+
+
+def _is_exporting() -> bool:
+    """Whether `torch.export` is at work; in torch 2.5 its two exporters say so only to themselves."""
+    if hasattr(torch.compiler, "is_exporting"):
+        return torch.compiler.is_exporting()
+    translator = getattr(torch._dynamo.symbolic_convert.tls, "current_tx", None)
+    return bool(torch.compiler._is_compiling_flag or getattr(translator, "export", False))
 
 
 def compiles_around() -> bool:
     """Whether torch.compile runs Python code on tensors without data, to see what it does."""
-    return torch._guards.TracingContext.try_get() is not None and not torch.compiler.is_exporting()
+    return torch._guards.TracingContext.try_get() is not None and not _is_exporting()
 
 
 def call(*args: Any, **kwargs: Any) -> Tensor:
@@ -123,23 +131,35 @@ def _traced_modules() -> list[tuple[nn.Module, Any]]:
     """The modules whose methods torch.compile is inlining, innermost first, with its own variables for them."""
     from torch._dynamo.symbolic_convert import InstructionTranslatorBase
     from torch._dynamo.variables.lazy import LazyVariableTracker
-    from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
+    from torch._dynamo.variables.nn_module import NNModuleVariable, UnspecializedNNModuleVariable
 
     callers = (frame.f_locals.get("self") for frame in frames(sys._getframe()) if _is_method(frame.f_code))
     translator: Any = next((found for found in callers if isinstance(found, InstructionTranslatorBase)), None)
     held: list[tuple[nn.Module, Any]] = []
     while translator is not None:
-        names = translator.f_code.co_varnames
-        variable = translator.symbolic_locals.get(names[0]) if names else None
-        if type(variable).__name__ == "CellVariable":  # (a closure refers to it, too)
-            variable = translator.output.side_effects.load_cell(variable)
+        variable = _first_local(translator)
         if isinstance(variable, LazyVariableTracker):
             variable = variable.realize()
         module = variable.value if isinstance(variable, UnspecializedNNModuleVariable) else None
+        if isinstance(variable, NNModuleVariable):  # (torch.export has these, in torch 2.5 to 2.8 at least)
+            module = translator.output.get_submodule(variable.module_key)
         if isinstance(module, nn.Module) and (not held or held[-1][0] is not module):
             held.append((module, variable))
         translator = getattr(translator, "parent", None)
     return held
+
+
+def _first_local(translator: Any) -> Any:
+    """What torch.compile knows of a method's ``self``."""
+    names = translator.f_code.co_varnames
+    if not names:
+        return None
+    variable = translator.symbolic_locals.get(names[0])
+    if variable is None:  # (torch 2.5 keeps what a closure refers to apart)
+        variable = getattr(translator, "closure_cells", {}).get(names[0])
+    if type(variable).__name__ in ("CellVariable", "NewCellVariable"):  # (a closure refers to it, too)
+        variable = translator.output.side_effects.load_cell(variable)
+    return variable
 
 
 def _is_method(code: CodeType) -> bool:
