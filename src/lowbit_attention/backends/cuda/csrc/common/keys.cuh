@@ -1,4 +1,5 @@
-// Where a sequence's rows and keys lie, and which key tiles a block of rows visits: both main loops ask here.
+// Where a sequence's rows and keys lie, and which key tiles a block of rows visits. (attention_mma writes out what
+// Sequence says: with smooth Q its code would be scheduled otherwise.)
 #pragma once
 #include "common/masks.cuh"
 #include "common/work.cuh"

@@ -25,7 +25,7 @@
 template <Dtype kDtype>
 __device__ __forceinline__ bool quantize_queries(const MmaArgs& args, Shared& shared, Warp& me, const Work& work) {
   const i64 base = i64(work.batch) * args.q.batch + i64(work.head) * args.q.head;
-  const i64 kv_head = Sequence{args, work}.kv_head(), head = i64(work.batch) * args.q_heads + work.head;
+  const i64 kv_head = i64(work.batch) * args.kv_heads + work.kv_head, head = i64(work.batch) * args.q_heads + work.head;
   const i32 first_row = work.first_row + me.warp * kWarpRows;
   const QueryOptions options = {args.q_len, args.channels, args.q_max, args.q_granularity, args.sm_scale, args.logits_scale};
   const float* mean = nullptr;

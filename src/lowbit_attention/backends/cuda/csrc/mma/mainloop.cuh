@@ -297,7 +297,7 @@ struct Warp {
   // O / l · δ_V + v̄, and lse. Rows that saw no key give 0 and −∞.
   template <Dtype kDtype>
   __device__ __forceinline__ void finish(const Work& work) {
-    const i64 channels = Sequence{args, work}.kv_head() * kDim + 2 * lane_in_quad;
+    const i64 channels = (i64(work.batch) * args.kv_heads + work.kv_head) * kDim + 2 * lane_in_quad;
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
       float inverse[2], seen[2];
@@ -313,12 +313,12 @@ struct Warp {
         seen[half] = blind ? 0.0f : 1.0f;
         inverse[half] = blind ? 0.0f : 1.0f / total;
         if (args.lse != nullptr && lane_in_quad == 0 && token + 8 * half < args.q_len) {
-          float& lse = args.lse[Sequence{args, work}.in_lse(token) + 8 * half];
+          float& lse = args.lse[(i64(work.batch) * args.q_heads + work.head) * args.q_len + token + 8 * half];
           // Σ P = P_r · Σ 2^(x − m) = Σ 2^(x + base); lse already holds q · k̄
           lse = blind ? -kInfinity : (__log2f(total) - base[block][half]) * kLn2 + lse;
         }
       }
-      const i64 at = Sequence{args, work}.in_output(token) + 2 * lane_in_quad;
+      const i64 at = work.batch * args.out_batch + work.head * args.out_head + token * args.out_token + 2 * lane_in_quad;
 #pragma unroll
       for (int i = 0; i < kDim / 8; ++i) {
         const Vec8 v_scale = *reinterpret_cast<const Vec8*>(args.v_scale + channels + 8 * i);
