@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lowbit_attention import recipe
-from lowbit_attention.backends.cuda import inspect
+from lowbit_attention.backends.cuda.inspect import kernels as inspect
 from lowbit_attention.backends.cuda.instances import mma_config
 
 ROOT = Path(__file__).resolve().parents[3]
