@@ -29,6 +29,7 @@ def make_sdpa(
     Args:
         recipe, like, training: as in `attention`.
 
+    >>> import torch
     >>> sdpa_8b = make_sdpa("sage2_8b")
     >>> q = k = v = torch.randn(2, 4, 64, 32)
     >>> sdpa_8b(q, k, v, is_causal=True).shape

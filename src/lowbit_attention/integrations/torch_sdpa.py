@@ -56,6 +56,7 @@ class sdpa_enabled(intercepted):
     arguments (torch's error is raised), and with ``"auto"`` whatever is not worth it. See `integrations.intercept` for
     which calls are reached, and which not (`torch.nn.MultiheadAttention` with ``need_weights=True``).
 
+    >>> import torch
     >>> import torch.nn.functional as F
     >>> q = k = v = torch.randn(1, 2, 64, 32)
     >>> with sdpa_enabled(recipe="sage2_8b") as report:
@@ -108,6 +109,7 @@ def enable_sdpa(
 ) -> CallReport:
     """`sdpa_enabled` until `disable_sdpa`. Another call for the same model (or ``None``) replaces the first.
 
+    >>> import torch
     >>> report = enable_sdpa(recipe="sage2_8b")
     >>> q = torch.randn(1, 2, 64, 32)
     >>> out = torch.nn.functional.scaled_dot_product_attention(q, q, q)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lowbit_attention import recipe
-from lowbit_attention.backends.cuda.inspect import machine_code
 from lowbit_attention.backends.cuda.hopper import KERNEL
+from lowbit_attention.backends.cuda.inspect import machine_code
 from lowbit_attention.backends.cuda.inspect.machine_code import instructions, problems
 from lowbit_attention.backends.cuda.instances import (
     DTYPE_CODES,
