@@ -60,8 +60,10 @@ def test_the_fake_is_exact(layout, return_lse):
 
 def test_opcheck():
     q, k, v = qkv()
-    arguments = (q, k, v, None, "sage2_8b", False, None, None, "HND", True, None)
+    arguments = (q, k, v, [], "none", "sage2_8b", False, None, None, "HND", True, None)
     torch.library.opcheck(torch.ops.lowbit_attention.attention.default, arguments)
+    padded = (q, k, v, [torch.tensor([9, 30], dtype=torch.int32)], "key_padding", *arguments[5:])
+    torch.library.opcheck(torch.ops.lowbit_attention.attention.default, padded)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -105,7 +107,7 @@ def test_a_recipe_object_crosses_as_json():
     q, k, v = qkv()
     mine = recipe("sage2_8b").replace(smooth_v=True)
     out, lse = torch.ops.lowbit_attention.attention(
-        q, k, v, None, mine.to_json(), False, None, None, "HND", False, None
+        q, k, v, [], "none", mine.to_json(), False, None, None, "HND", False, None
     )
     assert torch.equal(out, attention(q, k, v, recipe=mine))
     assert lse.numel() == 0

@@ -188,9 +188,10 @@ def as_tensor(mask: Mask | None, q: Tensor, k: Tensor) -> Tensor | None:
         return (_positions(keys, q) < mask.kv_lens[:, None])[:, None, None]
     if isinstance(mask, BlockMask):
         return _blocks(mask, (batch, heads, rows, keys))
+    copies = 1 if isinstance(mask, Window) else mask.slopes.numel()
+    _check_size(copies * rows * keys * 8, mask)  # (distances are int64)
     distance = _positions(keys, q) - _positions(rows, q)[:, None] - (keys - rows)
     if isinstance(mask, Window):
-        _check_size(rows * keys * 8, mask)
         visible = torch.ones_like(distance, dtype=torch.bool)
         if mask.left is not None:
             visible &= distance >= -mask.left
@@ -200,7 +201,6 @@ def as_tensor(mask: Mask | None, q: Tensor, k: Tensor) -> Tensor | None:
     slopes = mask.slopes if mask.slopes.dim() == 2 else mask.slopes[None]
     if slopes.shape[1] != heads or slopes.shape[0] not in (1, batch):
         fail(f"slopes of shape {tuple(mask.slopes.shape)}, and q has a batch of {batch} and {heads} heads")
-    _check_size(slopes.numel() * rows * keys * 4, mask)
     return -slopes[:, :, None, None] * distance.abs()
 
 

@@ -92,9 +92,15 @@ def test_serialised_mmas_are_remarked_by_the_compiler(smoke):
     """An MMA that not every thread executes: ptxas waits after every MMA and says so, as 'info'."""
     instance, _ = smoke
     source = instance.source()
-    call = "      begin_pv<0>(MAKES_MORE ? !fresh(tile) : !begins);"
-    text = source.text.replace(call, "      if (threadIdx.x % 2 == 0)" + call)
-    assert text != source.text
+    call, include = "begin_pv<0>(adds_to_sums());", '#include "hopper/mainloop.cuh"'
+    mainloop = dict(source.headers)["hopper/mainloop.cuh"].replace("#pragma once", "")
+    assert call in mainloop
+    assert include in source.text
+    text = source.text.replace(include, mainloop.replace(call, "if (threadIdx.x % 2 == 0) " + call))
+    text = text.replace('#include "hopper/epilogue.cuh"\n', "", 1).replace(  # (which includes the main loop, too)
+        '#include "hopper/producer.cuh"', dict(source.headers)["hopper/epilogue.cuh"].replace(include, "")
+        + '#include "hopper/producer.cuh"'
+    )  # fmt: skip
     compiled = compile_source(dataclasses.replace(source, text=text), instance.options())
     assert any("serialized" in problem for problem in problems(instance, compiled))
 

@@ -22,7 +22,7 @@ from situation import Situation, exits, holds
 
 from lowbit_attention import cli
 from lowbit_attention.adaptive import choose
-from lowbit_attention.backends.cuda import inspect as cuda_inspect
+from lowbit_attention.backends.cuda.inspect import kernels as cuda_inspect
 from lowbit_attention.bench.run import Note
 
 T = torch.randn(1, 1, 8, 16, generator=torch.Generator().manual_seed(0))
