@@ -105,9 +105,7 @@ def recipes_text() -> str:
     text += (
         f"\n## What *auto* may use\n\nA recipe that is not 4-bit and errs at most {budget.SLACK} × as much as the "
         f"worse of `{'` and `'.join(budget.PUBLISHED)}` on every family of all machines, at the measured lengths on "
-        "both sides of the call's number of keys. On families with sinks it may also err "
-        f"{budget.SINK_SLACK} × as much as `{budget.YARDSTICK}` does on normal inputs of that length: what a sink "
-        "leaves is little, and errors are relative to it.\n\n"
+        "both sides of the call's number of keys.\n\n"
     )
     lengths = sorted({n for m in errors.values() for f in m[budget.YARDSTICK].values() for n in f})
     body = []

@@ -59,6 +59,11 @@ def test_who_is_within_the_budget():
     assert any("sink" in reason for reason in budget.outside_reasons(RECIPES["int8_u8"]))
 
 
+def test_the_default_on_hopper_is_within_at_every_length():
+    lengths = (None, 1024, 4096, 32_768, 131_072, 300_000)
+    assert not any(budget.outside_reasons(RECIPES["fast_8b"], n) for n in lengths)
+
+
 def test_an_unmeasured_recipe_is_outside():
     assert "not measured" in budget.outside_reasons(recipe("sage2_8b:smooth_k=false"))[0]
 
@@ -89,20 +94,6 @@ def test_the_worse_of_the_published_recipes_counts():
     assert budget.outside_reasons(RECIPES["sage1"], 1024, errs) == ()
 
 
-def test_sinks_may_cost_as_much_as_ordinary_rounding_and_some():
-    """Beside .10 on normal inputs; not where no sink is."""
-    for sink, outside in ((0.1749, False), (0.1751, True)):
-        errs = table(normal={1024: 0.1}, local={1024: 0.1}, sink={1024: sink})
-        assert bool(budget.outside_reasons(RECIPES["sage1"], 1024, errs)) == outside
-    assert budget.outside_reasons(
-        RECIPES["sage1"], 1024, table(normal={1024: 0.1}, local={1024: 0.17}, sink={1024: 0.1})
-    )
-
-
-@pytest.mark.parametrize(
-    ("kv_len", "outside"),
-    [(1, False), (1024, False), (1025, True), (4096, True), (32_767, True), (32_768, False), (300_000, False)],
-)
 def test_the_measured_lengths_on_both_sides_decide(kv_len, outside):
     errors = table(normal={1024: 0.1, 4096: 0.2, 32_768: 0.1}, local={1024: 0.1}, sink={1024: 0.1, 4096: 0.1})
     assert bool(budget.outside_reasons(RECIPES["sage1"], kv_len, errors)) == outside

@@ -2,8 +2,7 @@
 
 A recipe is within it if its relative L1 on every synthetic family is at most `SLACK` times that of the worse of the two
 published 8-bit recipes (`PUBLISHED`), and it does not quantise Q·K to 4 bits (those are only run when asked for, or by
-a policy). Where a sink takes nearly all the mass, the output is what it leaves, and errors are relative to that little;
-there a recipe may also have `SINK_SLACK` times what `YARDSTICK` errs on normal inputs of that length.
+a policy).
 ``tools/measure_lengths.py`` measures the errors; ``make tables`` keeps them in ``data/family_errors.json``.
 """
 
@@ -21,9 +20,6 @@ YARDSTICK = "sage2_8b"
 """What errors are shown beside."""
 PUBLISHED = ("sage2_8b", "sage2pp_8b")
 SLACK = 1.1
-SINK_SLACK = 1.75
-"""``fast_8b``'s worst on an H200 is 1.71 (L1 .066 on several sinks at 32K tokens). The published recipes themselves are
-at 2.4 and 3.8 on a sink of no V at 32K tokens, and from 131K on at 5 to 13 (.21 to .48; ``fast_8b`` .045 to .049)."""
 
 MEASURED_AS = {
     "by": "emulation",
@@ -94,11 +90,7 @@ def outside_reasons(recipe: Recipe, kv_len: int | None = None, errors: Errors | 
 def _allowed(by_recipe: Mapping[str, Mapping[str, Mapping[int, float]]], family: str) -> dict[int, float]:
     """The L1 that the budget allows on a family, by length."""
     published = [by_recipe[name][family] for name in PUBLISHED if family in by_recipe.get(name, {})]
-    allowed = {n: SLACK * max(l1.get(n, 0.0) for l1 in published) for n in by_recipe[YARDSTICK][family]}
-    if family.startswith("sink"):
-        ordinary = by_recipe[YARDSTICK].get("normal", {})
-        allowed = {n: max(l1, SINK_SLACK * ordinary.get(n, 0.0)) for n, l1 in allowed.items()}
-    return allowed
+    return {n: SLACK * max(l1.get(n, 0.0) for l1 in published) for n in by_recipe[YARDSTICK][family]}
 
 
 def _beside(lengths: Iterable[int], wanted: int | None) -> set[int]:
