@@ -94,6 +94,10 @@ def test_the_worse_of_the_published_recipes_counts():
     assert budget.outside_reasons(RECIPES["sage1"], 1024, errs) == ()
 
 
+@pytest.mark.parametrize(
+    ("kv_len", "outside"),
+    [(1, False), (1024, False), (1025, True), (4096, True), (32_767, True), (32_768, False), (300_000, False)],
+)
 def test_the_measured_lengths_on_both_sides_decide(kv_len, outside):
     errors = table(normal={1024: 0.1, 4096: 0.2, 32_768: 0.1}, local={1024: 0.1}, sink={1024: 0.1, 4096: 0.1})
     assert bool(budget.outside_reasons(RECIPES["sage1"], kv_len, errors)) == outside
