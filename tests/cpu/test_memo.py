@@ -57,8 +57,8 @@ def test_forgetting_changes_no_answer():
     assert explain(q, q, q).implementation == "torch_sdpa"
 
 
-BY_HAND = {"_configs", "_plans"}
-"""The kernels' hosts keep theirs until they are one class."""
+BY_HAND = {"_configs"}
+"""A launch's attributes, which belong to one kernel of one thread: `launch.Kernel` drops them with it."""
 
 
 def test_no_module_has_a_memory_of_its_own_making():
