@@ -89,12 +89,13 @@ def imports() -> str:
 
 
 def submodules() -> str:
-    """A function keeps its name where a submodule has it, too."""
+    """A public name stays a function whatever is imported; what users import by its module is there."""
     python(
         "-c",
-        "import lowbit_attention.recipe, lowbit_attention.sdpa\n"
-        "from lowbit_attention import recipe, sdpa\n"
-        "assert callable(recipe) and callable(sdpa)",
+        "import lowbit_attention.recipes, lowbit_attention.functional, lowbit_attention.integrations.flash_impl\n"
+        "import lowbit_attention.adaptive, lowbit_attention.compat.sageattention\n"
+        "from lowbit_attention import merge_state, pack_kv, recipe, sdpa\n"
+        "assert all(map(callable, (merge_state, pack_kv, recipe, sdpa)))",
     )
     return ""
 
