@@ -59,7 +59,7 @@ dist: $(STAMP)
 matrix: $(STAMP)  # (some 30 GB of downloads from PyPI, 9 GB of disk at a time)
 	$(BIN)/python tools/matrix.py --pypi
 
-matrix-ci: $(STAMP)  # (the two ends of it at once: some 6 GB of downloads, 145 s of each of two cores; nothing is written)
+matrix-ci: $(STAMP)  # (the two ends of it at once: some 6 GB of downloads, four minutes on two cores; nothing is written)
 	$(BIN)/python tools/matrix.py --rows lowest,newest --jobs 2 --no-table --no-resolve
 
 clean:
