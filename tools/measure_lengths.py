@@ -3,6 +3,7 @@
     python tools/measure_lengths.py --device cuda                                 # emulation, on a GPU
     python tools/measure_lengths.py --device cuda --kernel                        # the kernels themselves
     python tools/measure_lengths.py --lengths 1024 4096 --recipes all --heads 4 --seeds 1     # on a CPU
+    python tools/measure_lengths.py --per-head-fp8                                # the usual FP8 attention, beside
 
 Errors are pooled over heads and seeds; standard errors come from their spread. Rows of the same cell that the file has
 already are replaced, all others stay, and the file is written after every group of families. ``make tables`` makes the
@@ -20,12 +21,13 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from lowbit_attention import RECIPES, Recipe, UnsupportedError
+from lowbit_attention import RECIPES, InvalidArgumentError, Recipe, UnsupportedError
 from lowbit_attention.backends.budget import YARDSTICK
 from lowbit_attention.cli.common import progress
 from lowbit_attention.evaluation.errors import Case, Grid, HeadErrors, with_mean_of_all
 from lowbit_attention.evaluation.synthetic import FAMILIES
 from lowbit_attention.output.files import write_csv
+from lowbit_attention.recipes.formats import E4M3_MAX, round_e4m3
 from lowbit_attention.recipes.machine import MACHINES, Machine, resolve_machine
 from lowbit_attention.recipes.named import recipe
 
@@ -34,6 +36,8 @@ ERRORS = ROOT / "benchmarks/results/errors.csv"
 LENGTHS = (1024, 4096, 32_768, 131_072, 300_000)
 CELL = ("by", "machine", "fidelity", "dtype", "causal", "head_dim", "same_mean", "recipe", "family", "length")
 """What tells one measurement from another; later ones replace earlier ones."""
+PER_HEAD = "fp8_per_head"
+"""No recipe: the baseline of `per_head_fp8`."""
 BYTES_PER_CHANNEL = 72
 """Of memory at the most for each channel of a token of a head: some 16 copies in float32 while V is packed."""
 
@@ -67,6 +71,25 @@ def families_at_once(grid: Grid, length: int, device: str) -> int:
     return max(1, free // one)
 
 
+def per_head_fp8(case: Case) -> torch.Tensor:
+    """What FP8 attention with a scale a head gives at best, as FlashAttention-3's; like ``Case.emulated``.
+
+    Q, K and V in E4M3, each by its head's largest magnitude, P in E4M3 at 448 times itself; logits and all sums in
+    float32, no smoothing.
+    """
+    if case.is_causal:
+        raise InvalidArgumentError("--per-head-fp8 has no causal mask")
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        scale = x.float().abs().amax(dim=(2, 3), keepdim=True).clamp(min=1e-30) / E4M3_MAX
+        return round_e4m3(x.float() / scale) * scale
+
+    q = case.q if case.rows is None else case.q[:, :, case.rows]
+    logits = rounded(q) @ rounded(case.k).transpose(-1, -2) * case.sm_scale
+    p = (logits - logits.amax(dim=-1, keepdim=True)).exp()
+    return round_e4m3(p * E4M3_MAX) @ rounded(case.v) / (p.sum(dim=-1, keepdim=True) * E4M3_MAX)
+
+
 def groups(families: Sequence[str], size: int) -> Iterator[Sequence[str]]:
     """The families, ``size`` at a time."""
     for first in range(0, len(families), size):
@@ -78,6 +101,9 @@ def run(
 ) -> dict[tuple[str, str], HeadErrors]:
     """Errors by family and recipe; a recipe without a kernel is left out where the kernels are measured."""
     errors = {}
+    if not recipes:
+        of_families = grid.split(families, case.by_head(per_head_fp8(case)))
+        return {(family, PER_HEAD): found for family, found in of_families.items()}
     for name, chosen in recipes.items():
         try:
             out = case.by_kernel(chosen) if kernel else case.emulated(chosen)
@@ -103,7 +129,7 @@ def rows_of(
             {
                 "by": "kernel" if options.kernel else "emulation",
                 "machine": machine.name,
-                "fidelity": "" if options.kernel else machine.fidelity,
+                "fidelity": "" if options.kernel or name == PER_HEAD else machine.fidelity,
                 "dtype": str(grid.dtype).removeprefix("torch."),
                 "causal": grid.is_causal,
                 "head_dim": grid.head_dim,
@@ -168,6 +194,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--kernel", action="store_true", help="run the kernels (whole calls) instead of the emulation")
     parser.add_argument("--same-mean", action="store_true", help="k̄ over all tokens for every recipe")
+    parser.add_argument("--per-head-fp8", action="store_true", help="FP8 with a scale a head instead of recipes")
     parser.add_argument("--csv", type=Path, default=ERRORS)
     return parser.parse_args()
 
@@ -176,6 +203,7 @@ def main() -> None:
     """Measure what the command line asks for."""
     options = parse()
     names = [name for name, r in RECIPES.items() if not r.is_exact] if options.recipes == ["all"] else options.recipes
+    names = [] if options.per_head_fp8 else names
     recipes = {name: with_mean_of_all(recipe(name)) if options.same_mean else recipe(name) for name in names}
     grid = Grid(options.heads, options.seeds, options.head_dim, options.query_rows, torch.bfloat16, options.causal)
     rows = read(options.csv)
