@@ -73,7 +73,7 @@ ROWS = (
     Row("lowest-3.10", python="3.10", torch="lowest", lowest=True),
     Row("torch-2.8", torch="2.8.0", cuda12=True),
     Row("torch-2.11", torch="2.11.0", cuda12=False),
-    Row("newest", also=("numpy",), cuda12=False),
+    Row("newest", also=("numpy",)),  # ([cuda12] left open: pip would take an older torch for its sake)
     Row("newest-cuda13", extras=("cuda13", "plot"), also=("numpy",)),  # (pip may take an older torch for cuda13's sake)
     Row("newest-3.10", python="3.10"),
     Row("newest-3.12", python="3.12"),
