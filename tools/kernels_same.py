@@ -59,7 +59,9 @@ _OLD = "lowbit_attention.cuda"
 def code_of(cubin: bytes) -> bytes:
     """What of a cubin (an ELF file) runs: kernels with their registers, constants and shared memory.
 
-    Left out is what moves with the sources' text alone: symbols, and constants of headers that no instruction reads.
+    Left out is what moves with the sources' text alone: symbols, constants of headers that no instruction reads, and
+    the addresses of tables in global memory (constant bank 4, filled in when the code is loaded). What those tables
+    hold is not compared.
     """
     sections, (size, count, names) = struct.unpack_from("<Q", cubin, 0x28)[0], struct.unpack_from("<HHH", cubin, 0x3A)
     table = [struct.unpack_from("<IIQQQQIIQQ", cubin, sections + i * size) for i in range(count)]
@@ -67,7 +69,7 @@ def code_of(cubin: bytes) -> bytes:
     for name, kind, _, _, offset, length, _, info, _, _ in table:
         first = table[names][4] + name
         title = cubin[first : cubin.index(b"\0", first)]
-        if title.startswith((b".text.", b".nv.constant", b".nv.shared.")):
+        if title.startswith((b".text.", b".nv.constant", b".nv.shared.")) and title != b".nv.constant4":
             content = b"" if kind == _NOBITS else cubin[offset : offset + length]
             found.append((title, length, info >> 24, content))  # (of code: the registers)
     return repr(sorted(found)).encode()
