@@ -16,7 +16,7 @@ from ..errors import UnsupportedError, shown
 from .checks import check_kind, fail
 
 _MOST_BYTES = 1 << 30
-"""Of a mask that is written out: 32K × 32K pairs as bool, 16K × 16K as float32."""
+"""Of what writing a mask out takes: 32K × 32K pairs of a `BlockMask`, 11K × 11K distances (int64) of a `Window`."""
 
 
 @dataclass(frozen=True, eq=False)
