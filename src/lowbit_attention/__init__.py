@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # (for type checkers and editors; a test compares it with `_W
     from .api import attention, attention_varlen, explain, pack_kv
     from .call.mask_types import ALiBi, BlockMask, KeyPadding, Window
     from .errors import (
+        EmulationRefusedError,
+        EmulationWarning,
         FallbackWarning,
         InvalidArgumentError,
         InvalidRecipeError,
@@ -42,6 +44,8 @@ __all__ = [
     "AllTokens",
     "BlockMask",
     "CallReport",
+    "EmulationRefusedError",
+    "EmulationWarning",
     "FallbackWarning",
     "Geometry",
     "InvalidArgumentError",
@@ -87,6 +91,8 @@ _NAMES_IN = {
     "call.mask_types": ("ALiBi", "BlockMask", "KeyPadding", "Window"),
     "parallel.merging": ("merge_state",),
     "errors": (
+        "EmulationRefusedError",
+        "EmulationWarning",
         "FallbackWarning",
         "InvalidArgumentError",
         "InvalidRecipeError",

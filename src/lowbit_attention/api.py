@@ -16,7 +16,7 @@ from .call import checks
 from .call.checks import for_scale
 from .call.mask_types import Mask, as_tensor, tensors_of
 from .call.memo import Memo
-from .call.request import Request, make_request, wants_grad
+from .call.request import OnEmulation, Request, make_request, wants_grad
 from .errors import InvalidArgumentError, UnsupportedError
 from .recipes.definition import Recipe
 from .recipes.machine import Machine, resolve_machine
@@ -37,6 +37,7 @@ class _Options(TypedDict, total=False):
     causal_alignment: CausalAlignment | None
     sm_scale: float | None
     like: str | Machine | None
+    on_emulation: OnEmulation
 
 
 class _AttentionOptions(_Options, total=False):
@@ -71,6 +72,7 @@ def attention(
     return_lse: bool = False,
     like: str | Machine | None = None,
     training: Training = "refuse",
+    on_emulation: OnEmulation = "warn",
     sinks: Tensor | None = None,
     qk_norm: tuple[Tensor, Tensor] | None = None,
     rope: tuple[Tensor, Tensor] | None = None,
@@ -100,6 +102,10 @@ def attention(
             ``"sm_120a"``, or a `Machine`. Only with a named, quantising recipe.
         training: a call whose gradients autograd would record is an error with a quantising recipe (``"refuse"``), or
             runs exact attention instead, by torch and with gradients (``"exact"``).
+        on_emulation: what happens where no kernel can run a named recipe and ``like`` did not ask for an emulation.
+            ``"warn"``: on a GPU, an `EmulationWarning` with every kernel's reasons, once a process for a recipe and
+            these reasons; on a CPU nothing, as no kernel runs there. ``"error"``: an error with these reasons, on every
+            device. ``"allow"``: nothing. ``recipe="auto"`` never emulates.
         sinks, qk_norm, rope, out_dtype: not yet; docs/api.md says what they will be. ``None`` is all they take.
     Returns:
         The output in q's dtype and layout (``Dv`` last, contiguous); with ``return_lse`` also the natural logarithm of
@@ -116,6 +122,7 @@ def attention(
         InvalidArgumentError: a wrong shape, dtype, device or value.
         InvalidRecipeError: an unknown recipe or option, or a contradiction.
         UnsupportedError: nothing can run the call (a gradient of a quantised recipe, say), with every reason.
+        EmulationRefusedError: the emulation alone could, and ``on_emulation`` is ``"error"``.
     """
     _refuse_unbuilt(sinks=sinks, qk_norm=qk_norm, rope=rope, out_dtype=out_dtype)
     recipe, like = for_training(training, recipe, like, q, k, v, *tensors_of(attn_mask))
@@ -123,15 +130,17 @@ def attention(
         # (torch.compile cannot trace how changes are read: the operator refuses wrong ones)
         named = recipe.partition(":")[0] if torch.compiler.is_compiling() and isinstance(recipe, str) else recipe
         *_, scale, request = _attention_request(
-            q, k, v, named, is_causal, causal_alignment, attn_mask, sm_scale, layout, return_lse, like
+            q, k, v, named, is_causal, causal_alignment, attn_mask, sm_scale, layout, return_lse, like, on_emulation
         )
         check_possible(request)
         sm_scale = None if sm_scale is None else scale
         out, lse = ops.attention(
-            q, k, v, attn_mask, recipe, is_causal, causal_alignment, sm_scale, layout, return_lse, like
+            q, k, v, attn_mask, recipe, is_causal, causal_alignment, sm_scale, layout, return_lse, like, on_emulation
         )
         return (out, lse) if return_lse else out
-    return run_attention(q, k, v, recipe, is_causal, causal_alignment, attn_mask, sm_scale, layout, return_lse, like)
+    return run_attention(
+        q, k, v, recipe, is_causal, causal_alignment, attn_mask, sm_scale, layout, return_lse, like, on_emulation
+    )
 
 
 def run_attention(
@@ -146,6 +155,7 @@ def run_attention(
     layout: str,
     return_lse: bool,
     like: str | Machine | None,
+    on_emulation: OnEmulation,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` with every argument given; the operator of `ops` comes here, too."""
     key: tuple[object, ...] | None = None
@@ -158,7 +168,7 @@ def run_attention(
             key = (
                 q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, recipe,
                 q.layout, k.layout, v.layout,
-                is_causal, causal_alignment, sm_scale, layout, return_lse,
+                is_causal, causal_alignment, sm_scale, layout, return_lse, on_emulation,
                 type(is_causal), type(return_lse), type(sm_scale),  # (1 equals True and 1.0, and is refused or not)
             )  # fmt: skip
             known = _calls.get(key)
@@ -174,7 +184,7 @@ def run_attention(
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     else:
         q, k, v, mask, scale, request = _attention_request(
-            q, k, v, recipe, is_causal, causal_alignment, attn_mask, sm_scale, layout, return_lse, like
+            q, k, v, recipe, is_causal, causal_alignment, attn_mask, sm_scale, layout, return_lse, like, on_emulation
         )
         if key is not None:
             _calls.put(key, (scale, request))
@@ -244,8 +254,12 @@ def explain(
     return_lse: bool = False,
     like: str | Machine | None = None,
     training: Training = "refuse",
+    on_emulation: OnEmulation = "warn",
 ) -> Explanation:
     """Which implementation and recipe `attention` would run for these arguments, and why not the others.
+
+    It warns of nothing: where `attention` would, the emulation's line says so, and where ``on_emulation="error"``
+    refuses the emulation, nothing runs.
 
     >>> q = k = v = torch.randn(1, 2, 128, 64)
     >>> print(explain(q, k, v).implementation)
@@ -259,7 +273,7 @@ def explain(
         raise InvalidArgumentError("explain(…) inside torch.compile: call it outside, on tensors of the same shapes")
     recipe, like = for_training(training, recipe, like, q, k, v, *tensors_of(attn_mask))
     *_, request = _attention_request(
-        q, k, v, recipe, is_causal, causal_alignment, attn_mask, sm_scale, layout, return_lse, like
+        q, k, v, recipe, is_causal, causal_alignment, attn_mask, sm_scale, layout, return_lse, like, on_emulation
     )
     return explain_request(request)
 
@@ -291,6 +305,7 @@ def attention_varlen(
     sm_scale: float | None = None,
     return_lse: bool = False,
     like: str | Machine | None = None,
+    on_emulation: OnEmulation = "warn",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over sequences of different lengths, packed one behind another. Means and scales are per sequence.
 
@@ -324,7 +339,7 @@ def attention_varlen(
         )
     checks.check_max_seqlen("max_seqlen_q", max_seqlen_q, starts_q)
     checks.check_max_seqlen("max_seqlen_k", max_seqlen_k, starts_k)
-    chosen, machine = _check_options(recipe, like, is_causal, causal_alignment, return_lse)
+    chosen, machine = _check_options(recipe, like, is_causal, causal_alignment, return_lse, on_emulation)
     scale = checks.resolve_scale("sm_scale", sm_scale, q.shape[2])
     chosen = for_scale("sm_scale", scale, chosen)
 
@@ -335,6 +350,7 @@ def attention_varlen(
         request = make_request(
             one_q, one_k, one_v, None, chosen, machine,
             is_causal=is_causal, bottom_right=causal_alignment != "top_left", return_lse=return_lse,
+            on_emulation=on_emulation,
         )  # fmt: skip
         (out, lse), choice = run_request(one_q, one_k, one_v, None, scale, request)
         outs.append(out[0].transpose(0, 1))
@@ -350,12 +366,18 @@ def _promised(lse: Tensor | None, choice: Chosen) -> Tensor:
 
 
 def _check_options(
-    recipe: str | Recipe, like: str | Machine | None, is_causal: bool, causal_alignment: str | None, return_lse: bool
+    recipe: str | Recipe,
+    like: str | Machine | None,
+    is_causal: bool,
+    causal_alignment: str | None,
+    return_lse: bool,
+    on_emulation: OnEmulation,
 ) -> tuple[Recipe | None, Machine | None]:
     """The recipe (``None`` for auto) and machine, and a look at the flags."""
     checks.check_flag("is_causal", is_causal)
     checks.check_flag("return_lse", return_lse)
     checks.check_alignment(is_causal, causal_alignment)
+    checks.check_choice("on_emulation", on_emulation, checks.ON_EMULATION)
     chosen = None if isinstance(recipe, str) and recipe == "auto" else find_recipe(recipe)
     return chosen, resolve_like(chosen, like)
 
@@ -384,10 +406,11 @@ def _attention_request(
     layout: str,
     return_lse: bool,
     like: str | Machine | None,
+    on_emulation: OnEmulation,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float, Request]:
     """Checked tensors as ``[B, H, N, D]`` views, the mask with four dimensions, the scale, and the request."""
     checks.check_choice("layout", layout, checks.LAYOUTS)
-    chosen, machine = _check_options(recipe, like, is_causal, causal_alignment, return_lse)
+    chosen, machine = _check_options(recipe, like, is_causal, causal_alignment, return_lse, on_emulation)
     checks.check_tensors(q, k, v, 4, "[B, H, N, D]" if layout == "HND" else "[B, N, H, D]")
     if layout == "NHD":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -398,6 +421,7 @@ def _attention_request(
     request = make_request(
         q, k, v, mask, chosen, machine,
         is_causal=is_causal, bottom_right=causal_alignment != "top_left", return_lse=return_lse, layout=layout,
+        on_emulation=on_emulation,
     )  # fmt: skip
     return q, k, v, mask, scale, request
 

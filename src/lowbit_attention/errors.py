@@ -77,6 +77,10 @@ class UnsupportedError(LowbitError, NotImplementedError):
         super().__init__("\n".join(lines))
 
 
+class EmulationRefusedError(UnsupportedError):
+    """A call asked for ``on_emulation="error"``, and the emulation alone could run it."""
+
+
 class MissingExtraError(LowbitError, ImportError):
     """A feature needs packages that come with one of this package's extras."""
 
@@ -104,3 +108,7 @@ class KernelUnavailableError(LowbitError):
 
 class FallbackWarning(UserWarning):
     """A kernel failed, and something slower runs its calls; said once for each kernel and recipe."""
+
+
+class EmulationWarning(UserWarning):
+    """A named recipe is emulated on a GPU, far slower than a kernel; said once for each recipe and reasons."""

@@ -12,6 +12,7 @@ from .api import Training, goes_through_the_op, resolve_like
 from .backends.dispatch import check_possible, run_request
 from .call import checks
 from .call.checked import CheckedCall, check_call
+from .call.request import OnEmulation
 from .call.torch_call import TorchCall
 from .recipes.definition import Recipe
 from .recipes.machine import Machine
@@ -22,12 +23,16 @@ SDPA = Callable[..., Tensor]
 
 
 def make_sdpa(
-    recipe: str | Recipe = "auto", *, like: str | Machine | None = None, training: Training = "refuse"
+    recipe: str | Recipe = "auto",
+    *,
+    like: str | Machine | None = None,
+    training: Training = "refuse",
+    on_emulation: OnEmulation = "warn",
 ) -> SDPA:
     """A function with the signature of ``torch.nn.functional.scaled_dot_product_attention`` that runs ``recipe``.
 
     Args:
-        recipe, like, training: as in `attention`.
+        recipe, like, training, on_emulation: as in `attention`.
 
     >>> import torch
     >>> sdpa_8b = make_sdpa("sage2_8b")
@@ -36,9 +41,9 @@ def make_sdpa(
     torch.Size([2, 4, 64, 32])
 
     Raises:
-        InvalidRecipeError: an unknown recipe.
+        InvalidArgumentError, InvalidRecipeError: a wrong argument, an unknown recipe.
     """
-    return RecipeSDPA(recipe, like, training)
+    return RecipeSDPA(recipe, like, training, on_emulation)
 
 
 class RecipeSDPA:
@@ -46,13 +51,21 @@ class RecipeSDPA:
 
     _made_of: tuple[Any, ...] = ()  # (torch.compile hashes objects that it has not filled yet)
 
-    def __init__(self, recipe: str | Recipe, like: str | Machine | None, training: Training) -> None:
-        self._made_of = recipe, like, training
+    def __init__(
+        self,
+        recipe: str | Recipe,
+        like: str | Machine | None,
+        training: Training,
+        on_emulation: OnEmulation = "warn",  # (pickles of before have none)
+    ) -> None:
+        self._made_of = recipe, like, training, on_emulation
         self._recipe = find_recipe_or_auto(recipe)
         self._like = like
         self._machine = resolve_like(self._recipe, like)
         checks.check_choice("training", training, checks.TRAINING)
+        checks.check_choice("on_emulation", on_emulation, checks.ON_EMULATION)
         self._exact_training = training == "exact"
+        self._on_emulation = on_emulation
         self.__name__ = self.__qualname__ = "sdpa"
 
     def __call__(
@@ -88,7 +101,7 @@ class RecipeSDPA:
         if self._exact_training and given.wants_grad():
             call = check_call(given, EXACT, None)
         else:
-            call = check_call(given, self._recipe, self._machine)
+            call = check_call(given, self._recipe, self._machine, on_emulation=self._on_emulation)
         if goes_through_the_op(call.q, call.k, call.v, call.mask) and not dropout_p:
             check_possible(call.request)
             return _by_operator(call, call.request.recipe, self._like)
@@ -105,10 +118,10 @@ class RecipeSDPA:
         return hash(self._made_of)
 
     def __repr__(self) -> str:
-        recipe, like, training = self._made_of
-        options = ("" if like is None else f", like={str(like)!r}") + (
-            "" if training == "refuse" else f", training={training!r}"
-        )
+        recipe, like, training, on_emulation = self._made_of
+        options = "" if like is None else f", like={str(like)!r}"
+        options += "" if training == "refuse" else f", training={training!r}"
+        options += "" if on_emulation == "warn" else f", on_emulation={on_emulation!r}"
         return f"make_sdpa({str(recipe)!r}{options})"
 
 
@@ -129,8 +142,9 @@ def _by_operator(call: CheckedCall, recipe: Recipe | None, like: str | Machine |
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     causal = call.request.is_causal
     out, _ = ops.attention(
-        q, k, v, call.mask, recipe or "auto", causal, "top_left" if causal else None, call.sm_scale, layout, False, like
-    )
+        q, k, v, call.mask, recipe or "auto", causal, "top_left" if causal else None, call.sm_scale, layout, False,
+        like, call.request.on_emulation,
+    )  # fmt: skip
     return call.finish(out.transpose(1, 2) if layout == "NHD" else out)
 
 

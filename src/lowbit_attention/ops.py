@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .call.checks import TRANSFORMED
 from .call.mask_types import Mask, from_text, tensors_of, to_text
-from .call.request import has_tangent
+from .call.request import OnEmulation, has_tangent
 from .call.torch_call import OPERANDS, as_query_lies, of_operands
 from .errors import InvalidArgumentError, UnsupportedError
 from .recipes.definition import Recipe
@@ -124,10 +124,11 @@ def _fake(
 
 SCHEMA = (
     "attention(Tensor q, Tensor k, Tensor v, Tensor[] mask_tensors, str mask, str recipe, bool is_causal, "
-    "str? causal_alignment, float? sm_scale, str layout, bool return_lse, str? like) -> (Tensor, Tensor)"
+    "str? causal_alignment, float? sm_scale, str layout, bool return_lse, str? like, "
+    "str on_emulation='warn') -> (Tensor, Tensor)"
 )
 """A mask crosses as its tensors and a text (`call.mask_types`): new kinds of masks need no new schema. docs/api.md has
-what will be added behind ``like``."""
+what will be added behind ``on_emulation``."""
 
 
 def implement(run: Run) -> None:
@@ -136,9 +137,12 @@ def implement(run: Run) -> None:
     def implementation(
         q: Tensor, k: Tensor, v: Tensor, mask_tensors: list[Tensor], mask: str, recipe: str, *options: Any
     ) -> tuple[Tensor, Tensor]:
-        is_causal, causal_alignment, sm_scale, layout, return_lse, like = options
+        # (torch leaves out what equals its default in the schema)
+        is_causal, causal_alignment, sm_scale, layout, return_lse, like, on_emulation = (*options, "warn")[:7]
         chosen, attn_mask = parse_recipe(recipe), from_text(mask, mask_tensors)
-        result = run(q, k, v, chosen, is_causal, causal_alignment, attn_mask, sm_scale, layout, return_lse, like)
+        result = run(
+            q, k, v, chosen, is_causal, causal_alignment, attn_mask, sm_scale, layout, return_lse, like, on_emulation
+        )
         return result if return_lse else (result, q.new_empty(0, dtype=torch.float32))
 
     operator(SCHEMA, implementation, _fake, refuse_tangents)
@@ -156,6 +160,7 @@ def attention(
     layout: str,
     return_lse: bool,
     like: str | Machine | None,
+    on_emulation: OnEmulation,
 ) -> tuple[Tensor, Tensor]:
     """Call the operator: output and lse (empty unless ``return_lse``).
 
@@ -182,5 +187,6 @@ def attention(
         layout,
         return_lse,
         like,
+        on_emulation,
     )
     return out, lse

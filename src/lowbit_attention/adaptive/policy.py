@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._version import __version__
-from ..call.checks import check_flag
+from ..call.checks import ON_EMULATION, check_choice, check_flag
+from ..call.request import OnEmulation
 from ..errors import InvalidArgumentError, shown
 from ..recipes.definition import Recipe
 from ..recipes.named import RECIPES
@@ -82,6 +83,7 @@ class Policy:
         timesteps: Any = None,
         like: str | Machine | None = None,
         strict: bool = True,
+        on_emulation: OnEmulation = "warn",
     ) -> Applied:
         """Route every call of ``model`` from now on, until ``remove()`` of what is returned.
 
@@ -90,13 +92,15 @@ class Policy:
             timesteps: what moves the steps, as in `observe`.
             like: whose numbers an emulation gives; ``None``: a kernel where one runs, else emulation as ``sm_89``.
             strict: refuse another model than the policy was made for; ``False`` warns.
+            on_emulation: as in `lowbit_attention.attention`.
 
         Raises:
             PolicyMismatchError: another model. InvalidArgumentError: no model at all, or an option of a wrong type.
         """
         check_flag("strict", strict)
+        check_choice("on_emulation", on_emulation, ON_EMULATION)
         self._check(model, strict)
-        return Applied(self, model, timesteps, like)
+        return Applied(self, model, timesteps, like, on_emulation)
 
     @contextmanager
     def applied(
@@ -106,9 +110,10 @@ class Policy:
         timesteps: Any = None,
         like: str | Machine | None = None,
         strict: bool = True,
+        on_emulation: OnEmulation = "warn",
     ) -> Iterator[Applied]:
         """`apply` within a block."""
-        handle = self.apply(model, timesteps=timesteps, like=like, strict=strict)
+        handle = self.apply(model, timesteps=timesteps, like=like, strict=strict, on_emulation=on_emulation)
         try:
             yield handle
         finally:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends.base import call_torch
+from ..call.request import OnEmulation
 from ..functional import SDPA, make_sdpa
 from ..integrations.intercept import intercepted
 from ..recipes.definition import Recipe
@@ -40,12 +41,18 @@ class Applied:
     """
 
     def __init__(
-        self, policy: Routes, model: torch.nn.Module | None, timesteps: Any, like: str | Machine | None
+        self,
+        policy: Routes,
+        model: torch.nn.Module | None,
+        timesteps: Any,
+        like: str | Machine | None,
+        on_emulation: OnEmulation,
     ) -> None:
         self.policy = policy
         self.clock = Clock()
         functions: dict[str, SDPA | None] = {
-            name: None if recipe.is_exact else make_sdpa(recipe, like=like) for name, recipe in policy.recipes.items()
+            name: None if recipe.is_exact else make_sdpa(recipe, like=like, on_emulation=on_emulation)
+            for name, recipe in policy.recipes.items()
         }
         """``None`` is torch's own function."""
         self._default = functions[policy.default]

@@ -93,7 +93,9 @@ def _time(
     k, v = torch.randn(2, shape.batch, shape.kv_heads, shape.kv_len, shape.head_dim, device=device, dtype=dtype)
     calls: dict[str, Callable[[], object]] = {}
     for name, recipe in recipes.items():
-        request = make_request(q, k, v, None, recipe, None, is_causal=shape.is_causal, bottom_right=True)
+        request = make_request(
+            q, k, v, None, recipe, None, is_causal=shape.is_causal, bottom_right=True, on_emulation="allow"
+        )
         chosen = dispatch_choose(request).implementation
         if recipe.is_exact or chosen.is_kernel:
             calls[name] = partial(attention, q, k, v, recipe=recipe, is_causal=shape.is_causal)

@@ -214,7 +214,8 @@ class Emulation(Implementation):
     name = "emulation"
 
     def remark(self, request: Request) -> str:
-        return f"no kernel runs it here: emulated as {request.machine or DEFAULT_MACHINE}"
+        remark = f"no kernel runs it here: emulated as {request.machine or DEFAULT_MACHINE}"
+        return f"{remark}, far slower than a kernel, with one warning" if request.warns_of_emulation else remark
 
     def not_supported_reasons(self, request: Request, recipe: Recipe) -> tuple[str, ...]:
         reasons = []

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..call.memo import IdentityMemo
 from ..call.request import Request, device_name
-from ..errors import UnsupportedError
+from ..errors import EmulationRefusedError, UnsupportedError
 from ..output.console import fitting
 from ..recipes.definition import Recipe
 from ..recipes.named import EXACT
-from . import failures
+from . import emulated, failures
 from .base import Emulation, Implementation, Output, TiledExact, TorchSDPA
 from .budget import outside_reasons
 from .registry import IMPLEMENTATIONS
@@ -131,8 +131,11 @@ class Explanation:
 def choose(request: Request) -> Chosen:
     """The implementation and recipe for ``request``.
 
+    With an emulation that is to be warned of, the warning comes here, before it runs.
+
     Raises:
         UnsupportedError: with every implementation's every reason, if none can run it.
+        EmulationRefusedError: the emulation could, and is refused.
     """
     if request.needs_grad and torch.compiler.is_compiling():
         check_possible(request)
@@ -142,10 +145,14 @@ def choose(request: Request) -> Chosen:
         return known[1]
     choice, verdicts = _decide(request)
     if choice is None:
-        raise UnsupportedError(
-            f"no implementation can run this call with recipe {request.recipe or 'auto'} ({request})",
-            _by_implementation(verdicts),
+        reasons = _by_implementation(verdicts)
+        refused = emulated.REFUSED in reasons.get(Emulation.name, ())
+        raise (EmulationRefusedError if refused else UnsupportedError)(
+            f"no implementation can run this call with recipe {request.recipe or 'auto'} ({request})", reasons
         )
+    if isinstance(choice.implementation, Emulation) and request.warns_of_emulation:
+        kernels = {i.name for i in IMPLEMENTATIONS if i.is_kernel}
+        emulated.warn(request, _by_implementation([v for v in verdicts if v.implementation in kernels]))
     if all(i.decides_by_request for i in IMPLEMENTATIONS):
         _known.put((tuple(IMPLEMENTATIONS), choice), request)
     return choice
@@ -210,11 +217,14 @@ def _decide(request: Request) -> tuple[Chosen | None, list[Verdict]]:
         if request.recipe is None and implementation.is_kernel:
             continue  # already judged
         reasons = implementation.not_supported_reasons(request, recipe)
-        chosen = found is None and not reasons
-        if chosen:
-            found, reasons = Chosen(implementation, recipe), (implementation.remark(request),)
-        elif not reasons and found is not None:
-            reasons = (f"{found.implementation.name} comes first",)
+        chosen = False
+        if not reasons:
+            if found is not None:
+                reasons = (f"{found.implementation.name} comes first",)
+            elif request.refuses_emulation and isinstance(implementation, Emulation):
+                reasons = (emulated.REFUSED,)
+            else:
+                found, chosen, reasons = Chosen(implementation, recipe), True, (implementation.remark(request),)
         verdicts.append(Verdict(implementation.name, recipe.name, chosen, reasons))
     return found, verdicts
 

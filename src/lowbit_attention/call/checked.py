@@ -14,7 +14,7 @@ from ..recipes.definition import Recipe
 from ..recipes.machine import Machine
 from . import checks
 from .memo import Memo
-from .request import Request, make_request, wants_grad
+from .request import OnEmulation, Request, make_request, wants_grad
 from .torch_call import TorchCall, is_by_token
 
 
@@ -40,14 +40,18 @@ class CheckedCall(NamedTuple):
 
 
 def check_call(
-    call: TorchCall, recipe: Recipe | None, machine: Machine | None, return_lse: bool = False
+    call: TorchCall,
+    recipe: Recipe | None,
+    machine: Machine | None,
+    return_lse: bool = False,
+    on_emulation: OnEmulation = "warn",
 ) -> CheckedCall:
     """Check the arguments of a call, and make the request of it.
 
     Raises:
         InvalidArgumentError: a wrong shape, dtype, device or value.
     """
-    key = _memo_key(call, recipe, machine, return_lse)
+    key = _memo_key(call, recipe, machine, return_lse, on_emulation)
     if key is not None and (known := _known.get(key)) is not None:
         request, sm_scale, lead = known
         return CheckedCall(call.query, call.key, call.value, None, sm_scale, request, lead)
@@ -64,7 +68,7 @@ def check_call(
     layout = "NHD" if is_by_token(call.query) else "HND"
     request = make_request(
         q, k, v, mask, recipe, machine, is_causal=call.is_causal, bottom_right=False, dropout_p=float(call.dropout_p),
-        layout=layout, return_lse=return_lse,
+        layout=layout, return_lse=return_lse, on_emulation=on_emulation,
     )  # fmt: skip
     if key is not None and all(a.shape == b.shape for a, b in ((q, call.query), (k, call.key), (v, call.value))):
         _known.put(key, (request, sm_scale, lead))
@@ -76,7 +80,7 @@ _known: Memo[tuple[Request, float, list[int]]] = Memo()
 
 
 def _memo_key(
-    call: TorchCall, recipe: Recipe | None, machine: Machine | None, return_lse: bool
+    call: TorchCall, recipe: Recipe | None, machine: Machine | None, return_lse: bool, on_emulation: OnEmulation
 ) -> tuple[object, ...] | None:
     """What identifies a plain call; ``None`` for one that is looked at each time."""
     if torch.compiler.is_compiling():
@@ -100,7 +104,7 @@ def _memo_key(
     return (
         query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype,
         query.device, key.device, value.device, strides[1] < strides[2],
-        is_causal, scale, enable_gqa, recipe, machine, return_lse,
+        is_causal, scale, enable_gqa, recipe, machine, return_lse, on_emulation,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ LAYOUTS = ("HND", "NHD")
 CAUSAL_ALIGNMENTS = ("bottom_right", "top_left")
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TRAINING = ("refuse", "exact")
+ON_EMULATION = ("warn", "error", "allow")
 TRACED = (
     "is recorded by torch.jit.trace, which would keep what this library reads from it as constants; "
     "use torch.export or torch.compile"

@@ -14,6 +14,7 @@ from ..recipes.definition import Recipe
 from ..recipes.machine import Machine, resolve_machine
 
 MaskKind = Literal["none", "bool", "float"]
+OnEmulation = Literal["warn", "error", "allow"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Request:
     ``recipe`` is ``None`` for "auto". ``causal_offset``: query i sees key j if ``j ≤ i + causal_offset``; it is the
     bottom-right alignment's ``Nk − Nq`` or the top-left's 0; ``bottom_right`` tells which. ``layout`` is the order in
     which the caller wants the output to lie in memory. ``needs_grad``: a derivative is asked for, with ``forward_ad``
-    by forward-mode AD.
+    by forward-mode AD. ``on_emulation``: what an emulation does that ``machine`` does not ask for.
     """
 
     recipe: Recipe | None
@@ -46,6 +47,18 @@ class Request:
     forward_ad: bool = False
     dropout_p: float = 0.0
     layout: Literal["HND", "NHD"] = "HND"
+    on_emulation: OnEmulation = "warn"
+
+    @property
+    def refuses_emulation(self) -> bool:
+        """Whether an emulation is an error."""
+        return self.on_emulation == "error" and self.recipe is not None and self.machine is None
+
+    @property
+    def warns_of_emulation(self) -> bool:
+        """Whether an emulation is warned of: on a CPU a named recipe means one."""
+        unasked = self.on_emulation == "warn" and self.recipe is not None and self.machine is None
+        return unasked and self.device.type != "cpu"
 
     @property
     def causal_offset(self) -> int | None:

@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, wraps
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import Distribution, DistributionFinder
@@ -22,6 +22,7 @@ from .._version import __version__
 from ..errors import LowbitError
 
 if TYPE_CHECKING:
+    from ..call.request import OnEmulation
     from ..recipes.definition import Recipe
 
 NAME = "sageattention"
@@ -36,18 +37,21 @@ _FILE = Path(__file__).with_name("sageattention.py")
 class SageAttentionAlias(DistributionFinder):
     """What `install_as_sageattention` returns: ``remove()`` ends it, and so does the end of a ``with`` block."""
 
-    def __init__(self, recipe: str | Recipe) -> None:
-        self._recipe = recipe
+    def __init__(self, recipe: str | Recipe, on_emulation: OnEmulation) -> None:
+        self._recipe, self._on_emulation = recipe, on_emulation
         self._hidden: dict[str, ModuleType] = {}
 
     @cached_property
-    def _sageattn(self) -> Callable[..., Any]:
-        """``sageattention.sageattn``: the same function in every module of the alias."""
-        from ..functional import find_recipe_or_auto
-        from .sageattention import make_sageattn
+    def _functions(self) -> dict[str, Callable[..., Any]]:
+        """What ``sageattention`` holds: the same functions in every module of the alias."""
+        from . import sageattention as functions
 
-        find_recipe_or_auto(self._recipe)
-        return make_sageattn(self._recipe)
+        _check(self._recipe, self._on_emulation)
+        found = {name: getattr(functions, name) for name in functions.__all__}
+        found["sageattn"] = functions.make_sageattn(self._recipe)
+        if self._on_emulation == "warn":
+            return found
+        return {name: _with_default(function, self._on_emulation) for name, function in found.items()}
 
     def remove(self) -> None:
         """Take the alias away; what ``sageattention`` was before is there again. Twice is as good as once."""
@@ -92,9 +96,8 @@ class _Loader(Loader):
         from . import sageattention as functions
 
         module.__doc__ = functions.__doc__
-        for name in functions.__all__:
-            setattr(module, name, getattr(functions, name))
-        module.sageattn = self._alias._sageattn  # type: ignore[attr-defined]
+        for name, function in self._alias._functions.items():
+            setattr(module, name, function)
         module.__all__ = list(functions.__all__)  # type: ignore[attr-defined]
         module.__version__ = VERSION  # type: ignore[attr-defined]
 
@@ -114,7 +117,26 @@ class _Distribution(Distribution):
         return _FILE.parent / str(path)
 
 
-def install_as_sageattention(recipe: str | Recipe = "auto", *, force: bool = False) -> SageAttentionAlias:
+def _check(recipe: str | Recipe, on_emulation: OnEmulation) -> None:
+    """Look at the options. (This imports torch.)"""
+    from ..call import checks
+    from ..functional import find_recipe_or_auto
+
+    find_recipe_or_auto(recipe)
+    checks.check_choice("on_emulation", on_emulation, checks.ON_EMULATION)
+
+
+def _with_default(function: Callable[..., Any], on_emulation: OnEmulation) -> Callable[..., Any]:
+    @wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        return function(*args, **{"on_emulation": on_emulation, **options})
+
+    return call
+
+
+def install_as_sageattention(
+    recipe: str | Recipe = "auto", *, force: bool = False, on_emulation: OnEmulation = "warn"
+) -> SageAttentionAlias:
     """Let ``import sageattention`` find `lowbit_attention.compat.sageattention`, in this process.
 
     ``importlib.util.find_spec("sageattention")`` and ``importlib.metadata.version("sageattention")`` find it, too. Call
@@ -124,6 +146,7 @@ def install_as_sageattention(recipe: str | Recipe = "auto", *, force: bool = Fal
         recipe: what ``sageattention.sageattn`` runs. Before torch is imported a name is taken as it is, and an unknown
             one is refused by ``import sageattention``.
         force: also where the package ``sageattention`` is installed, which is hidden then.
+        on_emulation: as in `lowbit_attention.attention`, for every function's calls that do not say.
     Returns:
         The alias; its ``remove()``, or the end of a ``with`` block, takes it away.
 
@@ -134,15 +157,13 @@ def install_as_sageattention(recipe: str | Recipe = "auto", *, force: bool = Fal
 
     Raises:
         LowbitError: ``sageattention`` is installed or imported, and not ``force``; or the alias is there already.
-        InvalidRecipeError: an unknown recipe.
+        InvalidArgumentError, InvalidRecipeError: another ``on_emulation``, an unknown recipe.
     """
     if "torch" in sys.modules or not isinstance(recipe, str):  # (finding a recipe imports torch)
-        from ..functional import find_recipe_or_auto
-
-        find_recipe_or_auto(recipe)
+        _check(recipe, on_emulation)
     if any(isinstance(finder, SageAttentionAlias) for finder in sys.meta_path):
         raise LowbitError("the alias sageattention is installed already; remove() it first")
-    alias = SageAttentionAlias(recipe)
+    alias = SageAttentionAlias(recipe, on_emulation)
     found = next(_installed(), None)
     if found and not force:
         raise LowbitError(f"the package sageattention is {found}; force=True hides it while the alias is there")

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ..api import attention, attention_varlen
 from ..call import checks
+from ..call.request import OnEmulation
 from ..errors import InvalidArgumentError, UnsupportedError
 from ..recipes.definition import Recipe
 from ..recipes.granularity import TOKEN_GRANULARITIES
@@ -73,6 +74,7 @@ def make_sageattn(recipe: str | Recipe = "auto") -> Callable[..., Output]:
         return_lse: bool = False,
         *,
         attn_mask: Tensor | None = None,
+        on_emulation: OnEmulation = "warn",
         **others: Any,
     ) -> Output:
         """Attention by the fastest method here that keeps the default error budget.
@@ -83,7 +85,7 @@ def make_sageattn(recipe: str | Recipe = "auto") -> Callable[..., Output]:
             is_causal: query i sees keys j ≤ i.
             sm_scale: ``1 / √D`` if ``None``.
             return_lse: return the log-sum-exp, too.
-            attn_mask: as in `lowbit_attention.attention`.
+            attn_mask, on_emulation: as in `lowbit_attention.attention`.
             others: ``causal``, ``softmax_scale``, ``scale`` as other words; see the module for what is refused.
         Returns:
             The output in q's shape; with ``return_lse`` also float32 ``[B, Hq, Nq]`` in both layouts, the natural
@@ -99,7 +101,7 @@ def make_sageattn(recipe: str | Recipe = "auto") -> Callable[..., Output]:
             TypeError: an unknown argument.
         """
         is_causal, sm_scale = _same_words("sageattn", is_causal, sm_scale, others)
-        return _run(recipe, q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask)
+        return _run(recipe, q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, on_emulation)
 
     return sageattn
 
@@ -119,6 +121,7 @@ def sageattn_qk_int8_pv_fp16_triton(
     return_lse: bool = False,
     *,
     attn_mask: Tensor | None = None,
+    on_emulation: OnEmulation = "warn",
     **others: Any,
 ) -> Output:
     """SageAttention: INT8 Q·K per block, FP16 P·V with FP16 sums over a tile (recipe ``sage1``).
@@ -139,7 +142,9 @@ def sageattn_qk_int8_pv_fp16_triton(
             f"{name}: is_causal needs equal lengths of q and k, got {q.shape[tokens]} and {k.shape[tokens]}; "
             "lowbit_attention.attention has causal_alignment for them"
         )
-    return _run(_sage1(None, smooth_k, False), q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask)
+    return _run(
+        _sage1(None, smooth_k, False), q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, on_emulation
+    )
 
 
 def sageattn_qk_int8_pv_fp16_cuda(
@@ -156,6 +161,7 @@ def sageattn_qk_int8_pv_fp16_cuda(
     return_lse: bool = False,
     *,
     attn_mask: Tensor | None = None,
+    on_emulation: OnEmulation = "warn",
     **others: Any,
 ) -> Output:
     """INT8 Q·K, FP16 P·V.
@@ -174,7 +180,7 @@ def sageattn_qk_int8_pv_fp16_cuda(
         recipe = _changed("int8_fp16", "tile", qk_quant_gran, smooth_k, smooth_v)
     else:
         recipe = _sage1(qk_quant_gran, smooth_k, smooth_v)
-    return _run(recipe, q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask)
+    return _run(recipe, q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, on_emulation)
 
 
 def sageattn_qk_int8_pv_fp8_cuda(
@@ -191,6 +197,7 @@ def sageattn_qk_int8_pv_fp8_cuda(
     return_lse: bool = False,
     *,
     attn_mask: Tensor | None = None,
+    on_emulation: OnEmulation = "warn",
     **others: Any,
 ) -> Output:
     """SageAttention2 and SageAttention2++: INT8 Q·K, FP8 P·V.
@@ -212,7 +219,7 @@ def sageattn_qk_int8_pv_fp8_cuda(
     }
     base, promotion = bases[pv_accum_dtype]
     recipe = _changed(base, promotion, qk_quant_gran, smooth_k, smooth_v)
-    return _run(recipe, q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask)
+    return _run(recipe, q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, on_emulation)
 
 
 def sageattn_qk_int8_pv_fp8_cuda_sm90(
@@ -228,6 +235,7 @@ def sageattn_qk_int8_pv_fp8_cuda_sm90(
     return_lse: bool = False,
     *,
     attn_mask: Tensor | None = None,
+    on_emulation: OnEmulation = "warn",
     **others: Any,
 ) -> Output:
     """SageAttention2 for Hopper: INT8 Q·K, FP8 P·V (recipe ``sage2_8b``); elsewhere an emulation of a Hopper kernel.
@@ -243,10 +251,9 @@ def sageattn_qk_int8_pv_fp8_cuda_sm90(
         raise UnsupportedError(f"{name}: pv_accum_dtype={pv_accum_dtype!r}; on Hopper there is 'fp32+fp32'")
     checks.check_choice("qk_quant_gran", qk_quant_gran, _GRANULARITIES)
     recipe = _changed("sage2_8b", "tile", qk_quant_gran, smooth_k, False)
-    on_gpu = isinstance(q, Tensor) and q.is_cuda
-    return _run(
-        recipe, q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, None if on_gpu else "sm_90a"
-    )
+    emulates = not (isinstance(q, Tensor) and q.is_cuda) and on_emulation != "error"
+    like = "sm_90a" if emulates else None
+    return _run(recipe, q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, on_emulation, like)
 
 
 def sageattn_varlen(
@@ -260,6 +267,8 @@ def sageattn_varlen(
     is_causal: bool = False,
     sm_scale: float | None = None,
     smooth_k: bool = True,
+    *,
+    on_emulation: OnEmulation = "warn",
     **others: Any,
 ) -> Tensor:
     """Sequences of different lengths, packed one behind another, by recipe ``sage1``.
@@ -269,6 +278,7 @@ def sageattn_varlen(
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: as in `lowbit_attention.attention_varlen`.
         is_causal: within each sequence, query i sees keys j ≤ i.
         smooth_k: subtract the mean of K over the tokens of *each sequence* (the original takes it over all of them).
+        on_emulation: as in `lowbit_attention.attention`.
     Returns:
         ``[total_q, Hq, D]``.
 
@@ -282,6 +292,7 @@ def sageattn_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         recipe=_sage1(None, smooth_k, False), is_causal=is_causal,
         causal_alignment="top_left" if is_causal is True else None, sm_scale=sm_scale,
+        on_emulation=on_emulation,
     )  # fmt: skip
     return out
 
@@ -301,6 +312,7 @@ def _run(
     sm_scale: float | None,
     return_lse: bool,
     attn_mask: Tensor | None,
+    on_emulation: OnEmulation,
     like: str | None = None,
 ) -> Output:
     _check_layout(tensor_layout)
@@ -308,6 +320,7 @@ def _run(
     answer: Output = call(
         q, k, v, recipe=recipe, is_causal=is_causal, causal_alignment="top_left" if is_causal is True else None,
         attn_mask=attn_mask, sm_scale=sm_scale, layout=tensor_layout, return_lse=return_lse, like=like,
+        on_emulation=on_emulation,
     )  # fmt: skip
     return answer
 

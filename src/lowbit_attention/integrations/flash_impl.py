@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..call.request import OnEmulation
 from ..call.torch_call import TorchCall
 from ..errors import UnsupportedError
 from ..recipes.definition import Recipe
@@ -25,12 +26,16 @@ _CPU_OP = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
 
 def register_flash_impl(
-    recipe: str | Recipe = "auto", *, like: str | Machine | None = None, name: str | None = None
+    recipe: str | Recipe = "auto",
+    *,
+    like: str | Machine | None = None,
+    name: str | None = None,
+    on_emulation: OnEmulation = "warn",
 ) -> CallReport:
     """Register ``recipe`` as a flash attention implementation of torch, not yet active.
 
     Args:
-        recipe, like: as in `attention`.
+        recipe, like, on_emulation: as in `attention`.
         name: what ``torch.nn.attention.activate_flash_attention_impl`` is given; ``"lowbit_" + recipe`` if ``None``.
     Returns:
         A `CallReport` that counts the calls which arrive while it is active.
@@ -45,7 +50,7 @@ def register_flash_impl(
         InvalidRecipeError: an unknown recipe.
         UnsupportedError: this torch has no such registry.
     """
-    impl = _Impl(recipe, like)
+    impl = _Impl(recipe, like, on_emulation)
     register = getattr(torch.nn.attention, "register_flash_attention_impl", None)
     if register is None or not hasattr(torch.library, "get_kernel"):
         raise UnsupportedError(
@@ -76,8 +81,8 @@ class _Handle:
 class _Impl:
     """Torch's flash kernels while ours stand in their place. (Their arguments are those of aten's operators.)"""
 
-    def __init__(self, recipe: str | Recipe, like: str | Machine | None) -> None:
-        self.rerouter = Rerouter(recipe, like=like)
+    def __init__(self, recipe: str | Recipe, like: str | Machine | None, on_emulation: OnEmulation) -> None:
+        self.rerouter = Rerouter(recipe, like=like, on_emulation=on_emulation)
         self.kernels: dict[str, Any] = {}
 
     def activate(self) -> _Handle:

@@ -27,9 +27,9 @@ from ..backends.dispatch import Chosen, attempt, check_possible, choose, explain
 from ..call import checks
 from ..call.checked import CheckedCall, check_call
 from ..call.memo import IdentityMemo
-from ..call.request import Request
+from ..call.request import OnEmulation, Request
 from ..call.torch_call import TorchCall
-from ..errors import InvalidArgumentError, LowbitError, UnsupportedError
+from ..errors import EmulationRefusedError, InvalidArgumentError, LowbitError, UnsupportedError
 from ..functional import find_recipe_or_auto, recipe_text
 from ..ops import operator, parse_recipe, sdpa_operator
 from ..recipes.definition import Recipe
@@ -53,6 +53,7 @@ class Rerouter:
         recipe, like: as in `attention`; ``"auto"`` runs only kernels, and leaves to the original what is not worth it.
         training: calls whose gradients autograd records are the original's (``"exact"``) or an error (``"refuse"``).
         strict: a call that the recipe cannot run is an error.
+        on_emulation: as in `attention`; ``"error"`` raises whatever ``strict`` is.
 
     Attributes:
         report: counts every call by implementation and reason.
@@ -68,14 +69,17 @@ class Rerouter:
         like: str | Machine | None = None,
         training: Training = "exact",
         strict: bool = False,
+        on_emulation: OnEmulation = "warn",
     ) -> None:
         self.recipe = find_recipe_or_auto(recipe)
         self.like = like
         self.machine = resolve_like(self.recipe, like)
         checks.check_choice("training", training, checks.TRAINING)
         checks.check_flag("strict", strict)
+        checks.check_choice("on_emulation", on_emulation, checks.ON_EMULATION)
         self.exact_training = training == "exact"
         self.strict = strict
+        self.on_emulation: OnEmulation = on_emulation
         self.report = CallReport()
         self._text = recipe_text(self.recipe)
         self._number = next(_next)
@@ -88,7 +92,7 @@ class Rerouter:
             why_not: a reason of the integration's own why the recipe must not run it.
 
         Raises:
-            UnsupportedError, InvalidArgumentError: what ``strict`` and ``training`` make an error.
+            UnsupportedError, InvalidArgumentError: what ``strict``, ``training`` and ``on_emulation`` make an error.
         """
         if torch.compiler.is_dynamo_compiling():
             return self._traced(call, original, why_not)
@@ -152,8 +156,10 @@ class Rerouter:
         if type(call.dropout_p) is not float:  # (0 or False)
             call = call._replace(dropout_p=0.0)
         try:
-            checked = check_call(call, self.recipe, self.machine, return_lse)
+            checked = check_call(call, self.recipe, self.machine, return_lse, self.on_emulation)
             choice = choose(checked.request)
+        except EmulationRefusedError:
+            raise
         except LowbitError as error:
             if self.strict:
                 raise
@@ -190,7 +196,8 @@ class Rerouter:
                 torch.ops.lowbit_attention.declined(tally, self._number, reason)
             return call.run(original)
         # (here the number finds this object, its machine included)
-        options = (self._text, None, self.strict, self._number) if here else (*self.export_options(), _NOBODY)
+        here_options = self._text, None, self.strict, self._number, self.on_emulation
+        options = here_options if here else self.export_options()
         out: Tensor = torch.ops.lowbit_attention.rerouted_sdpa(*call.in_autocast().operands(), *options)
         return out
 
@@ -201,8 +208,9 @@ class Rerouter:
         else:
             self.count_other(reason)
 
-    def export_options(self) -> tuple[str, str | None, bool]:
-        """What an operator that runs without this object is told: recipe, machine, strictness.
+    def export_options(self) -> tuple[str, str | None, bool, int, OnEmulation]:
+        """What an operator that runs without this object is told: recipe, machine, strictness, nobody's number, and
+        what an emulation does.
 
         Raises:
             InvalidArgumentError: a machine of the caller's own.
@@ -211,7 +219,7 @@ class Rerouter:
             raise InvalidArgumentError(
                 f"like={self.like.name!r}: for a program that is exported give the machine's name, not the object"
             )
-        return self._text, self.like, self.strict
+        return self._text, self.like, self.strict, _NOBODY, self.on_emulation
 
 
 def _ran(call: CheckedCall, choice: Chosen) -> Output:
@@ -258,12 +266,19 @@ _rerouters: weakref.WeakValueDictionary[int, Rerouter] = globals().get("_reroute
 
 
 @lru_cache(maxsize=64)
-def _elsewhere(recipe: str, like: str | None, strict: bool) -> Rerouter:
-    return Rerouter(parse_recipe(recipe), like=like, strict=strict)
+def _elsewhere(recipe: str, like: str | None, strict: bool, on_emulation: OnEmulation) -> Rerouter:
+    return Rerouter(parse_recipe(recipe), like=like, strict=strict, on_emulation=on_emulation)
 
 
-def _run_rerouted(call: TorchCall, recipe: str, like: str | None, strict: bool, number: int = _NOBODY) -> Tensor:
-    rerouter = _rerouters.get(number) or _elsewhere(recipe, like, strict)
+def _run_rerouted(
+    call: TorchCall,
+    recipe: str,
+    like: str | None,
+    strict: bool,
+    number: int = _NOBODY,
+    on_emulation: OnEmulation = "warn",
+) -> Tensor:
+    rerouter = _rerouters.get(number) or _elsewhere(recipe, like, strict, on_emulation)
     answer = rerouter.answer(call)
     return call.run(call_torch, torch_sdpa) if answer is None else answer[0]
 
@@ -273,5 +288,6 @@ def _declined(tally: Tensor, number: int, reason: str) -> None:
         rerouter.declined(reason)
 
 
-sdpa_operator("rerouted_sdpa", f"str recipe, str? like, bool strict, int number={_NOBODY}", _run_rerouted)
+_OPTIONS = f"str recipe, str? like, bool strict, int number={_NOBODY}, str on_emulation='warn'"
+sdpa_operator("rerouted_sdpa", _OPTIONS, _run_rerouted)
 operator("declined(Tensor(a!) tally, int number, str reason) -> ()", _declined, lambda *_: None, mutates=True)

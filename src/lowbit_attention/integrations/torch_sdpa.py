@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..api import Training
+from ..call.request import OnEmulation
 from ..call.torch_call import TorchCall
 from ..errors import UnsupportedError
 from ..recipes.definition import Recipe
@@ -48,6 +49,7 @@ class sdpa_enabled(intercepted):
         training: calls whose gradients autograd records run torch's own function (``"exact"``) or are an error
             (``"refuse"``).
         strict: a call that the recipe cannot run is an error, and does not go to torch's own function.
+        on_emulation: as in `attention`; ``"error"`` raises whatever ``strict`` is.
     Returns:
         A `CallReport` that counts every call by implementation and reason, in the block and after it.
 
@@ -76,10 +78,13 @@ class sdpa_enabled(intercepted):
         like: str | Machine | None = None,
         training: Training = "exact",
         strict: bool = False,
+        on_emulation: OnEmulation = "warn",
     ) -> None:
-        caught = _Caught(recipe, like=like, training=training, strict=strict)
+        caught = _Caught(recipe, like=like, training=training, strict=strict, on_emulation=on_emulation)
         self.report = caught.report
-        self._again = partial(type(self), model, recipe, like=like, training=training, strict=strict)
+        self._again = partial(
+            type(self), model, recipe, like=like, training=training, strict=strict, on_emulation=on_emulation
+        )
         super().__init__(caught, model)
         self.report.of = _described(model, self.block.subjects)
 
@@ -106,6 +111,7 @@ def enable_sdpa(
     like: str | Machine | None = None,
     training: Training = "exact",
     strict: bool = False,
+    on_emulation: OnEmulation = "warn",
 ) -> CallReport:
     """`sdpa_enabled` until `disable_sdpa`. Another call for the same model (or ``None``) replaces the first.
 
@@ -117,7 +123,7 @@ def enable_sdpa(
     >>> report.ran
     1
     """
-    block = sdpa_enabled(model, recipe, like=like, training=training, strict=strict)
+    block = sdpa_enabled(model, recipe, like=like, training=training, strict=strict, on_emulation=on_emulation)
     report = block.__enter__()
     _, previous = _enabled.get(id(model), (None, None))
     _enabled[id(model)] = model, block

@@ -101,7 +101,7 @@ def _exported(given: TorchCall) -> Tensor:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _export_options() -> tuple[str, str | None, bool] | None:
+def _export_options() -> tuple[str, str | None, bool, int, str] | None:
     """What the handler that the call traced now belongs to writes into an exported program; ``None``: nothing."""
     place = _whose(where())
     options = getattr(place[0].handler, "export_options", None) if place is not None else None
