@@ -56,9 +56,9 @@ class Request:
 
     @property
     def warns_of_emulation(self) -> bool:
-        """Whether an emulation is warned of: on a CPU a named recipe means one."""
+        """Whether an emulation is warned of."""
         unasked = self.on_emulation == "warn" and self.recipe is not None and self.machine is None
-        return unasked and self.device.type != "cpu"
+        return unasked and is_gpu(self.device)
 
     @property
     def causal_offset(self) -> int | None:
@@ -80,6 +80,11 @@ class Request:
         words += ["needs forward-mode gradients" if self.forward_ad else "needs gradients"] if self.needs_grad else []
         words += [f"dropout {self.dropout_p}"] if self.dropout_p else []
         return ", ".join(words)
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether a caller expects a kernel there. (On a CPU a named recipe means its emulation.)"""
+    return device.type != "cpu"
 
 
 @lru_cache(maxsize=64)

@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import sys
 import types
 
@@ -10,7 +11,13 @@ import pytest
 import torch
 from packaging.version import parse
 
-from lowbit_attention import InvalidRecipeError, LowbitError, attention
+from lowbit_attention import (
+    EmulationRefusedError,
+    InvalidArgumentError,
+    InvalidRecipeError,
+    LowbitError,
+    attention,
+)
 from lowbit_attention.compat import install_as_sageattention
 from lowbit_attention.compat import sageattention as functions
 
@@ -72,6 +79,22 @@ def test_the_recipe_of_sageattn():
         assert torch.equal(sageattn(q, q, q), attention(q, q, q, recipe="sage2_8b"))
     with pytest.raises(InvalidRecipeError, match="sage9"):
         install_as_sageattention("sage9")
+
+
+def test_the_default_of_on_emulation():
+    q = torch.randn(1, 2, 9, 8)
+    with install_as_sageattention(on_emulation="error"):
+        from sageattention import sageattn, sageattn_qk_int8_pv_fp16_cuda
+        from sageattention.core import sageattn_qk_int8_pv_fp16_cuda as again
+
+        assert again is sageattn_qk_int8_pv_fp16_cuda
+        assert inspect.signature(again) == inspect.signature(functions.sageattn_qk_int8_pv_fp16_cuda)
+        assert sageattn(q, q, q).shape == q.shape
+        with pytest.raises(EmulationRefusedError):
+            again(q, q, q)
+        assert again(q, q, q, on_emulation="allow").shape == q.shape
+    with pytest.raises(InvalidArgumentError, match="on_emulation='loud' is not one of"):
+        install_as_sageattention(on_emulation="loud")
 
 
 def test_remove_twice_and_install_twice():
