@@ -10,8 +10,6 @@ import threading
 import warnings
 from types import FrameType
 
-import torch
-
 from ..call.memo import Memo
 from ..call.request import Request
 from ..errors import EmulationWarning
@@ -25,7 +23,6 @@ _said: Memo[bool] = Memo()
 _lock = threading.Lock()
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # (attention_varlen is traced down to here)
 def warn(request: Request, reasons: Reasons) -> None:
     """Say that ``request`` is emulated, once for its recipe and these reasons."""
     key = str(request.recipe), *reasons.items()
