@@ -195,7 +195,9 @@ def _uniform(observations: Observations, name: str) -> Policy:
 
 
 def _outputs(subject: Subject, policy: Policy, settings: Settings) -> Tensor:
-    with policy.applied(subject.model, timesteps=subject.timesteps, like=settings.like) as applied:
+    with policy.applied(
+        subject.model, timesteps=subject.timesteps, like=settings.like, on_emulation="allow"
+    ) as applied:
         return subject.outputs(applied.restart)
 
 

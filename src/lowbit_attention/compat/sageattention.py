@@ -243,6 +243,7 @@ def sageattn_qk_int8_pv_fp8_cuda_sm90(
     Args:
         qk_quant_gran: "per_thread" or "per_warp".
         pv_accum_dtype: "fp32+fp32"; the original has no other for Hopper, either.
+        on_emulation: as in `lowbit_attention.attention`; ``"error"`` refuses that emulation, too.
         the rest: as `sageattn`.
     """
     name = "sageattn_qk_int8_pv_fp8_cuda_sm90"

@@ -69,7 +69,7 @@ def recipe_way(name: str, like: str | None) -> Way:
     """A recipe in every layer, a kernel where there is one, emulated elsewhere (as ``like``)."""
 
     def run(witness: Witness, windows: Tensor) -> tuple[Tensor, Ran]:
-        with sdpa_enabled(witness.model, recipe=name, like=like, strict=True) as report:
+        with sdpa_enabled(witness.model, recipe=name, like=like, strict=True, on_emulation="allow") as report:
             out = logits(witness.model, windows)
         return out, check(report, name, witness.layers)
 
@@ -96,7 +96,7 @@ def policy_way(name: str, policy: Policy, like: str | None) -> Way:
     def run(witness: Witness, windows: Tensor) -> tuple[Tensor, Ran]:
         if len(layers) != witness.layers:
             raise NotQuantisedError(f"the policy knows {len(layers)} of {witness.layers} layers")
-        with policy.applied(witness.model, like=like):
+        with policy.applied(witness.model, like=like, on_emulation="allow"):
             return logits(witness.model, windows), dict(Counter(policy.routes.values()))
 
     return Way(name, "policy", run, at_four / len(policy.routes))
