@@ -240,7 +240,7 @@ def _llama(make: Maker, config: Any, sizes: Sizes) -> StepInputs:
 def _bert(make: Maker, config: Any, sizes: Sizes) -> StepInputs:
     del config
     batch, padded = sizes["batch"], sizes["tokens"]
-    lengths = torch.linspace(padded / 4, padded, batch, dtype=torch.float64).long().tolist()
+    lengths = [padded // 4 + (padded - padded // 4) * row // (batch - 1) for row in range(batch)]
     mask = make.mask(lengths, padded)
     return StepInputs({"input_ids": make.tokens(batch, padded), "attention_mask": mask.long()}, rows=mask)
 
@@ -278,7 +278,8 @@ _FOUND = (
     ),
     StepModel(
         "ltx-video", "LTX-Video 2B, 704 x 512, 161 frames, batch 2", "diffusers", "LTXVideoTransformer3DModel",
-        9, _ltx_video, {"frames": 21, "height": 16, "width": 22, "text": 128, "text_used": 40}, {**_VIDEO, "text_used": 6},
+        9, _ltx_video, {"frames": 21, "height": 16, "width": 22, "text": 128, "text_used": 40},
+        {**_VIDEO, "text_used": 6},
         tiny_config={"num_layers": 2, **_SMALL, "cross_attention_dim": 64, "caption_channels": 32, "in_channels": 8},
     ),
     StepModel(
@@ -292,7 +293,8 @@ _FOUND = (
         22, _sd3, {"side": 128, "text": 333}, {"side": 8, "text": 16},
         {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192,
          "qk_norm": "rms_norm"},
-        {"num_layers": 2, **_SMALL, "caption_projection_dim": 64, "pooled_projection_dim": 32, "joint_attention_dim": 32},
+        {"num_layers": 2, **_SMALL, "caption_projection_dim": 64, "pooled_projection_dim": 32,
+         "joint_attention_dim": 32},
     ),
     _prefill(8192, 20),
     _prefill(32768, 26),
