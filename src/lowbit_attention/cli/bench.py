@@ -47,7 +47,9 @@ def command(
     recipe: Annotated[
         list[str] | None,
         typer.Option(
-            "--recipe", "-r", help=f"Ours with this recipe, besides (with --steps: instead of auto). {RECIPE_HELP}"
+            "--recipe",
+            "-r",
+            help=f"Ours with this recipe, besides; with --steps in place of `auto`. {RECIPE_HELP}",
         ),
     ] = None,
     whole_steps: Annotated[
@@ -98,8 +100,8 @@ def command(
     `torch` is as it is called today, `torch_cut` without the padded tokens, `ours` by a recipe (what `auto` leaves to
     torch counts as torch's). `±%` is half the rounds' range, `×torch` the speedup over torch, compiled over compiled.
     `attn`, `mm` and `rest` are the GPU's ms in attention kernels, matrix products and all else; an emulated call's
-    kernels count as the last two. `calls` are attention calls run by kernels/emulated/by torch. `cos %` and `L1`
-    compare the output with torch's, `GiB` is the most memory.
+    kernels count as the last two. `calls` are attention calls run by kernels/emulated/by torch. `L1` compares
+    the output with torch's (the files have the cosine, too), `GiB` is the most memory.
     """
     where = _device(device, whole_steps)
     for name, value in (("seconds-per-shape", seconds), ("max-seconds", max_seconds)):

@@ -22,7 +22,7 @@ from ..integrations.call_report import CallKind
 from ..output.console import plain
 from ..output.files import write_json
 from ..recipes.definition import Recipe
-from .common import check_outputs, console, new_table, percent, progress, write_results
+from .common import check_outputs, console, new_table, progress, write_results
 
 STEP_SECONDS = 20.0
 _MOST_KINDS_SHOWN = 4
@@ -41,7 +41,12 @@ def steps(
     json: Path | None,
     commit: str | None,
 ) -> None:
-    """Time the steps of these models, or of all that fit, and show and write what came of it."""
+    """Time the steps of these models, or of all that fit, and show and write what came of it.
+
+    Raises:
+        InvalidArgumentError, InvalidRecipeError: an unknown model or recipe; real sizes on a CPU; a file that is none.
+        typer.Exit: nothing could be timed.
+    """
     if device.type == "cpu" and not tiny:
         raise InvalidArgumentError("the models are for GPUs; on the CPU try tiny ones, to see that it works: --tiny")
     found: dict[str, str | Recipe] = {}
@@ -110,25 +115,26 @@ def _calls(result: StepResult) -> list[dict[str, object]]:
 
 def _table(result: StepResult) -> Table:
     model, rows = result.model, result.rows
-    columns = ("ms", "±%", "×torch", "attn", "mm", "rest", "calls", "cos %", "L1", "GiB")
+    columns = ("ms", "±%", "×torch", "attn", "mm", "rest", "calls", "L1", "GiB")
     table = new_table(f"{model.name}: {model.title}", "variant", *columns)
-    table.collapse_padding, table.pad_edge = True, False  # eleven columns in a console of 80
+    table.collapse_padding, table.pad_edge = True, False  # ten columns in a console of 80
     best = min((row.median_ms for row in rows), default=0.0)
     for row in rows:
         ms = _milliseconds(row.median_ms)
         calls = (row.calls_kernels, row.calls_emulated, row.calls_torch)
         table.add_row(
-            plain(f"{row.variant} compiled" if row.compiled else row.variant),
+            plain(f"{row.variant}*" if row.compiled else row.variant),
             f"[bold]{ms}[/]" if row.median_ms == best else ms,
             f"{50 * row.spread:.1f}",
             number(row.speedup, 2),
             *(_milliseconds(value) for value in (row.attention_ms, row.products_ms, row.rest_ms)),
             "-" if row.calls_torch is None else "/".join(str(n) for n in calls),
-            "-" if row.cos_sim is None else percent(row.cos_sim, 2),
             number(row.l1, 4),
             "-" if row.peak_mib is None else f"{row.peak_mib / 1024:.1f}",
         )
-    told = f"{rows[0].rounds} rounds; calls: by kernels/emulated/by torch"
+    told = f"{rows[0].rounds} rounds; calls: by kernels/emulated/by torch" + "; * compiled" * any(
+        r.compiled for r in rows
+    )
     lines = [told + (f"; {result.reading}" if str(result.reading) else "")]
     lines += [f"{variant}: {_told(kinds)}" for variant, kinds in result.calls.items()]
     table.caption = "\n".join(map(plain, lines))
