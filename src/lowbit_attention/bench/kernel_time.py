@@ -64,20 +64,21 @@ def profiled(call: Callable[[], object]) -> KernelTimes:
     """One call on the current CUDA device under torch's profiler.
 
     Raises:
-        Unsupported: the profiler tells of no kernel, as where CUPTI is missing or the driver forbids it.
+        Unsupported: the profiler fails, or tells of no kernel; then whether the call was made is not known.
     """
-    activities = [torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=activities) as profile:
-        out = call()
-        torch.cuda.synchronize()
-    del out
     try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            out = call()
+            torch.cuda.synchronize()
+        del out
         found = list(_kernels(profile.key_averages()))
+    except torch.cuda.OutOfMemoryError:
+        raise
     except RuntimeError as error:
-        raise Unsupported(f"the profiler failed: {first_line(error)}") from error
+        raise Unsupported(f"torch's profiler failed: {first_line(error)}") from error
     if not found:
-        raise Unsupported("the profiler saw no kernel: CUPTI is missing here, or the driver forbids it")
+        raise Unsupported("torch's profiler saw no kernel: CUPTI is missing here, or the driver forbids it")
     return kernel_times(found)
 
 

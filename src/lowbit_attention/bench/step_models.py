@@ -111,7 +111,7 @@ class StepModel:
         for name, parameter in module.named_parameters():  # as `from_pretrained` does
             if not set(kept).isdisjoint(name.split(".")):
                 parameter.data = parameter.data.float()
-        module.eval().requires_grad_(False)
+        module.to(device).eval().requires_grad_(False)  # (tables that were made by numpy are on the host)
         sizes = {**self.sizes, **(self.tiny_sizes if tiny else {})}
         return module, self.inputs(Maker(device), module.config, sizes)
 

@@ -133,6 +133,13 @@ class _Variant:
     def title(self) -> str:
         return f"{self.name} compiled" if self.compiled else self.name
 
+    def begin(self, device: torch.device) -> None:
+        """Count calls and memory from now."""
+        if self.block is not None:
+            self.block.report.clear()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
     def inside(self) -> AbstractContextManager[object]:
         """Where it runs: entered before the clock starts, since that looks through every module of the process."""
         return nullcontext() if self.block is None else self.block
@@ -271,14 +278,13 @@ class _Session:
             out = one.call().cpu()
             if not bool(out.isfinite().all()):
                 raise ArithmeticError("its output is not finite")
-            if one.block is not None:
-                one.block.report.clear()
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
+            one.begin(device)
             try:
                 one.kernels = _kernels_of(one.call, device)
             except Unsupported as error:
                 self.note("the time of kernels", str(error))
+                one.begin(device)
+                one.call()
         if device.type == "cuda":
             one.peak_mib = (torch.cuda.max_memory_allocated(device) - self.before) / MIB
         if one.block is not None:

@@ -95,3 +95,20 @@ def test_a_profiler_that_sees_nothing_says_so(monkeypatch):
     profiler(monkeypatch, [event("cudaLaunchKernel", 0.0, "CPU")])
     with pytest.raises(Unsupported, match="CUPTI is missing"):
         profiled(lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (RuntimeError("CUPTI_ERROR_NOT_INITIALIZED"), Unsupported, "profiler failed: RuntimeError: CUPTI_ERROR"),
+        (torch.cuda.OutOfMemoryError("full"), torch.cuda.OutOfMemoryError, "full"),
+    ],
+)
+def test_a_profiler_that_fails_is_told_from_a_full_gpu(monkeypatch, error, kind, words):
+    profiler(monkeypatch, [])
+
+    def fails():
+        raise error
+
+    with pytest.raises(kind, match=words):
+        profiled(fails)

@@ -1,14 +1,19 @@
 """Whole steps: the turns of the variants, what is written down, and what a model that fails does to the others."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from bench_cases import CPU
-from step_cases import Stub, Told, measured, raises, stub
+from step_cases import ROUNDS, Stub, Told, measured, raises, stub
 
 from lowbit_attention.bench import results, steps
+from lowbit_attention.bench.base import Unsupported
+from lowbit_attention.bench.kernel_time import KernelTimes
+from lowbit_attention.bench.sensors import Sensors
 from lowbit_attention.bench.steps import StepRow, fitting
+from lowbit_attention.bench.timing import MIB
 from lowbit_attention.recipes.named import recipe
 
 
@@ -151,3 +156,31 @@ def test_rows_survive_a_file(monkeypatch, tmp_path):
         "calls_kernels", "calls_emulated", "calls_torch", "cos_sim", "l1", "peak_mib", "sm_mhz",
     ]  # fmt: skip
     assert result.rows[0].commit == "abc"
+
+
+def test_memory_and_kernels_on_a_gpu_are_those_of_one_step(monkeypatch):
+    """Followed with stand-ins: the inputs stay on the CPU."""
+    gpu, now = torch.device("cuda", 0), {"allocated": 5 * MIB, "peak": 0}
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: now["allocated"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: now["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: now.update(peak=now["allocated"]))
+    monkeypatch.setattr(steps, "free_memory", lambda device: None)
+    monkeypatch.setattr(steps, "on_device", lambda device: nullcontext())
+    monkeypatch.setattr(steps, "open_sensors", lambda device: Sensors())
+    monkeypatch.setattr(steps, "make_timer", lambda device: Told(1000.0))
+    monkeypatch.setattr(steps, "collect_facts", lambda *_: results.Facts("H200", "d", "13", "2.11", "0", "abc"))
+    fails = [False, True]
+
+    def profiled(call):
+        if fails.pop(0):
+            raise Unsupported("no kernel seen")
+        call()
+        return KernelTimes(3.0, 2.0, 1.0)
+
+    monkeypatch.setattr(steps, "profiled", profiled)
+    grows = stub("grows", lambda x: now.update(peak=12 * MIB))
+    (result,) = steps.run_steps([grows], steps.StepSettings(gpu, (recipe("sage2_8b"),), limits=ROUNDS))
+    torch_, ours = result.rows
+    assert (torch_.attention_ms, torch_.products_ms, torch_.rest_ms, torch_.peak_mib) == (3, 2, 1, 7)
+    assert (ours.attention_ms, ours.calls_emulated, ours.peak_mib) == (None, 1, 7)
+    assert [(n.provider, n.reason) for n in result.notes] == [("the time of kernels", "no kernel seen")]
