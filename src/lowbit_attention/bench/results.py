@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import torch
 
@@ -17,6 +17,11 @@ from .._version import __version__
 from ..errors import InvalidArgumentError, shown
 from ..output.saving import appending, check_writable
 from .shapes import Shape
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    Row = TypeVar("Row", bound=DataclassInstance)
 
 CUDNN = "torch_cudnn"
 """The provider that ratios are to: the fastest 16-bit attention that comes with PyTorch."""
@@ -73,7 +78,12 @@ class Measurement:
         return f"{self.provider} {self.part}"
 
 
-COLUMNS = tuple(f.name for f in fields(Measurement))
+def columns(kind: type[DataclassInstance]) -> tuple[str, ...]:
+    """The columns of a file whose rows are of this kind."""
+    return tuple(f.name for f in fields(kind))
+
+
+COLUMNS = columns(Measurement)
 
 
 def tops(shape: Shape, microseconds: float) -> float:
@@ -118,17 +128,17 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def check_csv(path: Path) -> None:
+def check_csv(path: Path, kind: type[DataclassInstance] = Measurement) -> None:
     """Whether rows can be appended to this file: it is not there, empty, or has the same columns.
 
     Raises:
         InvalidArgumentError: other columns, or no regular file. SaveError: it cannot be written.
     """
     check_writable(path)
-    _check_columns(path)
+    _check_columns(path, columns(kind))
 
 
-def _check_columns(path: Path) -> None:
+def _check_columns(path: Path, wanted: tuple[str, ...]) -> None:
     if not path.exists() or path.stat().st_size == 0:
         return
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
@@ -136,10 +146,10 @@ def _check_columns(path: Path) -> None:
             header = tuple(next(csv.reader(file), []))
         except csv.Error as error:
             raise InvalidArgumentError(f"{path} is no CSV file: {error}") from None
-    if header == COLUMNS:
+    if header == wanted:
         return
-    missing = [name for name in COLUMNS if name not in header]
-    foreign = [name for name in header if name not in COLUMNS]
+    missing = [name for name in wanted if name not in header]
+    foreign = [name for name in header if name not in wanted]
     why = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has {', '.join(foreign)}"] * bool(foreign)
     raise InvalidArgumentError(
         f"{path} holds other columns than a benchmark's ({shown('; '.join(why) or 'in another order')[1:-1]}): name "
@@ -147,16 +157,16 @@ def _check_columns(path: Path) -> None:
     )
 
 
-def append_csv(path: Path, rows: Sequence[Measurement]) -> None:
+def append_csv(path: Path, rows: Sequence[DataclassInstance], kind: type[DataclassInstance] = Measurement) -> None:
     """Add rows to a file, which is made if it is not there; of several processes each adds whole rows.
 
     Raises:
         InvalidArgumentError: the file has other columns, or is no regular one. SaveError: it cannot be written.
     """
-    check_csv(path)
+    check_csv(path, kind)
     with appending(path) as file:
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COLUMNS)
+        writer = csv.DictWriter(text, columns(kind))
         if file.tell() == 0:
             writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
@@ -169,15 +179,21 @@ def read_csv(path: Path) -> list[Measurement]:
     Raises:
         InvalidArgumentError: other columns, or a value that is none.
     """
+    return read_rows(path, Measurement)
+
+
+def read_rows(path: Path, kind: type[Row]) -> list[Row]:
+    """As `read_csv`, rows of another kind."""
     if not path.is_file():
         raise InvalidArgumentError(f"no file {path}")
-    _check_columns(path)
-    kinds = get_type_hints(Measurement)
+    names = columns(kind)
+    _check_columns(path, names)
+    kinds = get_type_hints(kind)
     rows = []
     with path.open(newline="", encoding="utf-8") as file:
         for number, line in enumerate(csv.DictReader(file), start=2):
             try:
-                rows.append(Measurement(**{name: _value(kinds[name], line[name]) for name in COLUMNS}))
+                rows.append(kind(**{name: _value(kinds[name], line[name]) for name in names}))
             except (TypeError, ValueError, OverflowError) as error:
                 raise InvalidArgumentError(f"{path}, line {number}: {error}") from None
     return rows
@@ -190,4 +206,5 @@ def _value(kind: Any, text: str) -> Any:
         return text == "True"
     if kind in (str, int, float):
         return kind(text)
-    return float(text) if text else None
+    number = int if kind == (int | None) else float
+    return number(text) if text else None

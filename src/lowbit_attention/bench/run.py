@@ -93,7 +93,7 @@ def run(
     A provider that cannot do a shape, runs out of memory or raises is left out of that shape, with a note.
     """
     device, begun = settings.device, time.perf_counter()
-    with _on(device):
+    with on_device(device):
         sensors = open_sensors(device)
         bench = _Bench(
             settings=settings,
@@ -108,13 +108,14 @@ def run(
             reason = f"not begun: {settings.max_seconds:g} seconds were over"
             yield ShapeResult(shape, notes=[Note("all", shape.name, reason)])
             continue
-        with _on(device), torch.no_grad():
+        with on_device(device), torch.no_grad():
             result = _measure_shape(shape, providers, bench)
-        _free(device)
+        free_memory(device)
         yield result
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Within the block it is the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -153,7 +154,7 @@ def _measure_shape(shape: Shape, providers: Sequence[Provider], bench: _Bench) -
         else:
             return True
         notes.append(Note(name, shape.name, reason))
-        _free(settings.device)
+        free_memory(settings.device)
         timer.settle()  # an error that broke the CUDA context breaks everything after it: here the run ends
         return False
 
@@ -251,7 +252,7 @@ def _row(
     )
 
 
-def _free(device: torch.device) -> None:
+def free_memory(device: torch.device) -> None:
     """Give the memory of dropped tensors back, so that the next one has all of it."""
     gc.collect()
     if device.type == "cuda":

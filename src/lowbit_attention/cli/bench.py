@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -16,12 +16,14 @@ from ..bench.providers import DEFAULT_RECIPES, NAMES, default_names, resolve_pro
 from ..bench.results import Measurement, append_csv, check_csv
 from ..bench.run import DTYPES, Note, Settings, ShapeResult, run, split_available
 from ..bench.shapes import SETS, Shape, parse_shape, shape_set
+from ..bench.step_models import STEP_MODELS
 from ..bench.timing import Limits
 from ..errors import InvalidArgumentError
 from ..evaluation.memory import check_fits
 from ..output.console import plain
 from ..output.files import write_json
 from ..output.saving import write_whole
+from .bench_steps import STEP_SECONDS, print_notes, steps
 from .common import RECIPE_HELP, check_outputs, console, new_table, progress, write_results
 
 _SHAPE_HELP = (
@@ -32,6 +34,8 @@ _PROVIDER_HELP = (
     f"{', '.join('ours:' + name for name in DEFAULT_RECIPES)}, torch_fa2, torch_cudnn, cudnn_fp8, and those of the "
     "others that are installed, but for torch_default."
 )
+_MODEL_HELP = f"With --steps, repeatable: {', '.join(STEP_MODELS)}. Default: all that fit the GPU's memory."
+_SHAPE_SECONDS = 4.0
 
 
 def command(
@@ -41,16 +45,34 @@ def command(
     shape: Annotated[list[str] | None, typer.Option("--shape", "-s", help=_SHAPE_HELP)] = None,
     provider: Annotated[list[str] | None, typer.Option("--provider", "-p", help=_PROVIDER_HELP)] = None,
     recipe: Annotated[
-        list[str] | None, typer.Option("--recipe", "-r", help=f"Ours with this recipe, besides. {RECIPE_HELP}")
+        list[str] | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            help=f"Ours with this recipe, besides; with --steps in place of `auto`. {RECIPE_HELP}",
+        ),
     ] = None,
+    whole_steps: Annotated[
+        bool, typer.Option("--steps", help="Time whole steps of real models' classes (random weights) instead.")
+    ] = False,
+    model: Annotated[list[str] | None, typer.Option("--model", "-m", help=_MODEL_HELP)] = None,
+    compiled: Annotated[bool, typer.Option("--compiled", help="With --steps: also as torch.compile makes it.")] = False,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="With --steps: few layers and tokens, only to see that it works.")
+    ] = False,
     seconds: Annotated[
-        float, typer.Option("--seconds-per-shape", min=0.0, help="How long the rounds of a shape may take.")
-    ] = 4.0,
+        float | None,
+        typer.Option(
+            "--seconds-per-shape",
+            min=0.0,
+            help=f"How long the rounds of a shape may take ({_SHAPE_SECONDS:g}), or of a model ({STEP_SECONDS:g}).",
+        ),
+    ] = None,
     max_seconds: Annotated[
-        float | None, typer.Option(min=0.0, help="Begin no further shape after this many seconds.")
+        float | None, typer.Option(min=0.0, help="Begin no further shape or model after this many seconds.")
     ] = None,
     device: Annotated[str, typer.Option(help="cuda, cuda:1, …, or cpu for a trial with tiny shapes.")] = "cuda",
-    dtype: Annotated[str, typer.Option(help=f"Of the inputs: {', '.join(DTYPES)}.")] = "bf16",
+    dtype: Annotated[str | None, typer.Option(help=f"Of the inputs: {', '.join(DTYPES)} (bf16).")] = None,
     csv: Annotated[Path | None, typer.Option(help="Append a row per measurement to this file, shape by shape.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write rows and notes to this file.")] = None,
     table: Annotated[Path | None, typer.Option("--markdown", help="Write a Markdown table to this file.")] = None,
@@ -65,18 +87,38 @@ def command(
     * `lowbit bench --set models --csv speed.csv` — real models' calls; the file grows from run to run
     * `lowbit bench -s 1x24x4608x128 -p torch_cudnn -r fast_8b` — one shape, one peer, one recipe
     * `lowbit bench --device cpu -s 1x2x256x64 -p torch_default` — only to see that it works
+    * `lowbit bench --steps --csv steps.csv` — whole steps of Flux, Wan, Llama, … as far as they fit this GPU
+    * `lowbit bench --steps -m flux -r auto -r fast_8b --compiled` — one model, two recipes, compiled as well
+    * `lowbit bench --steps --device cpu --tiny` — only to see that it works
 
     Providers take turns, round by round, with a cold L2 cache: compare times of one run only. `whole` is 16-bit
     tensors in and out, `kernel` the attention kernel on inputs that are quantised already. `×cuDNN` is how many
     times faster than torch's cuDNN; `host µs` is what queueing a whole call takes; `MiB` what it needs beyond its
     output; `MHz` the SM clock meanwhile.
+
+    A step (`--steps`) is one forward of a model of diffusers or transformers with random weights, bf16, real sizes.
+    `torch` is as it is called today, `torch_cut` without the padded tokens, `ours` by a recipe (what `auto` leaves to
+    torch counts as torch's). `±%` is half the rounds' range, `×torch` the speedup over torch, compiled over compiled.
+    `attn`, `mm` and `rest` are the GPU's ms in attention kernels, matrix products and all else; an emulated call's
+    kernels count as the last two. `calls` are attention calls run by kernels/emulated/by torch. `L1` compares
+    the output with torch's (the files have the cosine, too), `GiB` is the most memory.
     """
-    where = _device(device)
-    if dtype not in DTYPES:
-        raise InvalidArgumentError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    where = _device(device, whole_steps)
     for name, value in (("seconds-per-shape", seconds), ("max-seconds", max_seconds)):
         if value is not None and math.isnan(value):
             raise InvalidArgumentError(f"--{name} {value} is no number of seconds")
+    _check_mode(
+        whole_steps,
+        {"set": which, "shape": shape, "provider": provider, "dtype": dtype, "markdown": table, "plot": plot},
+        {"model": model, "compiled": compiled, "tiny": tiny},
+    )
+    if whole_steps:
+        options: dict[str, Any] = {"csv": csv, "json": json, "commit": commit, "max_seconds": max_seconds}
+        steps(where, model, recipe, compiled=compiled, tiny=tiny, seconds=seconds, **options)
+        return
+    dtype = "bf16" if dtype is None else dtype
+    if dtype not in DTYPES:
+        raise InvalidArgumentError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     shapes = _shapes(which, shape, where)
     providers = resolve_providers([*(provider or default_names()), *(f"ours:{name}" for name in recipe or ())])
     check_outputs(csv, json, table, plot=plot)
@@ -84,7 +126,9 @@ def command(
         check_csv(csv)
     available, notes = split_available(providers)
     rows: list[Measurement] = []
-    settings = Settings(where, dtype, Limits(seconds), max_seconds, commit=commit)
+    settings = Settings(
+        where, dtype, Limits(_SHAPE_SECONDS if seconds is None else seconds), max_seconds, commit=commit
+    )
     try:
         with progress() as bar:
             task = bar.add_task("", total=len(shapes))
@@ -107,7 +151,14 @@ def command(
         raise typer.Exit(1)
 
 
-def _device(text: str) -> torch.device:
+def _check_mode(whole_steps: bool, of_shapes: dict[str, object], of_steps: dict[str, object]) -> None:
+    """Refuse an option that the other mode has."""
+    for name, value in (of_shapes if whole_steps else of_steps).items():
+        if value:
+            raise InvalidArgumentError(f"--{name} is {'not' if whole_steps else 'only'} for whole steps (--steps)")
+
+
+def _device(text: str, whole_steps: bool) -> torch.device:
     try:
         device = torch.device(text)
     except RuntimeError:
@@ -119,7 +170,7 @@ def _device(text: str) -> torch.device:
         if count == 0:
             raise InvalidArgumentError(
                 "PyTorch sees no CUDA device to time (`lowbit doctor` says more); to try the benchmark on the CPU: "
-                "--device cpu --shape 1x2x256x64"
+                + ("--device cpu --tiny" if whole_steps else "--device cpu --shape 1x2x256x64")
             )
         if (device.index or 0) >= count:
             raise InvalidArgumentError(f"--device {text!r}: there are only {count} CUDA devices")
@@ -167,12 +218,7 @@ def _report(
     rows: list[Measurement], notes: list[Note], json: Path | None, table: Path | None, plot: Path | None
 ) -> None:
     """What was not measured, and the files but the CSV one."""
-    grouped: dict[tuple[str, str], list[str]] = {}
-    for note in notes:
-        grouped.setdefault((note.provider, note.reason), []).append(note.shape)
-    for (who, reason), shapes in grouped.items():
-        at = ", ".join(name for name in shapes if name)
-        console.print(f"[yellow]not measured:[/] {plain(who + (f' at {at}' if at else ''))}: {plain(reason)}")
+    print_notes(notes)
     document = {"rows": [asdict(row) for row in rows], "notes": [asdict(note) for note in notes]}
     write_results(
         (json, lambda path: write_json(path, document)),
