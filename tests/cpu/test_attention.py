@@ -222,7 +222,8 @@ def test_full_padding_mask_is_the_broadcast_one(recipe: str) -> None:
     k = torch.where(mask.transpose(2, 3), k, 1e30)
     want = attention(q, k, v, recipe=recipe, attn_mask=mask)
     got = attention(q, k, v, recipe=recipe, attn_mask=mask.expand(2, 2, 150, 200).clone())
-    bitwise(got, want)
+    # (the keys are left out, or zeros among the others: other tiles, and the tolerance of test_padding_is_slicing)
+    torch.testing.assert_close(got, want, rtol=0, atol=2.0**-9 * float(v.abs().max()))
 
 
 @pytest.mark.parametrize("recipe", QUANTIZED)

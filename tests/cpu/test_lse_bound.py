@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lowbit_attention import RECIPES, attention, recipe
-from lowbit_attention.call.masks import Masking, valid_keys
+from lowbit_attention.call.masks import Masking, seen_keys
 from lowbit_attention.evaluation.synthetic import FAMILIES, make
 from lowbit_attention.recipes.machine import MACHINES
 from lowbit_attention.reference.exact import exact
@@ -34,7 +34,7 @@ SCALE = D**-0.5
 
 def logit_bound(q, k, r, machine, masking):
     """Of each logit's error, ``[B, H, Nq, Nk]`` float64."""
-    packed = pack(q, k, torch.zeros_like(k), r, machine.geometry, valid_keys(masking, q, k))
+    packed = pack(q, k, torch.zeros_like(k), r, machine.geometry, seen_keys(masking, q, k))
     group = q.shape[1] // k.shape[1]
     smooth_q, smooth_k = q.double(), k.double()
     if packed.k_mean is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..api import attention
 from ..call.checked import check_call
-from ..call.masks import Masking, valid_keys
+from ..call.masks import Masking, seen_keys
 from ..call.torch_call import TorchCall
 from ..errors import InvalidArgumentError
 from ..evaluation.metrics import Metrics, compare
@@ -128,7 +128,7 @@ def take(call: ScoredCall, sample: Sample, tile: int, turn: int) -> Sampled:
     k, v = call.k[b, h_kv][None], call.v[b, h_kv][None]
     counted = None
     if rows == k.shape[2]:  # self-attention: a token that no query may see is padding, and its own row is nothing
-        valid = valid_keys(Masking(None, mask), call.q[b, h][None], k)
+        valid = seen_keys(Masking(None, mask), call.q[b, h][None], k)
         counted = None if valid is None else valid[:, :, row]
     is_causal = call.is_causal
     if not whole:

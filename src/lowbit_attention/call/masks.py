@@ -33,6 +33,18 @@ class Masking:
         mask = self.mask if self.mask is None or self.mask.shape[2] == 1 else self.mask[:, :, rows.to(self.mask.device)]
         return replace(self, mask=mask, positions=tuple(rows.tolist()))
 
+    def written_out(self, rows: int, keys: int) -> Tensor:
+        """A bool mask and causality as one bool mask ``[B or 1, Hq or 1, rows, keys]``."""
+        assert self.mask is not None
+        visible = self.mask.expand(-1, -1, rows, keys)
+        if self.causal_offset is None:
+            return visible
+        i = torch.arange(rows, dtype=torch.int64, device=visible.device)
+        if self.positions is not None:
+            i = torch.tensor(self.positions, dtype=torch.int64, device=visible.device)
+        j = torch.arange(keys, dtype=torch.int64, device=visible.device)
+        return visible & (j <= i[:, None] + self.causal_offset)
+
     def first_row(self, first_key: int, tile: int) -> int:
         """The first query row, rounded down to its tile, that causality lets see ``first_key`` or a later key."""
         if self.causal_offset is None:
@@ -83,23 +95,68 @@ def _tile(mask: Tensor, heads: tuple[Tensor, Tensor], rows: slice, keys: slice) 
     return mask[b, h, rows, keys]
 
 
-def valid_keys(masking: Masking, q: Tensor, k: Tensor) -> Tensor | None:
-    """Keys that a key-padding mask lets any query see, bool ``[B, Hkv, Nk]``; ``None`` if the mask is not of that kind.
+def lists_keys(shape: tuple[int, ...], q_heads: int, kv_heads: int, is_causal: bool) -> bool:
+    """Whether a bool mask of this shape, 1 where it repeats, hides keys from all rows alike.
 
-    A mask is key padding if its rows are the same for every query (and hide anything). Statistics of K and V leave the
-    hidden keys out. Query heads that share a K head see the union.
+    Then attention is that of the keys which are left. (Not with causality, nor where the query heads of a head of K see
+    different keys.)
     """
-    mask = masking.mask
-    if mask is None or 0 in mask.shape or 0 in q.shape[:3] or k.shape[2] == 0:
+    return shape[2] == 1 and not is_causal and (shape[1] == 1 or q_heads == kv_heads)
+
+
+def seen_keys(masking: Masking, q: Tensor, k: Tensor) -> Tensor | None:
+    """Keys that some query sees, bool ``[B, Hkv, Nk]``; ``None`` for all. Statistics of K and V leave the others out.
+
+    Query heads that share a K head see the union. A bias far below its row's largest hides, too (`_counts`).
+    """
+    rows, keys = q.shape[2], k.shape[2]
+    if 0 in q.shape[:3] or 0 in k.shape[:3] or (masking.mask is not None and 0 in masking.mask.shape):
         return None
-    first = _counts(mask[:, :, :1])
-    if bool(first.all()):
-        return None
-    for start in range(1, mask.shape[2], _ROWS_AT_ONCE):  # (all at once would be another N × N)
-        if not bool((_counts(mask[:, :, start : start + _ROWS_AT_ONCE]) == first).all()):
+    mask, offset = masking.mask, masking.causal_offset
+    if mask is None:
+        if offset is None or rows + offset >= keys:
             return None
-    first = first.expand(q.shape[0], q.shape[1], 1, k.shape[2])
-    return first.reshape(q.shape[0], k.shape[1], -1, k.shape[2]).any(dim=2)
+        seen = (torch.arange(keys, dtype=torch.int64, device=q.device) < rows + offset)[None, None]
+        return seen.expand(k.shape[0], k.shape[1], -1)
+    seen = _any_row_sees(masking, rows, keys).expand(q.shape[0], q.shape[1], -1)
+    seen = seen.reshape(q.shape[0], k.shape[1], -1, keys).any(dim=2)
+    return None if bool(seen.all()) else seen
+
+
+def _any_row_sees(masking: Masking, rows: int, keys: int) -> Tensor:
+    """Keys that some query row sees, bool ``[B or 1, Hq or 1, Nk]``."""
+    mask, offset = masking.mask, masking.causal_offset
+    assert mask is not None
+    seen = mask.new_zeros(*mask.shape[:2], keys, dtype=torch.bool)
+    for start in range(0, rows if offset is not None else mask.shape[2], _ROWS_AT_ONCE):  # (not N × N at once)
+        some = _counts(mask if mask.shape[2] == 1 else mask[:, :, start : start + _ROWS_AT_ONCE])
+        if offset is not None:
+            count = min(_ROWS_AT_ONCE, rows - start)
+            some = some.expand(-1, -1, count, keys).tril(start + offset)
+        seen |= some.any(dim=2)
+    return seen
+
+
+def seeing_rows(masking: Masking, q: Tensor, k: Tensor) -> Tensor | None:
+    """Query rows that see some key, bool ``[B or 1, Hq or 1, Nq]``; ``None`` for all. The others count in no scale."""
+    rows, keys = q.shape[2], k.shape[2]
+    if 0 in q.shape[:3] or keys == 0 or (masking.mask is not None and 0 in masking.mask.shape):
+        return None
+    mask, offset = masking.mask, masking.causal_offset
+    if mask is None:
+        if offset is None or offset >= 0:
+            return None
+        return (torch.arange(rows, dtype=torch.int64, device=q.device) >= -offset)[None, None]
+    parts = []
+    for start in range(0, rows, _ROWS_AT_ONCE):
+        count = min(_ROWS_AT_ONCE, rows - start)
+        some = mask if mask.shape[2] == 1 else mask[:, :, start : start + count]
+        some = some if some.dtype == torch.bool else some > -math.inf
+        if offset is not None:
+            some = some.expand(-1, -1, count, keys).tril(start + offset)
+        parts.append(some.any(dim=3).expand(-1, -1, count))
+    seen = torch.cat(parts, dim=2)
+    return None if bool(seen.all()) else seen
 
 
 def _counts(rows: Tensor) -> Tensor:

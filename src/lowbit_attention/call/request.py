@@ -24,7 +24,8 @@ class Request:
     ``recipe`` is ``None`` for "auto". ``causal_offset``: query i sees key j if ``j ≤ i + causal_offset``; it is the
     bottom-right alignment's ``Nk − Nq`` or the top-left's 0; ``bottom_right`` tells which. ``layout`` is the order in
     which the caller wants the output to lie in memory. ``needs_grad``: a derivative is asked for, with ``forward_ad``
-    by forward-mode AD. ``on_emulation``: what an emulation does that ``machine`` does not ask for.
+    by forward-mode AD. ``mask_shape``: 1 where the mask repeats. ``on_emulation``: what an emulation does that
+    ``machine`` does not ask for.
     """
 
     recipe: Recipe | None
@@ -42,6 +43,7 @@ class Request:
     bottom_right: bool = True
     mask: MaskKind = "none"
     mask_dtype: torch.dtype | None = None
+    mask_shape: tuple[int, int, int, int] | None = None
     return_lse: bool = False
     needs_grad: bool = False
     forward_ad: bool = False
@@ -113,6 +115,11 @@ def _tangent(t: Tensor) -> Tensor | None:
     return tangent
 
 
+def _four(mask: Tensor) -> tuple[int, int, int, int]:
+    batch, heads, rows, keys = mask.shape
+    return batch, heads, rows, keys
+
+
 def make_request(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, recipe: Recipe | None, machine: Machine | None, **options: Any
 ) -> Request:
@@ -136,6 +143,7 @@ def make_request(
         device=q.device,
         mask=kind,
         mask_dtype=None if mask is None else mask.dtype,
+        mask_shape=None if mask is None else _four(mask),
         needs_grad=wants_grad(q, k, v, mask),
         forward_ad=has_tangent(q, k, v, mask),
         **options,

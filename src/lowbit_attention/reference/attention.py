@@ -24,17 +24,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..call.masks import LOG2E, Masking, valid_keys
+from ..call.masks import LOG2E, Masking, lists_keys, seeing_rows, seen_keys
 from ..recipes.definition import Recipe
 from ..recipes.formats import FP32_MAX
 from ..recipes.granularity import PerChannelAndKeyTile
 from ..recipes.machine import DEFAULT_MACHINE, Machine, row_sum_column
 from .arithmetic import product, without_autocast
-from .quantize import Means, Packed, pack
+from .quantize import Means, Packed, key_positions, pack
 from .softmax import OnlineSoftmax, row_sum_columns, uses_polynomial
 
 _TILE_ELEMENTS = 1 << 20
@@ -45,7 +46,10 @@ rows × b_k are not more."""
 
 @dataclass(frozen=True)
 class Result:
-    """``out`` ``[B, Hq, Nq, Dv]`` and natural-log ``lse`` ``[B, Hq, Nq]``, float32; ``packed`` is what was summed."""
+    """``out`` ``[B, Hq, Nq, Dv]`` and natural-log ``lse`` ``[B, Hq, Nq]``, float32; ``packed`` is what was summed.
+
+    (Where keys are left out head by head, that of the last.)
+    """
 
     out: Tensor
     lse: Tensor
@@ -64,6 +68,7 @@ def emulate(
     means: Means | None = None,
     key_splits: int = 1,
     rows: Tensor | None = None,
+    work_rows: int | None = None,
 ) -> Result:
     """Quantised attention as a kernel of ``machine``'s kind computes it.
 
@@ -76,16 +81,86 @@ def emulate(
         rows: the query rows to compute, int64 ``[R]`` (``None``: all): whole query tiles in their order, of which the
             last may be cut. Nq in the result is then R; the numbers are those of all rows (up to the order of float32
             sums): means and scales are still taken over all of Q, K and V.
+        work_rows: the rows of a kernel's work tile, which leaves out key tiles that a bool mask hides from all of them:
+            then what is promoted together are the tiles that are left (``None``: none is left out).
+
+    Keys that no query sees do not count in means and scales. Where a bool mask hides them from all rows alike
+    (`lists_keys`), attention is that of the keys which are left, one behind the other.
     """
     recipe.check_geometry(machine.geometry)
     with without_autocast(q.device):
         # contiguous: the order of a mean's additions, and so its last bit, must not depend on the caller's strides
         q, k, v = q.float().contiguous(), k.float().contiguous(), v.float().contiguous()
-        packed = pack(q, k, v, recipe, machine.geometry, valid_keys(masking, q, k), means)
+        mask = masking.mask
+        if mask is not None and mask.dtype == torch.bool and 0 not in (*q.shape[:3], *k.shape[:3], *mask.shape):
+            if lists_keys(mask.shape, q.shape[1], k.shape[1], masking.causal_offset is not None):
+                if not bool(mask.all()):
+                    return _of_listed_keys(
+                        q, k, v, mask, means or Means(), recipe=recipe, sm_scale=sm_scale, machine=machine,
+                        key_splits=key_splits, rows=rows,
+                    )  # fmt: skip
+                masking = Masking()
+            elif work_rows is not None:
+                work_rows = None if bool(mask.all()) and masking.causal_offset is None else work_rows
+        else:
+            work_rows = None
+        seen, seeing = seen_keys(masking, q, k), seeing_rows(masking, q, k)
+        packed = pack(q, k, v, recipe, machine.geometry, seen, means, seeing)
         if rows is not None:
             q, packed, masking = q[:, :, rows], packed.of_rows(rows, machine.geometry), masking.of_rows(rows)
-        out, lse = _attend(packed, recipe, sm_scale, masking, machine, key_splits)
+        if work_rows is None:
+            out, lse = _attend(packed, recipe, sm_scale, masking, machine, key_splits)
+        else:
+            out, lse = _attend_by_work_tiles(packed, recipe, sm_scale, masking, machine, key_splits, work_rows)
         return _restore_means(q, packed, sm_scale, out, lse)
+
+
+def _of_listed_keys(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, means: Means, **options: Any) -> Result:
+    """Attention of the keys that a mask ``[B or 1, H or 1, 1, Nk]`` leaves, list by list."""
+    q_heads, kv_heads, keys = q.shape[1], k.shape[1], k.shape[2]
+    every = slice(None)
+    batches = [every] if mask.shape[0] == 1 else [slice(b, b + 1) for b in range(q.shape[0])]
+    heads = [every] if mask.shape[1] == 1 else [slice(h, h + 1) for h in range(kv_heads)]
+    found = []
+    for b in batches:
+        of_heads = []
+        for h in heads:
+            listed = mask[b, h][0, 0, 0].expand(keys).nonzero()[:, 0]
+            of = Means(**{name: None if t is None else t[b, h] for name, t in vars(means).items()})
+            of_heads.append(emulate(q[b, h], k[b, h][:, :, listed], v[b, h][:, :, listed], means=of, **options))
+        found.append(of_heads)
+    out = torch.cat([torch.cat([r.out for r in row], dim=1) for row in found])
+    lse = torch.cat([torch.cat([r.lse for r in row], dim=1) for row in found])
+    assert out.shape[1] == q_heads
+    return Result(out, lse, found[-1][-1].packed)
+
+
+def _attend_by_work_tiles(
+    packed: Packed, recipe: Recipe, sm_scale: float, masking: Masking, machine: Machine, key_splits: int, rows: int
+) -> tuple[Tensor, Tensor]:
+    """`_attend`, each block of ``rows`` query rows with the key tiles that some of them see, as if there were no others."""
+    mask = masking.mask
+    assert mask is not None
+    batch, heads, length = packed.q.shape[:3]
+    keys, tile = packed.k.shape[2], machine.geometry.b_k
+    group = heads // packed.k.shape[1]
+    out = packed.q.new_zeros(batch, heads, length, packed.v.shape[3])
+    lse = packed.q.new_full((batch, heads, length), -math.inf)
+    every = slice(None)
+    for b in [every] if mask.shape[0] == 1 else [slice(i, i + 1) for i in range(batch)]:
+        for h in [every] if mask.shape[1] == 1 else [slice(i, i + 1) for i in range(heads)]:
+            of_kv = h if h == every else slice(h.start // group, h.start // group + 1)
+            for first in range(0, length, rows):
+                some = torch.arange(first, min(first + rows, length), dtype=torch.int64, device=mask.device)
+                visible = masking.of_rows(some).written_out(len(some), keys)[b, h][:1, :1]
+                tiles = torch.nn.functional.pad(visible.any(dim=2)[0, 0], (0, -keys % tile)).view(-1, tile).any(dim=1)
+                visited = tiles.nonzero()[:, 0]
+                if not len(visited):
+                    continue
+                of = packed.of_heads(b, h, of_kv).of_rows(some, machine.geometry).of_tiles(visited, tile)
+                left = visible[..., key_positions(visited, tile, keys)]
+                out[b, h, some], lse[b, h, some] = _attend(of, recipe, sm_scale, Masking(None, left), machine, key_splits)
+    return out, lse
 
 
 def _attend(

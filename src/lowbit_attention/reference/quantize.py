@@ -66,6 +66,33 @@ class Packed:
         q_mean = None if self.q_mean is None else self.q_mean[:, :, rows[:: geometry.b_q] // geometry.b_q]
         return replace(self, q=self.q[:, :, rows], q_group=self.q_group[rows], q_mean=q_mean)
 
+    def of_heads(self, batches: slice, q_heads: slice, kv_heads: slice) -> Packed:
+        """The same with some of the batches and heads."""
+        of_q, of_kv = (batches, q_heads), (batches, kv_heads)
+        heads = {"q": of_q, "q_scale": of_q, "q_mean": of_q} | dict.fromkeys(
+            ("k", "k_scale", "v", "v_scale", "k_smooth", "k_mean", "v_mean", "v_tile_means"), of_kv
+        )
+        return replace(self, **{n: None if getattr(self, n) is None else getattr(self, n)[i] for n, i in heads.items()})
+
+    def of_tiles(self, tiles: Tensor, size: int) -> Packed:
+        """The same with some key tiles of ``size`` keys, int64 ``[T]``, one behind the other."""
+        keys = key_positions(tiles, size, self.k.shape[2])
+        return replace(
+            self,
+            k=self.k[:, :, keys],
+            k_group=self.k_group[keys],
+            v=self.v[:, :, keys],
+            v_scale=self.v_scale if self.v_scale.shape[2] == 1 else self.v_scale[:, :, tiles],
+            k_smooth=None if self.k_smooth is None else self.k_smooth[:, :, keys],
+            v_tile_means=None if self.v_tile_means is None else self.v_tile_means[:, :, tiles],
+        )
+
+
+def key_positions(tiles: Tensor, size: int, length: int) -> Tensor:
+    """The keys of some tiles of ``size`` keys, of ``length`` in all."""
+    keys = (tiles[:, None] * size + torch.arange(size, dtype=torch.int64, device=tiles.device)).flatten()
+    return keys[keys < length]
+
 
 def pack(
     q: Tensor,
@@ -75,11 +102,15 @@ def pack(
     geometry: Geometry,
     valid: Tensor | None,
     means: Means | None = None,
+    seeing: Tensor | None = None,
 ) -> Packed:
     """Quantise float32 Q ``[B, Hq, Nq, D]``, K ``[B, Hkv, Nk, D]`` and V ``[B, Hkv, Nk, Dv]``.
 
-    ``valid`` (bool ``[B, Hkv, Nk]`` or ``None`` for all) says which keys count in means and scales.
+    ``valid`` (bool ``[B, Hkv, Nk]`` or ``None`` for all) says which keys count in means and scales, ``seeing`` (bool
+    ``[B or 1, Hq or 1, Nq]`` or ``None`` for all) which queries.
     """
+    if seeing is not None:
+        q = torch.where(seeing[..., None], q, 0.0)
     means = means or Means()
     v_hat, v_scale, v_mean, v_tiles = _pack_values(v, recipe, geometry, valid, means)
     if recipe.qk_bits is None:
@@ -93,8 +124,9 @@ def pack(
         k_mean = token_mean(k, sampled(valid, recipe.k_sample, k)) if means.k is None else means.k.float()
         k = k - k_mean[:, :, None]
     if recipe.smooth_q:
-        q_mean, k_smooth = tile_mean(q, geometry.b_q) if means.q is None else means.q.float(), k
+        q_mean, k_smooth = tile_mean(q, geometry.b_q, seeing) if means.q is None else means.q.float(), k
         q = q - q_mean.repeat_interleave(geometry.b_q, dim=2)[:, :, : q.shape[2]]
+        q = q if seeing is None else torch.where(seeing[..., None], q, 0.0)
     if recipe.smoothquant_alpha is not None:
         factor = smoothquant_factor(q, k, valid, recipe.smoothquant_alpha)[:, :, None]
         q = q / factor.repeat_interleave(q.shape[1] // max(1, k.shape[1]), dim=1)

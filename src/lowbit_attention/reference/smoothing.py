@@ -53,14 +53,20 @@ def token_mean(x: Tensor, tokens: Tensor | None) -> Tensor:
     return torch.where(mean.abs() < _LARGEST_MEAN, mean, 0.0)  # (NaN is not below)
 
 
-def tile_mean(x: Tensor, tile: int) -> Tensor:
-    """Mean over each tile of ``tile`` tokens of ``x`` ``[B, H, N, D]``, float32 ``[B, H, ceil(N / tile), D]``."""
+def tile_mean(x: Tensor, tile: int, tokens: Tensor | None = None) -> Tensor:
+    """Mean over each tile of ``tile`` tokens of ``x`` ``[B, H, N, D]``, float32 ``[B, H, ceil(N / tile), D]``.
+
+    ``tokens``: those that count, bool ``[B or 1, H or 1, N]``; the others are zeros.
+    """
     batch, heads, length, dim = x.shape
     tiles = -(-length // tile)
     padded = torch.nn.functional.pad(x, (0, 0, 0, tiles * tile - length)).reshape(batch, heads, tiles, tile, dim)
     count = torch.full((tiles, 1), tile, dtype=torch.float64, device=x.device)
     if tiles:
         count[-1] = length - (tiles - 1) * tile
+    if tokens is not None:
+        counted = torch.nn.functional.pad(tokens, (0, tiles * tile - length)).reshape(*tokens.shape[:2], tiles, tile)
+        count = counted.sum(dim=3).clamp(min=1)[..., None].double()
     mean = (padded.sum(dim=3, dtype=torch.float64) / count).float()
     return torch.where(padded.abs().amax(dim=3) >= _LARGEST_SMOOTHED, 0.0, mean)
 

@@ -91,6 +91,54 @@ class Schedule(Structure):
 
 
 @declared
+class MaskArgs(Structure):
+    """csrc/common/masks.cuh."""
+
+    __slots__ = ()
+    key_counts: Pointer
+    keys: Pointer
+    key_seen: Pointer
+    bits: Pointer
+    tile_lists: Pointer
+    row_seen: Pointer
+    list_batch: I32
+    list_head: I32
+    plane_batch: I32
+    plane_head: I32
+
+
+@declared
+class PrepareArgs(Structure):
+    """csrc/mask/mask.cu."""
+
+    __slots__ = ()
+    mask: Pointer
+    batch: I64
+    head: I64
+    row: I64
+    key: I64
+    q_len: I32
+    kv_len: I32
+    causal_offset: I32
+    first_offset: I32
+    planes_a_batch: I32
+    lists_a_batch: I32
+    group: I32
+    tiles: I32
+    row_blocks: I32
+    lists_seen: I32
+    q_blocks: I32
+    row_blocks_a_block: I32
+    key_counts: Pointer
+    keys: Pointer
+    key_seen: Pointer
+    bits: Pointer
+    tile_lists: Pointer
+    row_seen: Pointer
+    tile_seen: Pointer
+
+
+@declared
 class PackArgs(Structure):
     """csrc/pack/statistics.cuh. An instance without V's means by tile takes all but the last field."""
 
@@ -128,6 +176,7 @@ class PackArgs(Structure):
     zero_scale_is_zero: I32
     v_power_of_two: I32
     zero_count: I32
+    mask: MaskArgs
     v_tile_means: Pointer
 
 
@@ -171,6 +220,7 @@ class AttentionArgs(Structure):
     key_splits: I32
     partials: Pointer
     arrivals: Pointer
+    mask: MaskArgs
     v_tile_means: Pointer
     jump: F32
     jump_bits: F32
@@ -211,6 +261,7 @@ class MmaArgs(Structure):
     q_max: I32
     q_granularity: I32
     schedule: Schedule
+    mask: MaskArgs
 
 
 @declared
@@ -231,12 +282,14 @@ class SmoothArgs(Structure):
     kv_len: I32
     channels: I32
     query_tiles: I32
+    heads: I32
     causal_offset: I32
     first_head: I32
     first_level: I32
     levels: I32
     groups: I32
     q_blocks: I32
+    mask: MaskArgs
 
 
 class Arguments(threading.local, Generic[S]):

@@ -15,6 +15,7 @@ ENTRIES = {
     "attention_mma": "mma/attention.cu",
     "pack": "pack/pack.cu",
     "smooth_q": "pack/smooth_q.cu",
+    "mask": "mask/mask.cu",
 }
 """The source of a kernel, below `CSRC`."""
 

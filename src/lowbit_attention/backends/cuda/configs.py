@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 
@@ -26,6 +27,10 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 TILE_KEYS = 128
 """Keys of a tile that is packed for wgmma."""
+
+MaskForm = Literal["none", "keys", "bits"]
+"""What hides scores beside causality and the sequence's end (csrc/common/masks.cuh): nothing, or a list of the keys
+that are seen, the same for all rows, or a bit a score."""
 
 SHARED_KIB = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_90a": 228, "sm_100": 228, "sm_120": 100}
 """Shared memory of a multiprocessor (CUDA programming guide, table of compute capabilities). A thread block may have
@@ -105,7 +110,7 @@ class PackFormat:
     """How K and V lie in tiles; the macros of csrc/pack/pack.cu.
 
     ``k_lanes``: bits that a number of K takes; ``v_half``: V in FP16, else in E4M3; ``rotate``: K is rotated;
-    ``v_tile_means``: V without its means by tile. Tiles of 64 keys (mma.sync's) are records of K, V and K's scales side
+    ``v_tile_means``: V without its means by tile; ``mask``: which keys count. Tiles of 64 keys (mma.sync's) are records of K, V and K's scales side
     by side; those of 128 (wgmma's) lie in an array each.
     """
 
@@ -114,6 +119,7 @@ class PackFormat:
     v_half: bool = False
     rotate: bool = False
     v_tile_means: bool = False
+    mask: MaskForm = "none"
 
     @property
     def is_record(self) -> bool:
@@ -161,12 +167,13 @@ def pack_instance(head_dim: int, dtype: torch.dtype, arch: str, form: PackFormat
             ("V_HALF", int(form.v_half)),
             ("ROTATE", int(form.rotate)),
             *((("V_TILE_MEANS", 1),) if form.v_tile_means else ()),
+            *_mask_defines(form.mask),
         ),
         header("pack", {"kDim": head_dim}, {"CLUSTERS": form.has_clusters} | _absent(V_TILE_MEANS=form.v_tile_means)),
     )
 
 
-def smooth_q_instance(head_dim: int, dtype: torch.dtype, arch: str) -> Instance:
+def smooth_q_instance(head_dim: int, dtype: torch.dtype, arch: str, mask: MaskForm = "none") -> Instance:
     """The kernels that smooth Q takes besides, for Q and K of that type.
 
     Raises:
@@ -176,9 +183,14 @@ def smooth_q_instance(head_dim: int, dtype: torch.dtype, arch: str) -> Instance:
     return Instance(
         "smooth_q",
         arch,
-        (("HEAD_DIM", head_dim), ("INPUT_DTYPE", DTYPE_CODES[dtype])),
+        (("HEAD_DIM", head_dim), ("INPUT_DTYPE", DTYPE_CODES[dtype]), *_mask_defines(mask)),
         header("smooth_q", {"kDim": head_dim}, {}),
     )
+
+
+def mask_instance(tile_keys: int, arch: str) -> Instance:
+    """The kernels that prepare masks, for tiles of so many keys."""
+    return Instance("mask", arch, (("TILE_KEYS", tile_keys),))
 
 
 def _check_channels(who: str, head_dim: int) -> None:
@@ -187,6 +199,10 @@ def _check_channels(who: str, head_dim: int) -> None:
         raise ConfigError(
             f"{who} gives {_PACK_THREADS} threads a channel each, in whole warps, not {head_dim} channels"
         )
+
+
+def _mask_defines(mask: MaskForm) -> tuple[tuple[str, int], ...]:
+    return {"none": (), "keys": (("KEY_LIST", 1),), "bits": (("MASK_BITS", 1),)}[mask]
 
 
 def _absent(**switches: bool) -> dict[str, bool]:
@@ -265,6 +281,10 @@ released: the copies are at tile e + stages at most. Where another warpgroup's r
 stages are passed on before the last promotion: consumers · 64 / 128 ≤ stages tiles. (And what lies in slots that no
 tile of the interval has is multiplied with 0, so that it must only be finite.)"""
 
+_TILE_SLOTS = 8
+"""Slots of the numbers of the key tiles that a work tile visits: a consumer asks for those of the tile that it works on
+and of the next, and the copies are ``stages`` (4 at most) tiles further at most."""
+
 
 @dataclass(frozen=True)
 class WgmmaConfig:
@@ -275,7 +295,7 @@ class WgmmaConfig:
     ``promotion_keys``: after how many keys they are added to the FP32 output; ``promote_first``: after the first tile,
     too; ``restart``: each interval has its own maximum; ``sum_in_mma``: the row sum is that of the columns of ones;
     ``tile_means``: these hold a tile's row sum each, by which V's means by tile are put back; ``jump``: tiles that jump
-    (`RestartedMax`) have intervals of their own.
+    (`RestartedMax`) have intervals of their own; ``mask``: what hides scores.
     """
 
     head_dim: int
@@ -287,6 +307,7 @@ class WgmmaConfig:
     sum_in_mma: bool = False
     tile_means: bool = False
     jump: bool = False
+    mask: MaskForm = "none"
 
     geometry = MACHINES["sm_90a"].geometry
 
@@ -382,7 +403,8 @@ class WgmmaConfig:
             Part("q_scale", 2 * consumers * 4 * 32, 4),
             Part("mean_logit", 2 * rows * 4, 4),
             Part("k_largest_scale", 8, 4),
-            Part("work", 2 * (36 if takes_work else 20), 4),
+            Part("key_tile", 2 * _TILE_SLOTS * 4 * (self.mask == "bits"), 4),
+            Part("work", 2 * ((36 if takes_work else 20) + {"none": 0, "keys": 4, "bits": 8}[self.mask]), 4),
             Part("barriers", (2 * stages + 4) * 8 + 3 * 8 * takes_work, 8),
         )
         return SharedPlan(tuple(part for part in parts if part.size), 1024)
@@ -396,7 +418,8 @@ class WgmmaConfig:
     def makes_more(self) -> bool:
         """Whether each tile makes more anew than its factors' bound (MAKES_MORE): means by tile with FP32 outputs,
         which leave from registers, take those of three warpgroups."""
-        return self.tile_means and not self.tile.halves_scores and self.dtype == torch.float32
+        wants_more = self.dtype == torch.float32 or self.mask == "bits"
+        return self.tile_means and not self.tile.halves_scores and wants_more
 
     @property
     def seen_in_shared(self) -> bool:
@@ -451,6 +474,7 @@ class WgmmaConfig:
             "kHidesLast": tile.consumers == 2 and (not in_two or self.restart),
             # where the unit for exponentials is what a tile waits for, some are a polynomial of the FMA units
             "kPolynomial": tile.halves_scores and self.sum_in_mma,
+            **({"kTileSlots": _TILE_SLOTS} if self.mask == "bits" else {}),
             **({"kMeanSlots": _MEAN_SLOTS, "kMeanPitch": self.mean_pitch} if self.tile_means else {}),
             "kSharedBytes": self.shared_bytes,
         }
@@ -474,6 +498,7 @@ class WgmmaConfig:
                 ("TILE_KEYS", TILE_KEYS),
                 *((("TILE_MEANS", 1),) if self.tile_means else ()),
                 *((("JUMP", 1),) if self.jump else ()),
+                *_mask_defines(self.mask),
             ),
             self.header(),
             mma=(f"IGMMA.64x{scores}x32.S8.S8", f"QGMMA.64x{self.columns}x32.{sums}.E4M3.E4M3"),
@@ -529,7 +554,8 @@ class MmaConfig:
 
     ``qk_lanes``: bits that a number of Q and K takes (4-bit numbers may lie in 8-bit lanes); ``v_half``: FP16 P·V, else
     E4M3; ``sums_f16``: in FP16 sums; ``promote``: each tile's sums are added to an FP32 output, else the MMA sums all;
-    ``sum_in_mma``: the row sum is taken by an MMA with ones; ``smooth_q``, ``rotate``: what happens to Q first.
+    ``sum_in_mma``: the row sum is taken by an MMA with ones; ``smooth_q``, ``rotate``: what happens to Q first;
+    ``mask``: what hides scores.
     """
 
     arch: str
@@ -541,6 +567,7 @@ class MmaConfig:
     sum_in_mma: bool = False
     smooth_q: bool = False
     rotate: bool = False
+    mask: MaskForm = "none"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be.
@@ -599,7 +626,7 @@ class MmaConfig:
     @property
     def form(self) -> PackFormat:
         """How K and V are packed for it."""
-        return PackFormat(MMA_GEOMETRY.b_k, self.qk_lanes, self.v_half, self.rotate)
+        return PackFormat(MMA_GEOMETRY.b_k, self.qk_lanes, self.v_half, self.rotate, mask=self.mask)
 
     @property
     def shared(self) -> SharedPlan:
@@ -666,6 +693,7 @@ class MmaConfig:
                 ("SMOOTH_Q", int(self.smooth_q)),
                 ("ROTATE", int(self.rotate)),
                 ("TILE_KEYS", MMA_GEOMETRY.b_k),
+                *_mask_defines(self.mask),
             ),
             self.header(),
             mma=(f"IMMA.{lanes}", pv),

@@ -14,10 +14,11 @@ from ...recipes.granularity import PerChannel, PerThread
 from ...recipes.named import RECIPES
 from ...recipes.options import AllTokens, RestartedMax, RunningMax
 from .arguments import Arguments, AttentionArgs
-from .instances import TILE_KEYS, Instance, PackFormat, WgmmaConfig, padded_head_dim, wgmma_config, wgmma_format
+from .instances import TILE_KEYS, Instance, MaskForm, PackFormat, WgmmaConfig, padded_head_dim, wgmma_config, wgmma_format
 from .jit.bindings import compiler_reasons
 from .kernel import AttentionPlan, CudaKernel, PackedKV, Packing, out_strides, point_to_call, sizes
 from .launch import Kernel, load
+from .mask import MaskPlan, mask_form
 from .packing import aligned
 from .schedule import WorkTiles, heads_side_by_side, log2_rounded_down, schedule, sm_count, work_tiles
 from .speeds import speedup
@@ -42,8 +43,8 @@ class HopperAttention(CudaKernel):
     def recipe_reasons(self, recipe: Recipe, device: torch.device) -> tuple[str, ...]:
         return _recipe_reasons(recipe)
 
-    def pack_format(self, recipe: Recipe, dim: int, device: torch.device) -> tuple[str, PackFormat]:
-        return "sm_90a", wgmma_format(recipe)
+    def pack_format(self, recipe: Recipe, dim: int, device: torch.device, mask: MaskForm) -> tuple[str, PackFormat]:
+        return "sm_90a", wgmma_format(recipe, mask)
 
     def instances(self, request: Request, recipe: Recipe) -> list[Instance]:
         return [_config(request, recipe).instance()]
@@ -78,6 +79,7 @@ class HopperAttention(CudaKernel):
             grid=(min(tiles.count, sm_count(device)), 1, 1),
             arguments=Arguments(arguments),
             partials=aligned(4 * zero_count),
+            mask=MaskPlan.of(request, "sm_90a", TILE_KEYS, config.q_rows),
         )
 
 
@@ -117,7 +119,7 @@ class WgmmaPlan(AttentionPlan):
 def _config(request: Request, recipe: Recipe) -> WgmmaConfig:
     dim = padded_head_dim(max(request.head_dim, request.v_head_dim))
     assert dim is not None  # (else the request is not supported)
-    return wgmma_config(recipe, dim, request.dtype)
+    return wgmma_config(recipe, dim, request.dtype, mask_form(request))
 
 
 def _max_options(recipe: Recipe) -> dict[str, float]:

@@ -18,30 +18,33 @@ from .configs import (
     MMA_GEOMETRY,
     TILE_KEYS,
     WGMMA_FORMAT,
+    MaskForm,
     MmaConfig,
     PackFormat,
     WgmmaConfig,
+    mask_instance,
     pack_instance,
     smooth_q_instance,
 )
 
 __all__ = [
     "CSRC", "DTYPE_CODES", "HEAD_DIMS", "INT4_MMA_ARCHS", "MANIFEST", "MMA_ARCHS", "MMA_GEOMETRY", "MMA_RECIPES",
-    "TILE_KEYS", "WGMMA_FORMAT", "WGMMA_RECIPES", "Instance", "MmaConfig", "PackFormat", "WgmmaConfig", "mma_config",
+    "TILE_KEYS", "WGMMA_FORMAT", "WGMMA_RECIPES", "Instance", "MaskForm", "MmaConfig", "PackFormat", "WgmmaConfig",
+    "mask_instance", "mma_config",
     "mma_recipes", "pack_instance", "padded_head_dim", "smooth_q_instance", "wgmma_config", "wgmma_format",
 ]  # fmt: skip
 
 
-def wgmma_format(recipe: Recipe) -> PackFormat:
+def wgmma_format(recipe: Recipe, mask: MaskForm = "none") -> PackFormat:
     """How K and V are packed for `attention_wgmma`."""
-    return PackFormat(v_tile_means=recipe.v_tile_means)
+    return PackFormat(v_tile_means=recipe.v_tile_means, mask=mask)
 
 
 _MOST_KEYS = 1 << 30
 """The longest sequence that kernels take. A longer promotion interval never ends, and the kernel counts in 32 bits."""
 
 
-def wgmma_config(recipe: Recipe, head_dim: int, dtype: torch.dtype) -> WgmmaConfig:
+def wgmma_config(recipe: Recipe, head_dim: int, dtype: torch.dtype, mask: MaskForm = "none") -> WgmmaConfig:
     """The configuration that runs a recipe which `attention_wgmma` supports, for channels padded to ``head_dim``."""
     keys = recipe.promotion_keys(WgmmaConfig.geometry)
     if keys is None:
@@ -56,10 +59,13 @@ def wgmma_config(recipe: Recipe, head_dim: int, dtype: torch.dtype) -> WgmmaConf
         sum_in_mma=recipe.row_sum == "accumulator",
         tile_means=recipe.v_tile_means,
         jump=recipe.jump_bits(WgmmaConfig.geometry) is not None,
+        mask=mask,
     )
 
 
-def mma_config(recipe: Recipe, head_dim: int, arch: str, int4_mma: bool | None = None) -> MmaConfig:
+def mma_config(
+    recipe: Recipe, head_dim: int, arch: str, int4_mma: bool | None = None, mask: MaskForm = "none"
+) -> MmaConfig:
     """The configuration that runs a recipe which `attention_mma` supports, for channels padded to ``head_dim``.
 
     ``int4_mma``: whether 4-bit numbers go through the INT4 MMA; by default where the card has one.
@@ -76,6 +82,7 @@ def mma_config(recipe: Recipe, head_dim: int, arch: str, int4_mma: bool | None =
         sum_in_mma=recipe.row_sum == "accumulator",
         smooth_q=recipe.smooth_q,
         rotate=recipe.rotation == "hadamard",
+        mask=mask,
     )
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -22,10 +22,11 @@ from ...errors import UnsupportedError
 from ...recipes.definition import Recipe
 from ...recipes.named import recipe as find_recipe
 from ..base import Implementation, Output, inference_only
-from .arguments import AttentionArgs, MmaArgs
-from .instances import Instance, PackFormat, pack_instance, padded_head_dim
+from .arguments import AttentionArgs, MaskArgs, MmaArgs
+from .instances import Instance, MaskForm, PackFormat, mask_instance, pack_instance, padded_head_dim
 from .launch import cache
-from .packing import Packer, PackPlan, loadable, packer
+from .mask import MaskPlan, mask_form
+from .packing import Packer, PackPlan, aligned, loadable, packer
 from .support import request_reasons
 
 
@@ -71,13 +72,14 @@ class Packing(NamedTuple):
 class PackedKV:
     """K and V as a kernel's tiles at ``address``: the first ``plan.layout.size`` bytes of ``memory``.
 
-    ``k``: K itself, where Q is smoothed: ΔS is made of it, too.
+    ``k``: K itself, where Q is smoothed: ΔS is made of it, too. ``mask``: which keys it was packed for.
     """
 
     plan: PackPlan
     memory: Tensor
     address: int
     k: Tensor | None
+    mask: MaskArgs | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,11 +95,17 @@ class AttentionPlan(ABC):
     packing: Packing
     zero_count: int = 0
     scratch_size: int = 0
+    mask: MaskPlan | None = None
 
     @cached_property
     def workspace_size(self) -> int:
-        """Bytes of packed K and V, and of the scratch memory behind them."""
-        return self.packing.plan.layout.size + self.scratch_size
+        """Bytes of packed K and V, of the scratch memory behind them, and of the mask behind that."""
+        return self.mask_offset + (0 if self.mask is None else self.mask.size)
+
+    @cached_property
+    def mask_offset(self) -> int:
+        """Where the prepared mask begins."""
+        return aligned(self.packing.plan.layout.size + self.scratch_size)
 
     @abstractmethod
     def launch(
@@ -143,7 +151,7 @@ class CudaKernel(Implementation):
         return ()
 
     @abstractmethod
-    def pack_format(self, recipe: Recipe, dim: int, device: torch.device) -> tuple[str, PackFormat]:
+    def pack_format(self, recipe: Recipe, dim: int, device: torch.device, mask: MaskForm) -> tuple[str, PackFormat]:
         """For which architecture the packing kernels are compiled, and how K and V of ``dim`` channels are packed."""
 
     @abstractmethod
@@ -172,23 +180,32 @@ class CudaKernel(Implementation):
         if device != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self.run(q, k, v, mask, sm_scale, request, recipe)
+        if request.is_causal and mask is None and request.q_len != request.kv_len:
+            first, keys, inner = _seen_part(request)
+            if inner is not request:
+                out, lse = self.run(q[:, :, first:], k[:, :, :keys], v[:, :, :keys], None, sm_scale, inner, recipe)
+                return _behind_blind_rows(first, out, lse)
         plan = self.plan(request, recipe)
         memory = torch.empty(plan.workspace_size, dtype=torch.uint8, device=q.device)
-        return self.run_in(memory, q, k, v, sm_scale, plan)
+        return self.run_in(memory, q, k, v, mask, sm_scale, plan)
 
-    def run_in(self, memory: Tensor, q: Tensor, k: Tensor, v: Tensor, sm_scale: float, plan: AttentionPlan) -> Output:
+    def run_in(
+        self, memory: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sm_scale: float, plan: AttentionPlan
+    ) -> Output:
         """A whole call on the current device, in ``plan.workspace_size`` bytes of ``memory``, whatever they hold."""
         q, k, v = loadable(q), loadable(k), loadable(v)
         address, device, packing = memory.data_ptr(), q.device.index, plan.packing
-        scratch = address + packing.plan.layout.size
-        packing.packer(k, v, packing.plan, address, device, scratch, plan.zero_count)
-        packed = PackedKV(packing.plan, memory, address, k)
+        scratch, prepared = address + packing.plan.layout.size, None
+        if plan.mask is not None and mask is not None:
+            prepared = plan.mask.prepare(mask, memory, plan.mask_offset, device)
+        packing.packer(k, v, packing.plan, address, device, scratch, plan.zero_count, prepared)
+        packed = PackedKV(packing.plan, memory, address, k, prepared)
         return _attend(q, packed, scratch, sm_scale, plan, device, after_packing=True)
 
     def pack(self, k: Tensor, v: Tensor, recipe: Recipe) -> PackedKV:
         """Pack K and V ``[B, Hkv, N, D]``, to be attended by any number of Q on the same stream."""
         with torch.cuda.device(k.device.index):
-            plan, packs = self._packing(KvKind.of(k, v), recipe)
+            plan, packs = self._packing(KvKind.of(k, v), recipe, "none")
             k, v = loadable(k), loadable(v)
             memory = torch.empty(plan.layout.size, dtype=torch.uint8, device=k.device)
             packs(k, v, plan, memory.data_ptr(), k.device.index)
@@ -206,6 +223,8 @@ class CudaKernel(Implementation):
         """
         with torch.cuda.device(q.device.index):
             plan = self.plan(request, packed.plan.recipe)
+            if request.mask != "none":
+                raise ValueError(f"K and V were packed without a mask, which {request} has")
             if packed.plan is not plan.packing.plan and packed.plan != plan.packing.plan:
                 raise ValueError(f"the packed K and V are not those of {request}")
             memory = self.scratch(plan) if scratch is None else scratch
@@ -252,17 +271,16 @@ class CudaKernel(Implementation):
         found = self._plans.get(request, recipe)
         if found is None:
             kind = KvKind.of_request(request)
-            instances = [self._pack_instance(kind, recipe), *self.instances(request, recipe)]
+            mask = mask_form(request)
+            arch, form = self.pack_format(recipe, kind.dim, kind.device, mask)
+            instances = [pack_instance(kind.dim, kind.dtype, arch, form), *self.instances(request, recipe)]
+            instances += [mask_instance(form.tile_keys, arch)] if mask != "none" else []
             cache().get_all((i.source(), i.options()) for i in instances)  # (side by side, the first time)
-            found = self._plans.put(self.make_plan(request, recipe, self._packing(kind, recipe)), request, recipe)
+            found = self._plans.put(self.make_plan(request, recipe, self._packing(kind, recipe, mask)), request, recipe)
         return found
 
-    def _pack_instance(self, kind: KvKind, recipe: Recipe) -> Instance:
-        arch, form = self.pack_format(recipe, kind.dim, kind.device)
-        return pack_instance(kind.dim, kind.dtype, arch, form)
-
-    def _packing(self, kind: KvKind, recipe: Recipe) -> Packing:
-        arch, form = self.pack_format(recipe, kind.dim, kind.device)
+    def _packing(self, kind: KvKind, recipe: Recipe, mask: MaskForm) -> Packing:
+        arch, form = self.pack_format(recipe, kind.dim, kind.device, mask)
         key = (kind, recipe, arch, form)
         found = self._packings.get(key)
         if found is None:
@@ -271,6 +289,25 @@ class CudaKernel(Implementation):
             packs = packer(kind.dim, kind.dtype, kind.device.index, arch, form)
             found = self._packings.put(key, Packing(plan, packs))
         return found
+
+
+@lru_cache(maxsize=256)
+def _seen_part(request: Request) -> tuple[int, int, Request]:
+    """What causality leaves of a request without a mask: the first row that sees a key, how many keys some row sees, and
+    the request of these. Others would count in scales and means."""
+    offset = request.causal_offset or 0
+    first, keys = min(max(0, -offset), request.q_len), max(0, min(request.kv_len, request.q_len + offset))
+    if first == 0 and keys == request.kv_len or first == request.q_len or keys == 0:
+        return 0, request.kv_len, request
+    return first, keys, replace(request, q_len=request.q_len - first, kv_len=keys)
+
+
+def _behind_blind_rows(count: int, out: Tensor, lse: Tensor | None) -> Output:
+    """With so many rows before them that see no key."""
+    if count == 0:
+        return out, lse
+    rows = torch.nn.functional.pad(out, (0, 0, count, 0))
+    return rows, None if lse is None else torch.nn.functional.pad(lse, (count, 0), value=-math.inf)
 
 
 def _attend(
@@ -319,6 +356,8 @@ def point_to_call(
     """Write what the argument structures of both kernels have in common and no two calls."""
     layout, address = packed.plan.layout, packed.address
     args.q.point_to(q)
+    if packed.mask is not None:
+        args.mask = packed.mask
     args.out = out.data_ptr()
     args.lse = 0 if lse is None else lse.data_ptr()
     args.k_mean = address + layout.k_mean

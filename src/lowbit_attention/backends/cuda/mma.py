@@ -24,6 +24,7 @@ from .instances import (
     INT4_MMA_ARCHS,
     MMA_GEOMETRY,
     Instance,
+    MaskForm,
     MmaConfig,
     PackFormat,
     mma_config,
@@ -33,6 +34,7 @@ from .instances import (
 from .jit.bindings import compiler_reasons
 from .kernel import AttentionPlan, CudaKernel, PackedKV, Packing, out_strides, point_to_call, sizes
 from .launch import Kernel, load
+from .mask import MaskPlan, mask_form
 from .packing import has_dependent_launch
 from .schedule import heads_side_by_side, log2_rounded_down, schedule
 from .smooth_q import SmoothQ
@@ -99,26 +101,26 @@ class MmaAttention(CudaKernel):
             return ()
         return (f"it rotates {padded} channels, and head_dim {request.head_dim} wants {wanted}",)
 
-    def _config(self, recipe: Recipe, dim: int, device: torch.device) -> MmaConfig:
+    def _config(self, recipe: Recipe, dim: int, device: torch.device, mask: MaskForm) -> MmaConfig:
         arch = _arch(device)
         if arch is None:
             raise ValueError(f"{self.name} cannot run on {device}")
-        return mma_config(recipe, dim, arch, self._int4_mma)
+        return mma_config(recipe, dim, arch, self._int4_mma, mask)
 
-    def pack_format(self, recipe: Recipe, dim: int, device: torch.device) -> tuple[str, PackFormat]:
-        config = self._config(recipe, dim, device)
+    def pack_format(self, recipe: Recipe, dim: int, device: torch.device, mask: MaskForm) -> tuple[str, PackFormat]:
+        config = self._config(recipe, dim, device, mask)
         return config.arch, config.form
 
     def instances(self, request: Request, recipe: Recipe) -> list[Instance]:
         dim = padded_head_dim(max(request.head_dim, request.v_head_dim))
         assert dim is not None  # (else the request is not supported)
-        config = self._config(recipe, dim, request.device)
-        smooth_q = [smooth_q_instance(dim, request.dtype, config.arch)] if recipe.smooth_q else []
+        config = self._config(recipe, dim, request.device, mask_form(request))
+        smooth_q = [smooth_q_instance(dim, request.dtype, config.arch, config.mask)] if recipe.smooth_q else []
         return [config.instance(), *smooth_q]
 
     def make_plan(self, request: Request, recipe: Recipe, packing: Packing) -> MmaPlan:
         pack, device = packing.plan, request.device.index
-        config = self._config(recipe, pack.dim, request.device)
+        config = self._config(recipe, pack.dim, request.device, mask_form(request))
         q_blocks = -(-request.q_len // config.q_rows)
         smooth_q = SmoothQ.of(request, config, pack, q_blocks) if recipe.smooth_q else None
         section = 1 if smooth_q else heads_side_by_side(request, pack, device, equal=True)
@@ -144,6 +146,7 @@ class MmaAttention(CudaKernel):
             q_blocks=q_blocks,
             arguments=Arguments(arguments),
             smooth_q=smooth_q,
+            mask=MaskPlan.of(request, config.arch, MMA_GEOMETRY.b_k, config.q_rows),
         )
 
 

@@ -12,7 +12,7 @@ from ...recipes.definition import Recipe
 from ...recipes.granularity import PerThread
 from ...recipes.options import SampledTokens
 from ...reference.quantize import Means
-from .arguments import Arguments, PackArgs
+from .arguments import Arguments, MaskArgs, PackArgs
 from .instances import WGMMA_FORMAT, PackFormat, pack_instance, padded_head_dim, wgmma_format
 from .launch import Kernel, load
 from .layout import unpack_keys, unpack_values
@@ -159,7 +159,7 @@ class PackPlan:
             dim=dim,
             tiles=tiles,
             tiles_a_block=tiles_a_block,
-            grid=(-(-tiles // tiles_a_block), heads, 2),
+            grid=_pack_grid(-(-tiles // tiles_a_block), heads),
             statistics=statistics,
             layout=PackedLayout.of(heads, tiles, statistics.splits, dim, form),
             recipe=recipe,
@@ -194,6 +194,15 @@ class PackPlan:
                 v_power_of_two=recipe.v_scale_power_of_two,
             )
         )
+
+
+MOST_ROWS = 65535
+"""Of a grid: CUDA's limit of its second and third dimension."""
+
+
+def _pack_grid(blocks: int, heads: int) -> tuple[int, int, int]:
+    """Blocks of tiles, heads, and V and K; heads beyond the limit come in the third dimension."""
+    return blocks, min(heads, MOST_ROWS), 2 * -(-heads // MOST_ROWS)
 
 
 def aligned(size: int, to: int = _ALIGNMENT) -> int:
@@ -242,12 +251,20 @@ class Packer:
         self._pack: Kernel = load(instance, "pack", _PACK_THREADS)
 
     def __call__(
-        self, k: Tensor, v: Tensor, plan: PackPlan, address: int, device: int, zeros: int = 0, zero_count: int = 0
+        self,
+        k: Tensor,
+        v: Tensor,
+        plan: PackPlan,
+        address: int,
+        device: int,
+        zeros: int = 0,
+        zero_count: int = 0,
+        mask: MaskArgs | None = None,
     ) -> None:
         """Launch both kernels.
 
         ``address``: of ``plan.layout.size`` bytes; ``zeros``: of ``zero_count`` 32-bit words that attention wants to
-        be 0.
+        be 0. ``mask``: which keys count, if ``plan.form`` has a mask.
         """
         layout, arguments = plan.layout, plan.arguments
         args = arguments.values
@@ -262,6 +279,8 @@ class Packer:
         args.v_scale = address + layout.v_scale
         args.v_mean = address + layout.v_mean
         args.v_inverse = address + layout.v_inverse
+        if mask is not None:
+            args.mask = mask
         args.zeros = zeros
         args.zero_count = zero_count
         args.v_tile_means = address + layout.v_tile_means

@@ -12,10 +12,10 @@ from torch import Tensor
 from ...call.masks import LOG2E
 from ...call.request import Request
 from .arguments import Arguments, SmoothArgs
-from .instances import MMA_GEOMETRY, MmaConfig, smooth_q_instance
+from .instances import MMA_GEOMETRY, MaskForm, MmaConfig, smooth_q_instance
 from .kernel import PackedKV, sizes
 from .launch import Kernel, load
-from .packing import PackPlan, aligned
+from .packing import MOST_ROWS, PackPlan, aligned
 
 _MOST_DELTA_BYTES = 64 << 20
 """ΔS held at once, if a quarter of packed K and V is not more."""
@@ -50,13 +50,14 @@ class SmoothQ:
         heads, query_tiles = request.batch * request.q_heads, -(-request.q_len // MMA_GEOMETRY.b_q)
         delta_stride = pack.tiles * MMA_GEOMETRY.b_k
         block_bytes, most_bytes = config.groups * delta_stride * 4, max(_MOST_DELTA_BYTES, pack.layout.size // 4)
-        heads_a_chunk, levels_a_chunk = delta_chunk(heads, q_blocks, block_bytes, most_bytes)
+        heads_a_chunk, levels_a_chunk = delta_chunk(min(heads, MOST_ROWS), q_blocks, block_bytes, most_bytes)
         delta = aligned(heads * query_tiles * pack.dim * 4)
-        query_means, delta_s = _kernels(pack.dim, request.dtype, config.arch, request.device.index)
+        query_means, delta_s = _kernels(pack.dim, request.dtype, config.arch, config.mask, request.device.index)
         arguments = SmoothArgs(
             **sizes(request, pack),
             delta_stride=delta_stride,
             query_tiles=query_tiles,
+            heads=heads,
             groups=config.groups,
             q_blocks=q_blocks,
         )
@@ -88,7 +89,10 @@ class SmoothQ:
         args.delta = scratch + self.delta
         args.scale = sm_scale * LOG2E
         args.first_head, args.first_level, args.levels = 0, 0, self.levels_a_chunk
-        self.query_means((self.query_tiles, self.heads, 1), device, address)
+        if packed.mask is not None:
+            args.mask = packed.mask
+        rows = min(self.heads, MOST_ROWS)
+        self.query_means((self.query_tiles, rows, -(-self.heads // rows)), device, address)
         for first_head in range(0, self.heads, self.heads_a_chunk):
             heads = min(self.heads_a_chunk, self.heads - first_head)
             for first_level in range(0, self.q_blocks, self.levels_a_chunk):
@@ -111,7 +115,7 @@ def delta_chunk(heads: int, q_blocks: int, block_bytes: int, most_bytes: int) ->
 
 
 @lru_cache(maxsize=64)
-def _kernels(dim: int, dtype: torch.dtype, arch: str, device: int) -> tuple[Kernel, Kernel]:
+def _kernels(dim: int, dtype: torch.dtype, arch: str, mask: MaskForm, device: int) -> tuple[Kernel, Kernel]:
     del device
-    instance = smooth_q_instance(dim, dtype, arch)
+    instance = smooth_q_instance(dim, dtype, arch, mask)
     return load(instance, "query_means", 128), load(instance, "delta_s", 128)

@@ -16,8 +16,6 @@ from .instances import DTYPE_CODES, HEAD_DIMS
 
 _LARGEST_LENGTH = 1 << 30
 """Tokens; so that sums of two lengths stay in 32 bits."""
-_MOST_HEADS = 65535
-"""Batch × heads: CUDA's limit of a grid's second dimension."""
 _MOST_SAMPLED = 1024
 """Tokens of a sample of K (the packing kernels find them in 32 bits)."""
 
@@ -30,8 +28,8 @@ def request_reasons(request: Request) -> list[str]:
     reasons = []
     if request.dtype not in DTYPE_CODES:
         reasons.append(f"it takes float16, bfloat16 and float32, not {request.dtype}")
-    if request.mask != "none":
-        reasons.append(f"it takes no {request.mask} mask yet")
+    if request.mask == "float":
+        reasons.append("it takes no float mask yet")
     if max(request.head_dim, request.v_head_dim) > HEAD_DIMS[-1]:
         reasons.append(f"head_dim {max(request.head_dim, request.v_head_dim)} is above {HEAD_DIMS[-1]}")
     if request.machine is not None:
@@ -40,8 +38,6 @@ def request_reasons(request: Request) -> list[str]:
         reasons.append("the call is empty")
     if max(request.q_len, request.kv_len) > _LARGEST_LENGTH:
         reasons.append(f"it takes up to {_LARGEST_LENGTH} tokens")
-    if request.batch * request.q_heads > _MOST_HEADS:
-        reasons.append(f"batch × heads {request.batch * request.q_heads} is above {_MOST_HEADS}")
     return reasons
 
 

@@ -1,19 +1,62 @@
 // What hides scores. A mask says how far a row sees, from which KeyTiles follow, and which scores of a tile are hidden.
 //
-// Here: causality and the sequence's end. Another mask (key padding, bool, bias) is another struct with these members;
-// tiles before KeyTiles::full ask none of them.
+// Always: causality and the sequence's end. Beside them an instance may have one of two (mask/mask.cu prepares both):
+//   KEY_LIST   all rows see the same keys. Only these are packed, one behind the other, so that nothing is left to hide
+//              but the end, which differs from sequence to sequence. (Not with causality, which asks where a key stood.)
+//   MASK_BITS  a bit a score, causality and the end among them. Key tiles that no row of a work tile sees are left out.
+// Tiles before KeyTiles::full ask nothing of a mask without bits.
 #pragma once
 #include "ptx/types.cuh"
 
+#ifndef KEY_LIST
+#define KEY_LIST 0
+#endif
+#ifndef MASK_BITS
+#define MASK_BITS 0
+#endif
+#define KEYS_UNSEEN (KEY_LIST || MASK_BITS)  // keys that no row sees do not count in K's and V's means and scales
+
+constexpr int kMaskRows = 64;             // rows of a block of bits
+constexpr int kWordKeys = TILE_KEYS / 4;  // keys of a thread's word: 8i + 2q and 8i + 2q + 1, as the MMA gives it scores
+
+#if TILE_KEYS == 64
+using MaskWord = u16;
+#else
+using MaskWord = u32;
+#endif
+
+// A list is of a head of K in a batch, or of several that see alike; a plane likewise, of a query head.
+struct MaskArgs {
+  const i32* key_counts;  // [lists]: keys that some row sees
+  const i32* keys;        // [lists][kv_len]: which, ascending
+  const u8* key_seen;     // [lists][kv_len]: whether some row sees it
+  const MaskWord* bits;   // [planes][⌈q_len / 64⌉][tiles][64 rows][4 lanes]: a bit a score, 1 if it is seen
+  const i32* tile_lists;  // [planes][⌈q_len / rows of a work tile⌉][1 + tiles]: how many are visited, and which
+  const u8* row_seen;     // [planes][⌈q_len / 64⌉ · 64]: whether it sees some key
+  i32 list_batch, list_head;    // list number: batch · list_batch + head of K · list_head
+  i32 plane_batch, plane_head;  // plane number, likewise, of a query head
+
+  __device__ __forceinline__ i64 list(i32 batch, i32 kv_head) const { return i64(batch) * list_batch + kv_head * list_head; }
+  __device__ __forceinline__ i64 plane(i32 batch, i32 head) const { return i64(batch) * plane_batch + head * plane_head; }
+};
+
+#if MASK_BITS
+struct Visible {  // which keys a thread's two rows see
+  u32 bits[2];
+  // Whether its score number i is hidden: of row i / 2 % 2, and of key 8 · (i / 4) + i % 2 from the thread's first on.
+  __device__ __forceinline__ bool hides(int i) const { return !(bits[i / 2 % 2] >> (i / 4 * 2 + i % 2) & 1); }
+};
+#else
 struct Visible {  // which keys a thread's two rows see: those up to last[half], counted from the thread's first key
   i32 last[2];
   // Whether its score number i is hidden: of row i / 2 % 2, and of key 8 · (i / 4) + i % 2.
   __device__ __forceinline__ bool hides(int i) const { return i / 4 * 8 + i % 2 > last[i / 2 % 2]; }
 };
+#endif
 
 struct Mask {
   i32 causal_offset;  // row i sees key j if j ≤ i + causal_offset (kv_len without causality) and j < kv_len
-  i32 kv_len;
+  i32 kv_len;         // of those that are packed
 
   // The last key that a row sees; negative if it sees none.
   static __device__ __forceinline__ i32 last_key(i32 row, i32 causal_offset, i32 kv_len) {
@@ -21,3 +64,14 @@ struct Mask {
   }
   __device__ __forceinline__ i32 last_key(i32 row) const { return last_key(row, causal_offset, kv_len); }
 };
+
+
+// How many keys of a work tile's head are packed. Args hold kv_len and a MaskArgs.
+template <class Args, class Tile>
+__device__ __forceinline__ i32 packed_keys(const Args& args, const Tile& work) {
+#if KEY_LIST
+  return args.mask.key_counts[args.mask.list(work.batch, work.kv_head)];
+#else
+  return args.kv_len;
+#endif
+}

@@ -9,16 +9,19 @@
 #include "ptx/convert.cuh"
 #include "ptx/math.cuh"
 
-constexpr i32 kHidden = -2147483647 - 1;  // a score that causality or the sequence's end hides
-
 // s + kMagicBits, read as a float, is s + kMagic exactly while |s| < 2^22; an INT8 dot product of 128 channels stays
 // below 127 · 127 · 128 < 2^21. The FMA that scales s takes kMagic · factor away again, so no conversion is needed.
 // That rounds the exponent by up to two units of s, which is far below the rounding of Q and K, but must itself stay
 // small beside log2 P_r: larger factors (logits of thousands) take the exact path: a conversion and two roundings.
 constexpr i32 kMagicBits = 0x4B400000;
 constexpr float kMagic = 12582912.0f;            // 1.5 · 2^23
+constexpr i32 kHidden = MASK_BITS ? 0xFF800000 - kMagicBits : -2147483647 - 1;
 constexpr float kLargestFastFactor = 0.0625f;    // P is at most 8 % too small, and the lse sees it
 constexpr float kLargestFactor = 1.2676506e30f;  // 2^100, so that 2^21 · factor stays finite
+
+// Which tiles look for hidden scores: those on the exact path and, with bits, all.
+template <bool kMasked>
+constexpr bool kHides = kMasked || MASK_BITS;
 
 // This thread's largest logit of each row, −∞ if all are hidden; hidden scores become kHidden.
 template <bool kMasked>
@@ -28,7 +31,7 @@ __device__ __forceinline__ void largest_logit(i32 (&scores)[64], float factor, c
   for (int i = 0; i < 64; ++i) {
     const int half = i / 2 % 2;
     i32& s = scores[i];
-    if constexpr (kMasked) {
+    if constexpr (kHides<kMasked>) {
       if (visible.hides(i)) s = kHidden;
     }
     top[half] = max(top[half], s);
@@ -37,7 +40,7 @@ __device__ __forceinline__ void largest_logit(i32 (&scores)[64], float factor, c
   for (int half = 0; half < 2; ++half) {
     // no smaller than any x, and the exponentials' base is rounded down, so that P never exceeds P_r
     m[half] = kMasked ? __fmul_rn(float(top[half]), factor) : mul_rp_f32(float(top[half]), factor);
-    if (kMasked && top[half] == kHidden) m[half] = -kInfinity;
+    if (kHides<kMasked> && top[half] == kHidden) m[half] = -kInfinity;
   }
 }
 
@@ -60,7 +63,7 @@ struct Change {
 // 2^(old − m), 0 where nothing was summed yet.
 template <bool kMasked>
 __device__ __forceinline__ float power(float old, float m) {
-  return ex2_approx_ftz_f32(old - (kMasked && m == -kInfinity ? 0.0f : m));
+  return ex2_approx_ftz_f32(old - (kHides<kMasked> && m == -kInfinity ? 0.0f : m));
 }
 
 struct Rows {  // what every tile asks of a thread's two rows
@@ -196,7 +199,7 @@ __device__ __forceinline__ void exponentials(const i32 (&scores)[64], u32 (&p)[1
   float base[2], polynomial_base[2];  // added to s · factor: log2 P_r − m
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float subtracted = kMasked && rows.m[half] == -kInfinity ? 0.0f : rows.m[half];
+    const float subtracted = kHides<kMasked> && rows.m[half] == -kInfinity ? 0.0f : rows.m[half];
     base[half] = sub_rm_f32(log2_p_max, subtracted);
     lowest[half] = __float_as_int(__fmaf_rn(kLowestExponent - base[half], inverse, kMagic));
     polynomial_base[half] = fma_rm_f32(-kMagic, factor, base[half] + kPowerBias);

@@ -31,6 +31,7 @@ struct AttentionArgs {
   i32 key_splits;         // a block's pieces of the rest: if 1, some of its rows and all keys, else all rows and some keys
   Vec16* partials;        // [key_splits][rest][kConsumers][4 warps][kDim / 8 + 1][32], where keys are split
   u32* arrivals;          // [rest][kConsumers][4 warps], zeros: the splits that have written theirs
+  MaskArgs mask;
 #if TILE_MEANS || JUMP
   const u16* v_tile_means;  // [B · Hkv][tiles][kDim], FP16: what was taken off V's codes
 #endif
@@ -53,6 +54,12 @@ enum NamedBarrier : u32 {  // 0 is __syncthreads'
 
 struct WorkTile : Work {
   i32 end_row;  // rows from here on are no part of it
+#if KEY_LIST
+  i32 kv_len;      // of its head's packed keys
+#elif MASK_BITS
+  i32 mask_block;  // the number of its first 64 rows' bits
+  i32 tiles;       // that it visits
+#endif
 #if SPLITS_KEYS
   i32 first_tile, end_tile;  // of keys
   i32 split;                 // which of the keys' splits this is, −1 if they are not split
@@ -81,6 +88,9 @@ struct Shared {
   float q_scale[2][kConsumers][4][8];       // of a warp's rows r and r + 8, in base-2 logits
   float mean_logit[2][kConsumers][kRows];   // sm_scale · q · k̄
   float k_largest_scale[2];                 // of the head's tiles
+#if MASK_BITS
+  i32 key_tile[2][kTileSlots];              // which a work tile's are, tile mod kTileSlots
+#endif
   WorkTile work[2];                           // end_row < 0: no work is left
   u64 full[kStages], empty[kStages], q_full[2], q_empty[2];
 #if TAKES_WORK
@@ -106,6 +116,19 @@ __device__ inline i32 first_tile(const WorkTile& work) {
 #endif
 }
 
+#if MASK_BITS
+__device__ inline i32 mask_block(const AttentionArgs& args, const WorkTile& work) {
+  return args.mask.plane(work.batch, work.head) * ((args.q_len + kMaskRows - 1) / kMaskRows) + work.first_row / kMaskRows;
+}
+// How many key tiles a work tile visits, and which.
+__device__ inline const i32* tile_list(const AttentionArgs& args, const WorkTile& work) {
+  constexpr i32 kBlock = kConsumers * kRows;
+  const i64 blocks = args.schedule.q_blocks;
+  return args.mask.tile_lists +
+         (args.mask.plane(work.batch, work.head) * blocks + work.first_row / kBlock) * (1 + args.tiles);
+}
+#endif
+
 // The blocks of the tail wave are too few for the card, so each is cut: between its warpgroups, into up to kConsumers
 // pieces, or along the keys, if there are many (SPLITS_KEYS). All first pieces, then all second ones.
 __device__ inline WorkTile work_of(const AttentionArgs& args, i32 item) {
@@ -129,24 +152,57 @@ __device__ inline WorkTile work_of(const AttentionArgs& args, i32 item) {
   const Work work = work_item(item, args.schedule, kBlock);
   const i32 block_end = min(work.first_row + kBlock, args.q_len);
   WorkTile tile = {work.batch, work.head, work.kv_head, work.first_row + first, min(work.first_row + first + rows, block_end)};
+  i32 tiles = args.tiles;
+#if KEY_LIST
+  tile.kv_len = packed_keys(args, work);
+  tiles = (tile.kv_len + kTileKeys - 1) / kTileKeys;
+#elif MASK_BITS
+  tile.mask_block = mask_block(args, tile);
+  tile.tiles = tiles = tile_list(args, tile)[0];
+#endif
 #if SPLITS_KEYS
-  tile.first_tile = split < 0 ? 0 : args.tiles * split / args.key_splits;
-  tile.end_tile = split < 0 ? args.tiles : args.tiles * (split + 1) / args.key_splits;
+  tile.first_tile = split < 0 ? 0 : tiles * split / args.key_splits;
+  tile.end_tile = split < 0 ? tiles : tiles * (split + 1) / args.key_splits;
   tile.split = split;
   tile.rest_block = item - args.whole_items;
 #endif
   return tile;
 }
 
+__device__ inline i32 kv_len_of(const AttentionArgs& args, const WorkTile& work) {
+#if KEY_LIST
+  return work.kv_len;
+#else
+  return args.kv_len;
+#endif
+}
+
 // Tiles that some of these rows see, of the work tile's; counted from its first.
 __device__ inline KeyTiles tiles_of(const AttentionArgs& args, i32 first_row, i32 rows, const WorkTile& work) {
-  const KeyTiles tiles = KeyTiles::of(first_row, rows, work.end_row, Mask{args.causal_offset, args.kv_len});
+#if MASK_BITS
+  const i32 count = first_row < work.end_row ? work.tiles : 0;
+  const KeyTiles tiles = {count, count};  // (all on the fast path, which looks for hidden scores, too)
+#else
+  const KeyTiles tiles = KeyTiles::of(first_row, rows, work.end_row, Mask{args.causal_offset, kv_len_of(args, work)});
+#endif
 #if SPLITS_KEYS
   return tiles.within(work.first_tile, work.end_tile);
 #else
   return tiles;
 #endif
 }
+
+struct RowsSeen {  // whether a row of a work tile sees some key: else it does not count in its scale
+#if MASK_BITS
+  const u8* seen;
+  __device__ RowsSeen(const AttentionArgs& args, const WorkTile& work)
+      : seen(args.mask.row_seen + i64(mask_block(args, work)) * kMaskRows) {}
+  __device__ bool operator()(int row) const { return seen[row]; }
+#else  // (the host leaves out those from which causality hides all keys)
+  __device__ RowsSeen(const AttentionArgs&, const WorkTile&) {}
+  __device__ bool operator()(int) const { return true; }
+#endif
+};
 
 struct Thread {  // where a thread stands in its warpgroup
   int group, warp, quad, lane_in_quad;

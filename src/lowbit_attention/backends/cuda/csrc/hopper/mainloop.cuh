@@ -96,7 +96,7 @@ struct Consumer {
     if constexpr (MAKES_BOUND) make_bound();
     factor = q_scale * shared.k_scale[ring.stage][thread.lane_in_quad];
     factor = factor > largest_factor ? largest_factor : factor;
-    if constexpr (HALVES_SCORES) factor = max_nan_f32(factor, kSmallestFactor);
+    if constexpr (HALVES_SCORES || MASK_BITS) factor = max_nan_f32(factor, kSmallestFactor);  // (0 · −∞ is NaN)
   }
   // Whether some factor of the work tile needs the exact path; the same for the whole warpgroup.
   __device__ __forceinline__ bool needs_exact_path() const {
@@ -309,6 +309,7 @@ struct Consumer {
   template <bool kMore, bool kDrain>
   __device__ __forceinline__ void multiply() {
     if (!ready) wait_for_stage();
+    if constexpr (kMore) prefetch_bits(tile + 1);
     if constexpr (kTwoParts) {
       begin_in_two_parts<kMore>();
     } else {
@@ -338,10 +339,40 @@ struct Consumer {
     ++tile;
   }
 
+  // What the rows see of a tile.
   __device__ __forceinline__ Visible visible(i32 first_row, i32 tile) const {
+#if MASK_BITS
+    const u32* from = bits_of(tile);
+    return {{ld_global_nc_u32(from), ld_global_nc_u32(from + 8 * 4)}};
+#else
     const i32 key = (first_tile(shared.work[q_ring.stage]) + tile) * kTileKeys + 2 * thread.lane_in_quad;
-    return {{Mask::last_key(first_row + thread.row(0), args.causal_offset, args.kv_len) - key,
-             Mask::last_key(first_row + thread.row(1), args.causal_offset, args.kv_len) - key}};
+    const i32 kv_len = kv_len_of(args, shared.work[q_ring.stage]);
+    return {{Mask::last_key(first_row + thread.row(0), args.causal_offset, kv_len) - key,
+             Mask::last_key(first_row + thread.row(1), args.causal_offset, kv_len) - key}};
+#endif
+  }
+#if MASK_BITS
+  // Where the bits of the thread's first row lie, those of its second 8 rows further.
+  __device__ __forceinline__ const u32* bits_of(i32 tile) const {
+    const i64 block = shared.work[q_ring.stage].mask_block + thread.group;
+    const i64 of_tile = block * args.tiles + shared.key_tile[q_ring.stage][tile % kTileSlots];
+    return args.mask.bits + of_tile * (kMaskRows * 4) + thread.row(0) * 4 + thread.lane_in_quad;
+  }
+#endif
+  // A tile's bits come to L1 while its scores are under way.
+  __device__ __forceinline__ void prefetch_bits(i32 tile) const {
+#if MASK_BITS
+    prefetch_global_l1(bits_of(tile));
+    prefetch_global_l1(bits_of(tile) + 8 * 4);
+#endif
+  }
+  // On the fast path scores are hidden only with bits.
+  __device__ __forceinline__ Visible visible_on_fast_path(i32 first_row) const {
+#if MASK_BITS
+    return visible(first_row, tile);
+#else
+    return {};
+#endif
   }
 
   // ---- a work tile: prologue, main loop, epilogue
@@ -408,6 +439,7 @@ struct Consumer {
       if constexpr (!MAKES_BOUND) make_bound();
     }
     set_factor();
+    prefetch_bits(0);
     wgmma_wait_group<0>();
     pin_registers(scores);
     release(ring.stage);
@@ -417,10 +449,10 @@ struct Consumer {
   // Tiles up to `last` but for its P·V: the first `fast` on the fast path, the others on the exact one.
   __device__ __forceinline__ void mainloop(i32 first_row, u32 fast, u32 last) {
     if (fast > 0) {
-      softmax<false>({});
+      softmax<false>(visible_on_fast_path(first_row));
       while (tile + 1 < fast) {
         multiply<true, false>();
-        softmax<false>({});
+        softmax<false>(visible_on_fast_path(first_row));
       }
       if (tile < last) multiply<true, true>();
     }
@@ -436,7 +468,7 @@ struct Consumer {
   // exact path.
   __device__ __forceinline__ void mainloop_by_halves(i32 first_row, u32 fast, u32 last) {
     while (tile < fast && tile < last) {
-      softmax<false>({});
+      softmax<false>(visible_on_fast_path(first_row));
       multiply<true, true>();
     }
     while (tile < last) {

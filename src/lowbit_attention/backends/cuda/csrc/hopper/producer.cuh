@@ -37,7 +37,12 @@ __device__ void copy_tiles(const AttentionArgs& args, Shared& shared) {
     const WorkTile work = work_of(args, item);
 #endif
     const i32 count = tiles_of(args, work.first_row, kConsumers * kRows, work).count;
-    const i64 head = i64(work.batch) * args.kv_heads + work.kv_head, first = head * args.tiles + first_tile(work);
+    const i64 head = i64(work.batch) * args.kv_heads + work.kv_head;
+#if MASK_BITS
+    const i64 first = head * args.tiles;  // (the list says the rest)
+#else
+    const i64 first = head * args.tiles + first_tile(work);
+#endif
     constexpr u32 kChannelBytes = sizeof(shared.v_scale[0]);
 #if TILE_MEANS
     constexpr u32 kMeanBytes = 2 * kDim, kValueBytes = kTileBytes + kOnesBytes + kMeanBytes;
@@ -57,27 +62,40 @@ __device__ void copy_tiles(const AttentionArgs& args, Shared& shared) {
     const i32 late = max(count - kTilesAhead, 0);
     if (count == 0) mbarrier_arrive(&shared.next_wanted);
 #endif
+#if MASK_BITS
+    const i32* list = tile_list(args, work) + 1 + first_tile(work);
+    i32 before = 0;  // the tile whose V comes
+#endif
     for (i32 tile = 0; count > 0 && tile <= count; ++tile, ring.next()) {
       const int s = ring.stage;
+#if MASK_BITS
+      const i32 of_keys = tile < count ? list[tile] : 0, of_values = before;
+      before = of_keys;
+#else
+      const i32 of_keys = tile, of_values = tile - 1;
+#endif
 #if TAKES_WORK
       if (tile == late) mbarrier_arrive(&shared.next_wanted);
 #endif
       const u32 k_bytes = tile < count ? kTileBytes + sizeof(shared.k_scale[s]) : 0;
       mbarrier_wait(&shared.empty[s], ring.parity ^ 1);
+#if MASK_BITS
+      shared.key_tile[q_ring.stage][tile % kTileSlots] = of_keys;
+#endif
       mbarrier_arrive_expect_tx(&shared.full[s], k_bytes + (tile > 0 ? kValueBytes : 0));
       if (tile < count) {
-        const i64 at = first + tile;
+        const i64 at = first + of_keys;
         cp_async_bulk_shared_global(shared.k[s], args.k_tiles + at * kTileBytes, kTileBytes, &shared.full[s]);
         cp_async_bulk_shared_global(shared.k_scale[s], args.k_scales + at * 4, sizeof(shared.k_scale[s]),
                                     &shared.full[s]);
       }
       if (tile > 0) {
-        cp_async_bulk_shared_global(shared.v[s], args.v_tiles + (first + tile - 1) * kTileBytes, kTileBytes,
+        cp_async_bulk_shared_global(shared.v[s], args.v_tiles + (first + of_values) * kTileBytes, kTileBytes,
                                     &shared.full[s]);
 #if TILE_MEANS
         cp_async_bulk_shared_global(shared.v[s] + kTileBytes, ones_of_tile(tile - 1), kOnesBytes, &shared.full[s]);
         cp_async_bulk_shared_global(shared.tile_means[q_ring.stage][(tile - 1) % kMeanSlots],
-                                    args.v_tile_means + (first + tile - 1) * kDim, kMeanBytes, &shared.full[s]);
+                                    args.v_tile_means + (first + of_values) * kDim, kMeanBytes, &shared.full[s]);
 #endif
       }
     }
@@ -91,7 +109,7 @@ __device__ void quantize_queries(const AttentionArgs& args, Shared& shared, cons
   const i64 base = sequence.in_q(work.first_row);
   const float* mean = args.lse == nullptr ? nullptr : args.k_mean + sequence.kv_head() * kDim;
   quantize_rows<kInput, kDim, kWarps, kQueryLanes>(args.q, base, work.end_row - work.first_row, args.channels, args.sm_scale,
-                                              args.logits_scale, mean, warp,
+                                              args.logits_scale, mean, warp, RowsSeen(args, work),
                                               {shared.q[stage], shared.q_scale[stage], shared.mean_logit[stage]});
   fence_proxy_async();
 }

@@ -14,10 +14,10 @@ struct QuantizedRows {
 };
 
 // Rows [0, rows) of the head at `base`, by `kWarps` warps of which this is number `warp`; what is left of the last
-// warpgroup's 64 rows becomes zeros. `kLanes` lanes share a pair of rows: the more, the fewer registers and the more steps.
-template <Dtype kDtype, int kDim, int kWarps, int kLanes>
+// warpgroup's 64 rows becomes zeros, and so do rows that see no key (`sees`). `kLanes` lanes share a pair of rows: the more, the fewer registers and the more steps.
+template <Dtype kDtype, int kDim, int kWarps, int kLanes, class Seen>
 __device__ void quantize_rows(const Strided& q, i64 base, i32 rows, i32 channels, float sm_scale, float logits_scale,
-                              const float* mean, int warp, const QuantizedRows<kDim>& out) {
+                              const float* mean, int warp, const Seen& sees, const QuantizedRows<kDim>& out) {
   constexpr int kChunks = kDim / kChunk / kLanes;  // chunks of 8 channels that a lane has of a row
   constexpr int kPairs = 32 / kLanes;              // that a warp takes in a step
   const int lane = threadIdx.x % 32, lane_of_row = lane % kLanes;
@@ -30,7 +30,7 @@ __device__ void quantize_rows(const Strided& q, i64 base, i32 rows, i32 channels
     for (int i = 0; i < 2 * kChunks; ++i) {
       const int row = first + 8 * (i / kChunks), channel = (i % kChunks * kLanes + lane_of_row) * kChunk;
       x[i / kChunks][i % kChunks] = zero_raw<kDtype>();
-      if (row < rows && channel < channels) {
+      if (row < rows && channel < channels && sees(row)) {
         x[i / kChunks][i % kChunks] = load_raw<kDtype>(q, base + i64(row) * q.token, channel);
       }
     }

@@ -36,7 +36,7 @@ __device__ __forceinline__ bool quantize_queries(const MmaArgs& args, Shared& sh
   float* mean_logit = args.lse == nullptr ? nullptr : args.lse + head * args.q_len + first_row;
   float unit;
   me.q_scale = quantize_32_rows<kDtype, kDim, QK_LANES, SMOOTH_Q, ROTATE>(
-      args.q, base, first_row, options, mean, args.k_mean + kv_head * kDim, mean_logit, shared.q[me.warp],
+      args.q, base, first_row, options, RowsSeen(args, work), mean, args.k_mean + kv_head * kDim, mean_logit, shared.q[me.warp],
       shared.warp_max[me.warp / 4], me.warp / 4, unit);
   // Rows of zeros have no scores, so any scale will do: 0 lets the base stay exact, and below ΔS wants a small unit.
   const bool zeros = unit == 0.0f && me.q_scale < kInfinity;  // (NaN must show)
@@ -61,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) attention_mma(co
   griddepcontrol_wait();  // K and V are packed
   const i32 item = args.first_item + i32(blockIdx.x);
   const Work work = work_item(item, args.schedule, kRows);
-  const KeyTiles tiles = KeyTiles::of(work.first_row, kRows, args.q_len, Mask{args.causal_offset, args.kv_len});
+  const KeyTiles tiles = tiles_of(args, work, work.first_row, kRows);
   Loader loader(args, shared, work);
   float k_scale = tiles.count > 0 ? loader.next(0) : 0.0f;
   cp_async_commit_group();
@@ -88,18 +88,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) attention_mma(co
   const i32 fast = __syncthreads_or(exact) ? 0 : max(min(tiles.full, tiles.count - 1), 0);
   for (i32 left = fast; left > 0; --left) {
     await();
-    me.advance<false>(load_next(), 0, 0);
+    me.advance<false>(load_next(), {}, 0);
     me.stage = other_stage();
   }
   // the work is found again: the loop above has no registers to keep it
   const Work again = work_item(pinned(item), args.schedule, kRows);
-  const KeyTiles all = KeyTiles::of(again.first_row, kRows, args.q_len, Mask{args.causal_offset, args.kv_len});
-  const i32 mine = KeyTiles::of(again.first_row + me.warp * kWarpRows, kWarpRows, args.q_len,
-                                Mask{args.causal_offset, args.kv_len}).count;
+  const KeyTiles all = tiles_of(args, again, again.first_row, kRows);
+  const i32 mine = tiles_of(args, again, again.first_row + me.warp * kWarpRows, kWarpRows).count;
   for (i32 tile = fast; tile < all.count; ++tile) {
     await();
     const float scale = tile + 1 < all.count ? load_next() : k_scale;
-    if (tile < mine) me.advance<true>(scale, again.first_row, tile);
+    if (tile < mine) me.advance<true>(scale, again, tile);
     me.stage = other_stage();
   }
   const Work done = work_item(pinned(item), args.schedule, kRows);

@@ -25,6 +25,7 @@ struct MmaArgs {
   i32 tile_count, first_item;
   i32 dtype, q_max, q_granularity;
   Schedule schedule;
+  MaskArgs mask;
 };
 
 // ---- tile numbers: those that are not here, kDim to kSharedBytes, come from configs.py, which says why
@@ -54,3 +55,36 @@ struct Shared {
   float warp_max[kGroups][4];
 };
 static_assert(sizeof(Shared) == kSharedBytes, "the host plans another size");
+
+#if MASK_BITS
+// How many key tiles a block visits, and which.
+__device__ __forceinline__ const i32* tile_list(const MmaArgs& args, const Work& work) {
+  const i64 blocks = args.schedule.q_blocks;
+  return args.mask.tile_lists + (args.mask.plane(work.batch, work.head) * blocks + work.first_row / kRows) * (1 + args.tile_count);
+}
+// Of the blocks of 64 rows' bits, the one of a row.
+__device__ __forceinline__ i64 mask_block(const MmaArgs& args, const Work& work, i32 row) {
+  return args.mask.plane(work.batch, work.head) * ((args.q_len + kMaskRows - 1) / kMaskRows) + row / kMaskRows;
+}
+#endif
+
+// Key tiles that some of these rows see. (With bits none is known to be seen whole.)
+__device__ __forceinline__ KeyTiles tiles_of(const MmaArgs& args, const Work& work, i32 first_row, i32 rows) {
+#if MASK_BITS
+  return {0, first_row < args.q_len ? tile_list(args, work)[0] : 0};
+#else
+  return KeyTiles::of(first_row, rows, args.q_len, Mask{args.causal_offset, packed_keys(args, work)});
+#endif
+}
+
+struct RowsSeen {  // whether a row sees some key: else it does not count in its scale
+#if MASK_BITS
+  const u8* seen;
+  __device__ __forceinline__ RowsSeen(const MmaArgs& args, const Work& work)
+      : seen(args.mask.row_seen + mask_block(args, work, 0) * kMaskRows) {}
+  __device__ __forceinline__ bool operator()(i32 row) const { return seen[row]; }
+#else  // (the host leaves out those from which causality hides all keys)
+  __device__ __forceinline__ RowsSeen(const MmaArgs&, const Work&) {}
+  __device__ __forceinline__ bool operator()(i32) const { return true; }
+#endif
+};

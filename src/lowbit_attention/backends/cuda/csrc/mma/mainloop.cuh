@@ -243,9 +243,23 @@ struct Warp {
 #endif
   }
 
+  // What the lane's rows of an m16 block see of a tile.
+  __device__ __forceinline__ Visible visible(const Work& work, int block, i32 tile) const {
+#if MASK_BITS
+    const i64 rows = mask_block(args, work, work.first_row + row(block, 0)) * args.tile_count;
+    const MaskWord* from = args.mask.bits + (rows + tile_list(args, work)[1 + tile]) * (kMaskRows * 4) +
+                           row(block, 0) % kMaskRows * 4 + lane_in_quad;
+    return {{from[0], from[8 * 4]}};
+#else
+    const i32 key = tile * kTileKeys + 2 * lane_in_quad, kv_len = packed_keys(args, work);
+    return {{Mask::last_key(work.first_row + row(block, 0), args.causal_offset, kv_len) - key,
+             Mask::last_key(work.first_row + row(block, 1), args.causal_offset, kv_len) - key}};
+#endif
+  }
+
   // One tile. kMasked: it hides keys, or its factor needs the exact path.
   template <bool kMasked>
-  __device__ __forceinline__ void advance(float k_scale, i32 first_row, i32 tile) {
+  __device__ __forceinline__ void advance(float k_scale, const Work& work, i32 tile) {
     float factor = q_scale * k_scale;
     if (kMasked) factor = min_nan_f32(factor, kLargestFactor);
     float inverse_factor = 0.0f;
@@ -255,13 +269,8 @@ struct Warp {
     i32 s[2][kScores];
     compute_scores<kMasked>(s, inverse_factor);
     if constexpr (kMasked) {
-      const i32 key = tile * kTileKeys + 2 * lane_in_quad;
 #pragma unroll
-      for (int block = 0; block < 2; ++block) {
-        const Visible visible = {{Mask::last_key(first_row + row(block, 0), args.causal_offset, args.kv_len) - key,
-                                  Mask::last_key(first_row + row(block, 1), args.causal_offset, args.kv_len) - key}};
-        to_logits(s[block], factor, visible);
-      }
+      for (int block = 0; block < 2; ++block) to_logits(s[block], factor, visible(work, block, tile));
     }
     float mine[2][2], scale[2][2];
     u32 p[2][kPRegisters];

@@ -63,9 +63,9 @@ __device__ inline float group_max(float x, i32 granularity, float* shared, int g
 // Rows [first_row, first_row + 32) of the head at `base` become rows [0, 32) of `tile`. `mean` [kDim]: the query tile's,
 // taken away (null: nothing is). `key_mean` [kDim] and `mean_logit` [32 rows in global memory]: sm_scale · q · k̄, if
 // the lse is wanted. Returns δ · logits_scale of the lane's rows; `unit` becomes 1 / δ.
-template <Dtype kDtype, int kDim, int kLaneBits, bool kSmooth, bool kRotate>
+template <Dtype kDtype, int kDim, int kLaneBits, bool kSmooth, bool kRotate, class Seen>
 __device__ float quantize_32_rows(const Strided& q, i64 base, i32 first_row, const QueryOptions& options,
-                                  const float* mean, const float* key_mean, float* mean_logit, u8* tile,
+                                  const Seen& sees, const float* mean, const float* key_mean, float* mean_logit, u8* tile,
                                   float* shared, int group, float& unit) {
   constexpr int kCount = kDim / 4;  // channels of a row that a lane has
   constexpr int kRowBytes = kDim * kLaneBits / 8;
@@ -78,7 +78,8 @@ __device__ float quantize_32_rows(const Strided& q, i64 base, i32 first_row, con
 #pragma unroll
     for (int i = 0; i < kCount / 4; ++i) {
       const int channel = 16 * i + 4 * lane_in_quad;
-      raw[i] = load_four<kDtype>(q, base + i64(row) * q.token, channel, row < options.rows && channel < options.channels);
+      raw[i] = load_four<kDtype>(q, base + i64(row) * q.token, channel,
+                                 row < options.rows && channel < options.channels && sees(row));
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) x[r][i] = to_float<kDtype>(raw[i / 4], i % 4);
@@ -100,8 +101,9 @@ __device__ float quantize_32_rows(const Strided& q, i64 base, i32 first_row, con
       const float m = mean[16 * (i / 4) + 4 * lane_in_quad + i % 4];
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        // rows past the end are zeros, not −m: they must not count in a scale
-        x[r][i] = first_row + quad + 8 * r < options.rows ? __fsub_rn(x[r][i], m) : 0.0f;
+        // rows past the end, or that see no key, are zeros, not −m: they must not count in a scale
+        const i32 row = first_row + quad + 8 * r;
+        x[r][i] = row < options.rows && sees(row) ? __fsub_rn(x[r][i], m) : 0.0f;
       }
     }
   }

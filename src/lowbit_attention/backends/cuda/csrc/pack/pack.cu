@@ -6,6 +6,9 @@
 //    that rounding takes away by what a product with the scale's inverse may exceed it. Or to FP16, token by token.
 // Tiles are swizzled, with zeros past the last token and the last channel.
 //
+// Keys that no row sees do not count (common/masks.cuh): with a list of those that are seen, only these are packed, one
+// behind the other; with bits, the others are zeros in their places.
+//
 // Compiled for:
 //   HEAD_DIM     64 or 128 (channels are padded to it)
 //   INPUT_DTYPE  of tile/strided.cuh
@@ -14,6 +17,7 @@
 //   V_HALF       V in FP16 (1) or E4M3 (0)
 //   ROTATE       K is rotated after smoothing
 //   V_TILE_MEANS V loses its mean over each tile, where that is large (E4M3 only)
+//   KEY_LIST, MASK_BITS  which keys count
 #include "common/rotate.cuh"
 #include "common/scale.cuh"
 #include "pack/statistics.cuh"
@@ -88,6 +92,15 @@ __device__ Channels finished_channels(const PackArgs& args, i64 head, bool is_v)
 }
 #endif
 
+// Behind the last key that counts nothing is packed, or read.
+__device__ int tiles_with_keys(const PackArgs& args, const Keys& keys) {
+#if KEY_LIST
+  return (keys.places + kTileKeys - 1) / kTileKeys;
+#else
+  return args.tiles;
+#endif
+}
+
 template <Dtype kDtype>
 __device__ void pack_keys(const PackArgs& args, i64 head) {
   constexpr int kRows = kPackThreads / kChunks;  // tokens that the block reads at once
@@ -96,15 +109,16 @@ __device__ void pack_keys(const PackArgs& args, i64 head) {
   __shared__ float half_warp_max[kPackThreads / 16];
   const int chunk = threadIdx.x % kChunks, row = threadIdx.x / kChunks;
   const i64 base = head / args.kv_heads * args.k.batch + head % args.kv_heads * args.k.head;
-  const int first = blockIdx.x * args.tiles_a_block, end = min(args.tiles, first + args.tiles_a_block);
+  const Keys keys(args, head);
+  const int first = blockIdx.x * args.tiles_a_block, end = min(tiles_with_keys(args, keys), first + args.tiles_a_block);
   Raw<kDtype> raw[kPasses];
   const auto load = [&](int tile) {
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
-      const int token = tile * kTileKeys + i * kRows + row;
+      const int place = tile * kTileKeys + i * kRows + row;
       raw[i] = zero_raw<kDtype>();
-      if (token < args.kv_len && chunk * kChunk < args.k_channels) {
-        raw[i] = load_raw<kDtype>(args.k, base + i64(token) * args.k.token, chunk * kChunk);
+      if (keys.holds(place) && chunk * kChunk < args.k_channels) {
+        raw[i] = load_raw<kDtype>(args.k, base + i64(keys.token(place)) * args.k.token, chunk * kChunk);
       }
     }
   };
@@ -118,7 +132,7 @@ __device__ void pack_keys(const PackArgs& args, i64 head) {
     float rotated[kPasses][kChunk];
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
-      const bool inside = tile * kTileKeys + i * kRows + row < args.kv_len;
+      const bool inside = keys.holds(tile * kTileKeys + i * kRows + row);
 #pragma unroll
       for (int c = 0; c < kChunk; ++c) {
         rotated[i][c] = inside ? __fsub_rn(to_float<kDtype>(raw[i], c), channels.mean[c]) : 0.0f;
@@ -138,7 +152,7 @@ __device__ void pack_keys(const PackArgs& args, i64 head) {
     float largest = 0.0f;
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
-      if (tile * kTileKeys + i * kRows + row < args.kv_len) {
+      if (keys.holds(tile * kTileKeys + i * kRows + row)) {
 #pragma unroll
         for (int c = 0; c < kChunk; ++c) largest = max_nan_f32(largest, fabsf(value(i, c)));
       }
@@ -174,7 +188,7 @@ __device__ void pack_keys(const PackArgs& args, i64 head) {
 #pragma unroll
       for (int c = 0; c < kChunk; ++c) x[c] = value(i, c);
       Vec8 bytes = {int8x4(x[0], x[1], x[2], x[3], scale.inverse), int8x4(x[4], x[5], x[6], x[7], scale.inverse)};
-      if (tile * kTileKeys + at >= args.kv_len) bytes = {0, 0};
+      if (!keys.holds(tile * kTileKeys + at)) bytes = {0, 0};
 #if K_LANES == 4
       *reinterpret_cast<u32*>(out + swizzled<kDim / 2>(at, chunk / 4) + chunk % 4 * 4) =
           int4x4(bytes.word[0]) | int4x4(bytes.word[1]) << 16;
@@ -194,14 +208,15 @@ static_assert(kTileThreads == kDim, "each thread of a tile decides for one chann
 
 struct TileStatistics {
   float of_groups[4][kGroups][kDim];  // sum, squares, lowest, highest, in units of V's scales
+  i32 counts[kGroups];
   u32 has_no_small[kGroups];          // each of its tokens is somewhere an eighth of V_r
   float mean[kDim];
 };
 
 // The tile's means in the thread's channels, 0 where none is taken: the rule of `value_tile_means` (reference/smoothing.py).
-// `inside`: of the thread's tokens, those before the sequence's end; the others are zeros.
+// `inside`: a bit for each of the thread's tokens that counts; the others are zeros.
 template <Dtype kDtype>
-__device__ void take_tile_means(const PackArgs& args, i64 head, int tile, const Raw<kDtype> (&raw)[16], int inside,
+__device__ void take_tile_means(const PackArgs& args, i64 head, int tile, int places, const Raw<kDtype> (&raw)[16], u32 inside,
                                 const float (&inverse)[kChunk], float (&mean)[kChunk]) {
   __shared__ __align__(16) TileStatistics tiles[kPackThreads / kTileThreads];
   const int place = threadIdx.x / kTileThreads, chunk = threadIdx.x % kChunks, channel = threadIdx.x % kTileThreads;
@@ -220,7 +235,7 @@ __device__ void take_tile_means(const PackArgs& args, i64 head, int tile, const 
   store_eight(&shared.of_groups[3][group][chunk * kChunk], sum);
 #pragma unroll
   for (int c = 0; c < kChunk; ++c) sum[c] = 0.0f;
-  u32 not_small = 0xFFFF << inside;  // a bit a token
+  u32 not_small = ~inside;  // a bit a token
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     bool large = false;
@@ -235,22 +250,27 @@ __device__ void take_tile_means(const PackArgs& args, i64 head, int tile, const 
   }
 #pragma unroll
   for (int lanes = 1; lanes < kChunks; lanes *= 2) not_small |= __shfl_xor_sync(0xFFFFFFFF, not_small, lanes);
-  if (chunk == 0) shared.has_no_small[group] = (not_small & 0xFFFF) == 0xFFFF;
+  if (chunk == 0) {
+    shared.has_no_small[group] = (not_small & 0xFFFF) == 0xFFFF;
+    if (MASK_BITS) shared.counts[group] = __popc(inside);
+  }
   store_eight(&shared.of_groups[0][group][chunk * kChunk], sum);
   store_eight(&shared.of_groups[1][group][chunk * kChunk], squares);
   bar_sync(1 + place, kTileThreads);
 
   float all[4] = {0.0f, 0.0f, kInfinity, -kInfinity};
   bool takes = true;
+  i32 counted = 0;
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {
+    if (MASK_BITS) counted += shared.counts[i];
     takes = takes && shared.has_no_small[i];
     all[0] += shared.of_groups[0][i][channel];
     all[1] += shared.of_groups[1][i][channel];
     all[2] = min_nan_f32(all[2], shared.of_groups[2][i][channel]);
     all[3] = max_nan_f32(all[3], shared.of_groups[3][i][channel]);
   }
-  const float count = float(min(kTileKeys, args.kv_len - tile * kTileKeys));
+  const float count = float(max(MASK_BITS ? counted : min(kTileKeys, places - tile * kTileKeys), 1));
   const u32 half = cvt_f16x2_f32(0.0f, __fdiv_rn(all[0], count));
   const float candidate = cvt_f32_f16(u16(half));
   // mean² > σ² / 4; and what is left stays within V_r (both are false of NaN)
@@ -278,16 +298,17 @@ __device__ void pack_values(const PackArgs& args, i64 head) {
   static_assert(kPackThreads % kThreads == 0, "the block packs whole tiles at once");
   const int group = threadIdx.x % kThreads / kChunks, token_of_tile = group * kTokens;
 #endif
-  const int end = min(args.tiles, int(blockIdx.x + 1) * args.tiles_a_block);
+  const Keys keys(args, head);
+  const int end = min(tiles_with_keys(args, keys), int(blockIdx.x + 1) * args.tiles_a_block);
   const int first = blockIdx.x * args.tiles_a_block + threadIdx.x / (kPackThreads / kTiles);
   Raw<kDtype> raw[kTokens];
   const auto load = [&](int tile) {
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
-      const int token = tile * kTileKeys + token_of_tile + i * kStep;
+      const int place = tile * kTileKeys + token_of_tile + i * kStep;
       raw[i] = zero_raw<kDtype>();
-      if (token < args.kv_len && chunk * kChunk < args.v_channels) {
-        raw[i] = load_raw<kDtype>(args.v, base + i64(token) * args.v.token, chunk * kChunk);
+      if (keys.holds(place) && chunk * kChunk < args.v_channels) {
+        raw[i] = load_raw<kDtype>(args.v, base + i64(keys.token(place)) * args.v.token, chunk * kChunk);
       }
     }
   };
@@ -310,7 +331,7 @@ __device__ void pack_values(const PackArgs& args, i64 head) {
         for (int j = 0; j < 2; ++j) {
           const int c = 2 * pair + j;
           x[j] = __fmul_rn(__fsub_rn(to_float<kDtype>(raw[i], c), channels.mean[c]), channels.inverse[c]);
-          if (first_token + i * kStep >= args.kv_len) x[j] = 0.0f;
+          if (!keys.holds(first_token + i * kStep)) x[j] = 0.0f;
         }
         halves.word[pair] = cvt_f16x2_f32(x[1], x[0]);
       }
@@ -318,8 +339,15 @@ __device__ void pack_values(const PackArgs& args, i64 head) {
     }
 #else
 #if V_TILE_MEANS
+    u32 inside = (1u << max(0, min(16, keys.places - first_token))) - 1;
+#if MASK_BITS
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      if (!keys.holds(first_token + i)) inside &= ~(1u << i);
+    }
+#endif
     float tile_mean[kChunk];
-    take_tile_means<kDtype>(args, head, tile, raw, max(0, min(16, args.kv_len - first_token)), channels.inverse, tile_mean);
+    take_tile_means<kDtype>(args, head, tile, keys.places, raw, inside, channels.inverse, tile_mean);
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {  // (they are converted again: kept as floats they would spill)
 #pragma unroll
@@ -340,7 +368,7 @@ __device__ void pack_values(const PackArgs& args, i64 head) {
 #else
           x[i] = __fmul_rn(__fsub_rn(to_float<kDtype>(raw[token], c), channels.mean[c]), channels.inverse[c]);
 #endif
-          if (first_token + token >= args.kv_len) x[i] = 0.0f;
+          if (!keys.holds(first_token + token)) x[i] = 0.0f;
         }
         const u32 bits = cvt_e4m3x2_f32(x[1], x[0]);
         if (pair % 2 == 0) bytes.word[pair / 2] = bits;
@@ -356,7 +384,8 @@ __device__ void pack_values(const PackArgs& args, i64 head) {
 constexpr int kBlocks = TILE_KEYS == 64 ? 2 : 0;
 // (Four blocks a multiprocessor instead of three: it wants 137 registers and does as well with 128. At head dimension 64
 // it would spill.)
-constexpr int kPackBlocks = TILE_KEYS == 128 && HEAD_DIM == 128 && INPUT_DTYPE != kFloat32 ? 4 : kBlocks;
+constexpr int kPackBlocks =
+    TILE_KEYS == 128 && HEAD_DIM == 128 && INPUT_DTYPE != kFloat32 && !KEYS_UNSEEN ? 4 : kBlocks;
 
 // Four blocks a multiprocessor: as many as the host launches run at once.
 extern "C" __global__ void __launch_bounds__(kStatisticsThreads, 4) statistics(const __grid_constant__ PackArgs args) {
@@ -369,7 +398,8 @@ extern "C" __global__ void __launch_bounds__(kStatisticsThreads, 4) statistics(c
 }
 extern "C" __global__ void __launch_bounds__(kPackThreads, kPackBlocks) pack(const __grid_constant__ PackArgs args) {
   griddepcontrol_launch_dependents();
-  const i64 head = gridDim.y - 1 - blockIdx.y;
-  if (blockIdx.z == 0) pack_values<Dtype(INPUT_DTYPE)>(args, head);
+  const i32 head = args.heads - 1 - i32(blockIdx.y + blockIdx.z / 2 * gridDim.y);
+  if (head < 0) return;  // (heads are more than a grid's second dimension: some come in its third)
+  if (blockIdx.z % 2 == 0) pack_values<Dtype(INPUT_DTYPE)>(args, head);
   else pack_keys<Dtype(INPUT_DTYPE)>(args, head);
 }

@@ -1,6 +1,8 @@
 // What smoothing Q takes besides: the mean of each tile of 128 query rows, and ΔS, that mean's logits with every key.
 //
 // Compiled for: HEAD_DIM 64 or 128 (channels are padded to it), INPUT_DTYPE of tile/strided.cuh.
+#define TILE_KEYS 64
+#include "common/masks.cuh"
 #include "common/scale.cuh"
 #include "ptx/barrier.cuh"
 #include "tile/strided.cuh"
@@ -17,10 +19,12 @@ struct SmoothArgs {
   i64 delta_stride;
   float scale;          // sm_scale · log2 e
   i32 q_heads, kv_heads, q_len, kv_len, channels, query_tiles;
+  i32 heads;            // B · Hq
   i32 causal_offset;    // query i sees key j if j ≤ i + causal_offset
   // A launch of delta_s: `levels` blocks of query tiles from `first_level` on, the longest first, of heads from
   // `first_head` on; `groups` query tiles a block.
   i32 first_head, first_level, levels, groups, q_blocks;
+  MaskArgs mask;
 };
 
 // ---- block (query tile, head)
@@ -32,13 +36,22 @@ static_assert(kMeanThreads % kChunks == 0, "a thread keeps to its chunk of chann
 extern "C" __global__ void __launch_bounds__(kMeanThreads) query_means(const __grid_constant__ SmoothArgs args) {
   constexpr int kLanes = kMeanThreads / kChunks;  // tokens that the block reads at once
   __shared__ float sums[kLanes][kDim], largest[kLanes][kDim];
-  const i64 head = blockIdx.y;
+  const i64 head = blockIdx.y + i64(blockIdx.z) * gridDim.y;
+  if (head >= args.heads) return;  // (heads are more than a grid's second dimension)
   const i64 base = head / args.q_heads * args.q.batch + head % args.q_heads * args.q.head;
   const int chunk = threadIdx.x % kChunks, lane = threadIdx.x / kChunks;
   const int first = blockIdx.x * kTileRows, end = min(first + kTileRows, args.q_len);
+#if MASK_BITS  // rows that see no key do not count
+  const i64 row_blocks = (args.q_len + kMaskRows - 1) / kMaskRows;
+  const u8* row_seen = args.mask.row_seen + args.mask.plane(head / args.q_heads, head % args.q_heads) * row_blocks * kMaskRows;
+  const auto sees = [&](int token) { return row_seen[token] != 0; };
+#else
+  const auto sees = [](int) { return true; };
+#endif
   float sum[kChunk] = {}, top[kChunk] = {};
   if (chunk * kChunk < args.channels) {
     for (int token = first + lane; token < end; token += kLanes) {
+      if (!sees(token)) continue;
       const Raw<kType> raw = load_raw<kType>(args.q, base + i64(token) * args.q.token, chunk * kChunk);
 #pragma unroll
       for (int c = 0; c < kChunk; ++c) {
@@ -54,10 +67,16 @@ extern "C" __global__ void __launch_bounds__(kMeanThreads) query_means(const __g
   if (threadIdx.x >= kDim) return;
   float total = 0.0f, most = 0.0f;
   for (int i = 0; i < kLanes; ++i) total += sums[i][threadIdx.x], most = max_nan_f32(most, largest[i][threadIdx.x]);
+  int count = end - first;
+#if MASK_BITS
+  count = 0;
+  for (int token = first; token < end; ++token) count += sees(token);
+  count = max(count, 1);
+#endif
   // any constant vector is a valid mean: none is taken where a difference or the sum itself could overflow
   const bool usable = most < kLargestSmoothed && fabsf(total) < kInfinity;
   args.q_mean[(head * args.query_tiles + blockIdx.x) * kDim + threadIdx.x] =
-      usable ? __fdiv_rn(total, float(end - first)) : 0.0f;
+      usable ? __fdiv_rn(total, float(count)) : 0.0f;
 }
 
 // ---- block (64 keys, 32 query tiles, head): a product of matrices in float32, which ΔS's size asks for
@@ -78,6 +97,15 @@ extern "C" __global__ void __launch_bounds__(kDeltaThreads, 4) delta_s(const __g
   if (first_key > i64(last_tile + 1) * kTileRows - 1 + args.causal_offset) return;  // no row of theirs sees the keys
   const i64 base = i64(batch) * args.k.batch + i64(kv_head) * args.k.head;
   const float* k_mean = args.k_mean + (i64(batch) * args.kv_heads + kv_head) * kDim;
+#if KEY_LIST
+  const i64 list = args.mask.list(batch, kv_head);
+  const i32 kv_len = args.mask.key_counts[list];
+  const i32* tokens = args.mask.keys + list * args.kv_len;
+  const auto token_of = [&](i32 place) { return tokens[place]; };
+#else
+  const i32 kv_len = args.kv_len;
+  const auto token_of = [](i32 place) { return place; };
+#endif
   const int x = threadIdx.x % 16 * 4, y = threadIdx.x / 16 * 4;  // the thread's keys and tiles
   float sum[4][4] = {};
   for (int depth = 0; depth < kDim; depth += kDepth) {
@@ -86,8 +114,8 @@ extern "C" __global__ void __launch_bounds__(kDeltaThreads, 4) delta_s(const __g
     for (int i = threadIdx.x; i < kKeys * kDepth / kChunk; i += kDeltaThreads) {
       const int key = i % kKeys, channel = depth + i / kKeys * kChunk;
       Raw<kType> raw = zero_raw<kType>();
-      const bool inside = first_key + key < args.kv_len && channel < args.channels;
-      if (inside) raw = load_raw<kType>(args.k, base + i64(first_key + key) * args.k.token, channel);
+      const bool inside = first_key + key < kv_len && channel < args.channels;
+      if (inside) raw = load_raw<kType>(args.k, base + i64(token_of(first_key + key)) * args.k.token, channel);
 #pragma unroll
       for (int c = 0; c < kChunk; ++c) {
         keys[channel - depth + c][key] = inside ? __fsub_rn(to_float<kType>(raw, c), k_mean[channel + c]) : 0.0f;

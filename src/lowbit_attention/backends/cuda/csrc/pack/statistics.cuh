@@ -1,5 +1,6 @@
 // Statistics of K and V over the tokens, and what packing needs of them.
 #pragma once
+#include "common/masks.cuh"
 #include "common/scale.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/cluster.cuh"
@@ -40,9 +41,55 @@ struct PackArgs {
   i32 zero_scale_is_zero; // what a group of zeros gets for a scale: 0 or 1
   i32 v_power_of_two;     // V's scales are powers of two
   i32 zero_count;         // of `zeros`
+  MaskArgs mask;          // which keys count
 #if V_TILE_MEANS
   u16* v_tile_means;      // [B · Hkv][tiles][kDim], FP16 in units of V's scales
 #endif
+};
+
+// The keys of a head that count, and their places in the tiles.
+struct Keys {
+  i32 count;        // that count
+  i32 places;       // of the tiles, to the last key's
+#if KEYS_UNSEEN
+  const i32* list;  // of those that count, ascending
+  const u8* seen;   // of all
+#endif
+  __device__ Keys(const PackArgs& args, i64 head) : count(args.kv_len), places(args.kv_len) {
+#if KEYS_UNSEEN
+    const i64 number = args.mask.list(head / args.kv_heads, head % args.kv_heads);
+    count = args.mask.key_counts[number];
+    list = args.mask.keys + number * args.kv_len;
+#endif
+#if KEY_LIST
+    places = count;  // they lie one behind the other
+#elif MASK_BITS
+    seen = args.mask.key_seen + number * args.kv_len;
+#endif
+  }
+  // The i-th that counts: its token.
+  __device__ i32 counted(i32 i) const {
+#if KEYS_UNSEEN
+    return list[i];
+#else
+    return i;
+#endif
+  }
+  // Whether a place has a key that counts, and its token.
+  __device__ bool holds(i32 place) const {
+#if MASK_BITS
+    return place < places && seen[place];
+#else
+    return place < places;
+#endif
+  }
+  __device__ i32 token(i32 place) const {
+#if KEY_LIST
+    return list[place];
+#else
+    return place;
+#endif
+  }
 };
 
 struct Statistics {
@@ -116,20 +163,22 @@ struct Finished {  // what packing needs of a channel
 // head `writes` what attention will read.
 __device__ Finished finish_keys(const PackArgs& args, i64 head, const Statistics& all, bool writes) {
   __shared__ i32 largest_of_head;  // of |K − k̄|, the bits of a float that is not negative (NaN is the largest)
-  const float mean = args.smooth_k ? mean_of(all.sum, args.k_tokens) : 0.0f;
+  const float mean = args.smooth_k ? mean_of(all.sum, min(args.k_tokens, Keys(args, head).count)) : 0.0f;
   if (writes) args.k_mean[head * kDim + threadIdx.x] = mean;
   if (writes && !tiles_find_largest(args)) {
     if (threadIdx.x == 0) largest_of_head = 0;
     bar_sync(1, kDim);
-    atomicMax(&largest_of_head, __float_as_int(largest_difference(all, mean)) & 0x7FFFFFFF);
+    const float largest = KEYS_UNSEEN && Keys(args, head).count == 0 ? 0.0f : largest_difference(all, mean);
+    atomicMax(&largest_of_head, __float_as_int(largest) & 0x7FFFFFFF);
     bar_sync(1, kDim);
     if (threadIdx.x == 0) args.k_largest_scale[head] = scale_of(__int_as_float(largest_of_head), float(args.k_max)).delta;
   }
   return {mean, 0.0f};
 }
 __device__ Finished finish_values(const PackArgs& args, i64 head, const Statistics& all, bool writes) {
-  const float mean = args.smooth_v ? mean_of(all.sum, args.kv_len) : 0.0f;
-  const Scale scale = value_scale(largest_difference(all, mean), args);
+  const i32 tokens = Keys(args, head).count;
+  const float mean = args.smooth_v ? mean_of(all.sum, tokens) : 0.0f;
+  const Scale scale = value_scale(KEYS_UNSEEN && tokens == 0 ? 0.0f : largest_difference(all, mean), args);
   if (writes) args.v_mean[head * kDim + threadIdx.x] = mean, args.v_scale[head * kDim + threadIdx.x] = scale.delta;
   return {mean, scale.inverse};
 }
@@ -251,12 +300,19 @@ __device__ void gather_statistics(const PackArgs& args, StatisticsShared& shared
     // no group that is scaled has less; a head of zeros keeps it (0 would not do: a factor of Q may be infinite)
     args.k_largest_scale[head] = __fdiv_rn(kTiny, float(args.k_max));
   }
+  const Keys keys(args, head);
   if (is_sample) {
-    const int tokens = args.k_tokens, step = args.kv_len / tokens, rest = args.kv_len % tokens;
-    gather_lane(shared, tensor, base, channels, 0, tokens, [&](int i) { return sampled_token(i, tokens, step, rest); });
+    const int tokens = min(args.k_tokens, keys.count);
+    const int step = keys.count / max(tokens, 1), rest = keys.count % max(tokens, 1);
+    gather_lane(shared, tensor, base, channels, 0, tokens,
+                [&](int i) { return keys.counted(sampled_token(i, tokens, step, rest)); });
   } else {
-    const int first = split * args.tokens_a_split, end = min(first + args.tokens_a_split, args.kv_len);
-    gather_lane(shared, tensor, base, channels, first, end, [](int i) { return i; });
+    i32 tokens = args.tokens_a_split;
+#if KEYS_UNSEEN
+    tokens = (keys.count + args.splits * kLanes - 1) / (args.splits * kLanes) * kLanes;
+#endif
+    const int first = split * tokens, end = min(first + tokens, keys.count);
+    gather_lane(shared, tensor, base, channels, first, end, [&](int i) { return keys.counted(i); });
   }
   Statistics all;
   if (threadIdx.x < kDim) all = added_up(shared.of_lanes, kLanes);

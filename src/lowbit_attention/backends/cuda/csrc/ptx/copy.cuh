@@ -71,3 +71,10 @@ __device__ inline float ld_global_f32(const float* from) {
   asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(out) : "l"(from));
   return out;
 }
+
+__device__ __forceinline__ u32 ld_global_nc_u32(const u32* from) {
+  u32 out;
+  asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(out) : "l"(from));
+  return out;
+}
+__device__ __forceinline__ void prefetch_global_l1(const void* at) { asm volatile("prefetch.global.L1 [%0];" ::"l"(at)); }

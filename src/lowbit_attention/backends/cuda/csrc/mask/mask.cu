@@ -1,0 +1,161 @@
+// A caller's bool mask to what the kernels read (common/masks.cuh): lists of the keys that some row sees, or bits.
+//
+//   a mask that is the same for all rows:  list_keys
+//   any other:                             pack_bits, list_tiles, list_keys (of what pack_bits has seen)
+//
+// Compiled for: TILE_KEYS 128 (wgmma) or 64 (mma.sync).
+#include "common/masks.cuh"
+#include "ptx/copy.cuh"
+
+struct PrepareArgs {
+  const u8* mask;                 // [B, H, Nq, Nk], 0 where a key is hidden; null: all are seen
+  i64 batch, head, row, key;      // strides in elements, 0 where it is broadcast
+  i32 q_len, kv_len;
+  i32 causal_offset;              // row i sees key j if j ≤ i + causal_offset; kv_len without causality
+  i32 first_offset;               // and if j ≥ i + first_offset; −q_len without a window
+  i32 planes_a_batch, lists_a_batch, group;  // `group` planes have a list
+  i32 tiles, row_blocks;          // of bits
+  i32 lists_seen;                 // list_keys: what pack_bits has seen, not the mask
+  i32 q_blocks, row_blocks_a_block;  // work tiles' rows, and how many blocks of bits they have
+  i32* key_counts;
+  i32* keys;
+  u8* key_seen;                   // 0 before pack_bits; list_keys reads it, where `lists_seen`
+  MaskWord* bits;
+  i32* tile_lists;
+  u8* row_seen;                   // 0 before pack_bits
+  u8* tile_seen;                  // [planes][row_blocks][tiles]
+};
+
+// ---- a block lists the keys of one head (or of several that see alike)
+
+constexpr int kListThreads = 1024, kListWarps = kListThreads / 32;
+
+extern "C" __global__ void __launch_bounds__(kListThreads) list_keys(const __grid_constant__ PrepareArgs args) {
+  __shared__ i32 of_warps[2][kListWarps];
+  const i64 list = blockIdx.x;
+  const i32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const u8* mask = args.lists_seen ? nullptr : args.mask + list / args.lists_a_batch * args.batch + list % args.lists_a_batch * args.head;
+  i32 before = 0;
+  for (i32 first = 0, turn = 0; first < args.kv_len; first += kListThreads, turn ^= 1) {
+    const i32 key = first + i32(threadIdx.x);
+    bool sees = key < args.kv_len;
+    if (sees) sees = mask == nullptr ? args.key_seen[list * args.kv_len + key] : mask[key * args.key];
+    const u32 votes = __ballot_sync(0xFFFFFFFF, sees);
+    if (lane == 0) of_warps[turn][warp] = __popc(votes);
+    __syncthreads();
+    i32 rank = before;  // of the warp's first key
+    for (i32 w = 0; w < kListWarps; ++w) {
+      const i32 count = of_warps[turn][w];
+      if (w < warp) rank += count;
+      before += count;
+    }
+    rank += __popc(votes & ((1u << lane) - 1));
+    if (sees) args.keys[list * args.kv_len + rank] = key;
+  }
+  if (threadIdx.x == 0) args.key_counts[list] = before;
+}
+
+// ---- a block packs the bits of 64 rows, of kTilesABlock key tiles
+
+constexpr int kBitsThreads = 256, kTilesABlock = 16;
+constexpr int kKeysALane = 16;                    // neighbouring keys of a row: 16 bytes
+constexpr int kRowLanes = TILE_KEYS / kKeysALane;
+constexpr int kRowsAtOnce = kBitsThreads / kRowLanes;
+static_assert(kMaskRows % kRowsAtOnce == 0, "a block takes its rows in whole steps");
+
+// Bit k: whether key first + k is seen.
+__device__ u32 sixteen_keys(const PrepareArgs& args, const u8* row, i32 first) {
+  if (row == nullptr) return 0xFFFF;
+  u32 out = 0;
+  const u8* from = row + first * args.key;
+  if (args.key == 1 && first + kKeysALane <= args.kv_len && !(reinterpret_cast<u64>(from) & 15)) {
+    const Vec16 bytes = ld_global_nc_v4(from);
+#pragma unroll
+    for (int i = 0; i < kKeysALane; ++i) out |= u32((bytes.word[i / 4] >> i % 4 * 8 & 0xFF) != 0) << i;
+    return out;
+  }
+  for (int i = 0; i < kKeysALane && first + i < args.kv_len; ++i) out |= u32(from[i * args.key] != 0) << i;
+  return out;
+}
+
+// Bits [low, high] of 16, which may lie anywhere.
+__device__ u32 range_of_sixteen(i64 low, i64 high) {
+  if (low > 15 || high < 0 || low > high) return 0;
+  const u32 from = 0xFFFFu << (low > 0 ? u32(low) : 0u), to = 0xFFFFu >> (high < 15 ? u32(15 - high) : 0u);
+  return from & to & 0xFFFF;
+}
+
+extern "C" __global__ void __launch_bounds__(kBitsThreads) pack_bits(const __grid_constant__ PrepareArgs args) {
+  __shared__ u32 of_keys[2][kRowLanes];
+  const i64 plane = blockIdx.x / args.row_blocks;
+  const i32 row_block = blockIdx.x % args.row_blocks;
+  const i64 batch = plane / args.planes_a_batch, head = plane % args.planes_a_batch;
+  const i64 list = batch * args.lists_a_batch + head / args.group;
+  const i32 lane = threadIdx.x % kRowLanes, first_tile = blockIdx.y * kTilesABlock;
+  const i32 end_tile = min(first_tile + kTilesABlock, args.tiles);
+  const u8* mask = args.mask == nullptr ? nullptr : args.mask + batch * args.batch + head * args.head;
+  u32 row_any[kMaskRows / kRowsAtOnce] = {};
+  if (threadIdx.x < 2 * kRowLanes) of_keys[threadIdx.x / kRowLanes][threadIdx.x % kRowLanes] = 0;
+  __syncthreads();
+  for (i32 tile = first_tile, turn = 0; tile < end_tile; ++tile, turn ^= 1) {
+    const i32 first_key = tile * TILE_KEYS + lane * kKeysALane;
+    u32 of_mine = 0;
+#pragma unroll
+    for (int step = 0; step < kMaskRows / kRowsAtOnce; ++step) {
+      const i32 of_block = step * kRowsAtOnce + threadIdx.x / kRowLanes;
+      const i64 row = i64(row_block) * kMaskRows + of_block;
+      u32 seen = 0;
+      if (row < args.q_len && first_key < args.kv_len) {
+        const i64 high = min(row + args.causal_offset, i64(args.kv_len) - 1) - first_key;
+        seen = range_of_sixteen(row + args.first_offset - first_key, high);
+        if (seen) seen &= sixteen_keys(args, mask == nullptr ? nullptr : mask + row * args.row, first_key);
+      }
+      of_mine |= seen, row_any[step] |= seen;
+      u32 words[4];
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        const u32 low = seen >> 2 * q & 3, high = seen >> (8 + 2 * q) & 3;
+        words[q] = (low | high << 2) << 4 * lane;
+#pragma unroll
+        for (int lanes = 1; lanes < kRowLanes; lanes *= 2) words[q] |= __shfl_xor_sync(0xFFFFFFFF, words[q], lanes);
+      }
+      if (lane < 4) {
+        const u32 word = lane < 2 ? (lane == 0 ? words[0] : words[1]) : (lane == 2 ? words[2] : words[3]);
+        const i64 block = plane * args.row_blocks + row_block;
+        args.bits[((block * args.tiles + tile) * kMaskRows + of_block) * 4 + lane] = MaskWord(word);
+      }
+    }
+    if (of_mine) atomicOr(&of_keys[turn][lane], of_mine);
+    const bool any = __syncthreads_or(of_mine != 0);
+    if (threadIdx.x == 0) args.tile_seen[(plane * args.row_blocks + row_block) * args.tiles + tile] = any;
+    if (threadIdx.x < TILE_KEYS) {
+      const i32 key = tile * TILE_KEYS + i32(threadIdx.x);
+      if (of_keys[turn][threadIdx.x / kKeysALane] >> threadIdx.x % kKeysALane & 1) args.key_seen[list * args.kv_len + key] = 1;
+    }
+    if (threadIdx.x < kRowLanes) of_keys[turn ^ 1][threadIdx.x] = 0;  // (the last tile's, which all have read)
+    __syncthreads();
+  }
+#pragma unroll
+  for (int step = 0; step < kMaskRows / kRowsAtOnce; ++step) {
+    const i64 row = i64(row_block) * kMaskRows + step * kRowsAtOnce + threadIdx.x / kRowLanes;
+    if (row_any[step]) args.row_seen[plane * args.row_blocks * kMaskRows + row] = 1;
+  }
+}
+
+// ---- a warp lists the tiles that some row of a work tile sees
+
+extern "C" __global__ void __launch_bounds__(32) list_tiles(const __grid_constant__ PrepareArgs args) {
+  const i64 plane = blockIdx.x / args.q_blocks;
+  const i32 block = blockIdx.x % args.q_blocks, lane = threadIdx.x;
+  const i32 first = block * args.row_blocks_a_block, end = min(first + args.row_blocks_a_block, args.row_blocks);
+  i32* out = args.tile_lists + i64(blockIdx.x) * (1 + args.tiles);
+  i32 count = 0;
+  for (i32 tile = lane; tile - lane < args.tiles; tile += 32) {
+    bool sees = false;
+    for (i32 i = first; i < end && tile < args.tiles; ++i) sees |= args.tile_seen[(plane * args.row_blocks + i) * args.tiles + tile];
+    const u32 votes = __ballot_sync(0xFFFFFFFF, sees);
+    if (sees) out[1 + count + __popc(votes & ((1u << lane) - 1))] = tile;
+    count += __popc(votes);
+  }
+  if (lane == 0) out[0] = count;
+}

@@ -1,0 +1,199 @@
+"""Masks on the kernels: the emulation's answers, and what no query sees counts for nothing."""
+
+import math
+
+import pytest
+import torch
+
+from lowbit_attention import attention, explain, recipe
+from lowbit_attention.backends.cuda.instances import mma_config, padded_head_dim, wgmma_config
+from lowbit_attention.call.masks import Masking
+from lowbit_attention.recipes.machine import MACHINES
+from lowbit_attention.reference.attention import emulate
+from lowbit_attention.reference.exact import exact
+
+RECIPES = {
+    "fast_8b": "attention_wgmma",
+    "sage2_8b": "attention_wgmma",
+    "sage2pp_8b": "attention_wgmma",
+    "sage1": "attention_mma",
+    "sage2_4b": "attention_mma",
+    "int8_fp16": "attention_mma",
+    "rotated_4b": "attention_mma",
+}
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="wants a Hopper GPU"
+)
+
+
+def inputs(batch, q_heads, kv_heads, q_len, kv_len, dim, seed=0, dtype=torch.bfloat16):
+    """Neighbouring tokens are alike, K and V have channel biases."""
+    g = torch.Generator("cuda").manual_seed(seed)
+
+    def some(heads, length, bias):
+        x = torch.randn(batch, heads, length, dim, generator=g, device="cuda")
+        slow = torch.randn(batch, heads, -(-length // 32), dim, generator=g, device="cuda")
+        x = x + slow.repeat_interleave(32, dim=2)[:, :, :length]
+        return (x + bias * torch.randn(1, heads, 1, dim, generator=g, device="cuda")).to(dtype)
+
+    return some(q_heads, q_len, 0.0), some(kv_heads, kv_len, 2.0), some(kv_heads, kv_len, 1.0)
+
+
+def lengths(batch, kv_len):
+    keys = torch.arange(kv_len, device="cuda")
+    ends = torch.tensor([kv_len, kv_len // 3, 5, 0][:batch], device="cuda")
+    return (keys < ends[:, None])[:, None, None]
+
+
+def random(*shape, share=0.7, seed=1):
+    return torch.rand(*shape, device="cuda", generator=torch.Generator("cuda").manual_seed(seed)) < share
+
+
+def blocks(q_len, kv_len, parts):
+    row, key = torch.arange(q_len, device="cuda"), torch.arange(kv_len, device="cuda")
+    return (row[:, None] * parts // q_len == key * parts // kv_len)[None, None]
+
+
+MASKS = {
+    "lengths": lambda b, h, n, m: lengths(b, m),
+    "holes": lambda b, h, n, m: random(b, 1, 1, m),
+    "a hole for the batch": lambda b, h, n, m: (torch.arange(m, device="cuda") // 150 % 3 != 1)[None, None, None],
+    "by head": lambda b, h, n, m: random(b, h, 1, m, share=0.4),
+    "random": lambda b, h, n, m: random(1, 1, n, m),
+    "random by batch": lambda b, h, n, m: random(b, 1, n, m, share=0.1),
+    "random by head": lambda b, h, n, m: random(1, h, n, m, share=0.9),
+    "all its own, transposed": lambda b, h, n, m: random(b, h, m, n).transpose(2, 3),
+    "blocks": lambda b, h, n, m: blocks(n, m, 5),
+    "blind rows and unseen keys": lambda b, h, n, m: (
+        random(b, 1, n, m) & (torch.arange(n, device="cuda") % 7 > 2)[:, None] & (torch.arange(m, device="cuda") % 5 != 3)
+    ),
+    "lengths written out": lambda b, h, n, m: lengths(b, m).expand(b, h, n, m).contiguous(),
+    "rows": lambda b, h, n, m: random(1, 1, n, 1),
+    "nothing": lambda b, h, n, m: torch.zeros(b, 1, n, m, dtype=torch.bool, device="cuda"),
+    "everything": lambda b, h, n, m: torch.ones(b, 1, n, m, dtype=torch.bool, device="cuda"),
+}
+SHAPES = {
+    "self": (2, 3, 3, 700, 700, 128),
+    "cross": (4, 4, 4, 77, 1100, 64),
+    "grouped": (2, 6, 2, 515, 333, 128),
+    "long": (1, 2, 1, 260, 5000, 64),
+    "one query": (2, 4, 4, 1, 900, 128),
+}
+
+
+def machine_and_rows(r, q, v):
+    dim = padded_head_dim(max(q.shape[3], v.shape[3]))
+    if RECIPES[r.name] == "attention_wgmma":
+        return MACHINES["sm_90a"], wgmma_config(r, dim, q.dtype).q_rows
+    return MACHINES["sm_89"], mma_config(r, dim, "sm_90").q_rows
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).abs().sum() / b.double().abs().sum().clamp(min=1e-30))
+
+
+def run(q, k, v, name, **options):
+    explanation = explain(q, k, v, recipe=name, return_lse=True, **options)
+    assert explanation.implementation == RECIPES[name], str(explanation)
+    return attention(q, k, v, recipe=name, return_lse=True, **options)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+def test_it_is_the_reference(name, shape, kind, causal):
+    if causal and kind not in ("lengths", "random", "blind rows and unseen keys", "everything"):
+        pytest.skip("the other masks are seen without causality")
+    batch, q_heads, kv_heads, q_len, kv_len, dim = SHAPES[shape]
+    q, k, v = inputs(batch, q_heads, kv_heads, q_len, kv_len, dim)
+    mask = MASKS[kind](batch, q_heads, q_len, kv_len)
+    r = recipe(name)
+    out, lse = run(q, k, v, name, attn_mask=mask, is_causal=causal)
+    machine, rows = machine_and_rows(r, q, v)
+    offset = kv_len - q_len if causal and q_len > 1 else None
+    mask = mask if mask.dim() == 4 else mask[None, None]
+    masking = Masking(offset, mask)
+    want = emulate(q, k, v, r, sm_scale=1 / math.sqrt(dim), masking=masking, machine=machine, work_rows=rows)
+    true, true_lse = exact(q, k, v, sm_scale=1 / math.sqrt(dim), masking=masking)
+    assert torch.isfinite(out).all()
+    assert torch.equal(lse == -torch.inf, true_lse == -torch.inf)
+    blind = lse == -torch.inf
+    assert not out[blind].any()
+    if bool(blind.all()):
+        return
+    seen = ~blind
+    method = relative(want.out[seen], true[seen])
+    # the output's rounding (2⁻⁹ at most, 2⁻¹⁰ on average), means of another order, and flips of single roundings
+    assert relative(out[seen], want.out[seen]) < 2.0**-9 + 0.08 * method
+    assert relative(out[seen], true[seen]) < 1.05 * method + 2.0**-9
+    assert (lse[seen] - want.lse[seen]).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("kind", ["holes", "blocks", "blind rows and unseen keys"])
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+def test_what_no_query_sees_counts_for_nothing(name, kind, causal):
+    batch, heads, q_len, kv_len, dim = 2, 3, 400, 650, 128
+    q, k, v = inputs(batch, heads, heads, q_len, kv_len, dim)
+    mask = MASKS[kind](batch, heads, q_len, kv_len)
+    mask = mask & (torch.arange(kv_len, device="cuda") < 600)
+    want, want_lse = run(q, k, v, name, attn_mask=mask, is_causal=causal)
+    visible = mask.expand(batch, heads, q_len, kv_len)
+    if causal:
+        visible = visible & torch.ones(q_len, kv_len, dtype=torch.bool, device="cuda").tril(kv_len - q_len)
+    unseen, blind = ~visible.any(dim=2), ~visible.any(dim=3)
+    assert unseen.any()
+    for poison in (1e4, -math.inf, math.nan):
+        bad = [x.clone() for x in (q, k, v)]
+        bad[0][blind], bad[1][unseen], bad[2][unseen] = poison, poison, poison
+        out, lse = run(*bad, name, attn_mask=mask, is_causal=causal)
+        assert torch.equal(out, want)
+        assert torch.equal(lse, want_lse)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("options", [{"causal_alignment": "top_left"}, {}], ids=["unseen keys", "blind rows"])
+def test_nor_does_what_causality_hides(name, options):
+    q_len, kv_len = (200, 500) if options else (500, 200)
+    q, k, v = inputs(2, 3, 3, q_len, kv_len, 64)
+    want = run(q, k, v, name, is_causal=True, **options)
+    bad = [x.clone() for x in (q, k, v)]
+    if options:
+        bad[1][:, :, q_len:] = bad[2][:, :, q_len:] = math.nan
+    else:
+        bad[0][:, :, : q_len - kv_len] = math.nan
+    for got, wanted in zip(run(*bad, name, is_causal=True, **options), want, strict=True):
+        assert torch.equal(got, wanted)
+    shown = want[0] if options else want[0][:, :, q_len - kv_len :]
+    assert torch.isfinite(shown).all()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_repeats_strides_and_graphs(name):
+    q, k, v = inputs(2, 3, 3, 600, 900, 128)
+    for kind in ("holes", "random by batch"):
+        mask = MASKS[kind](2, 3, 600, 900)
+        want = attention(q, k, v, recipe=name, attn_mask=mask)
+        for _ in range(5):
+            assert torch.equal(attention(q, k, v, recipe=name, attn_mask=mask), want)
+        wide = torch.zeros(*mask.shape[:3], 2 * mask.shape[3] + 1, dtype=torch.bool, device="cuda")
+        wide[..., 1::2] = mask
+        assert torch.equal(attention(q, k, v, recipe=name, attn_mask=wide[..., 1::2]), want)
+        graph, changing = torch.cuda.CUDAGraph(), torch.ones_like(mask)
+        with torch.cuda.graph(graph):
+            out = attention(q, k, v, recipe=name, attn_mask=changing)
+        changing.copy_(mask)
+        graph.replay()
+        assert torch.equal(out, want)
+
+
+@pytest.mark.parametrize("name", ["fast_8b", "sage1", "sage2_4b"])
+@pytest.mark.parametrize(("batch", "heads", "length"), [(70_000, 1, 5), (2, 70_000, 5), (70_000, 1, 16)])
+def test_large_grids(name, batch, heads, length):
+    q, k, v = inputs(batch, heads, heads, length, length, 64)
+    out, _ = run(q, k, v, name)
+    for some in (slice(0, 3), slice(-3, None)):
+        want, _ = run(q[some, some].contiguous(), k[some, some].contiguous(), v[some, some].contiguous(), name)
+        torch.testing.assert_close(out[some, some], want, rtol=2.0**-7, atol=2.0**-7)
