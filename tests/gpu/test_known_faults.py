@@ -1,4 +1,4 @@
-"""Known faults on a GPU that are not mended yet, each with the right answer (see tests/cpu/test_known_faults.py)."""
+"""Faults on a GPU that were known, each with the right answer (see tests/cpu/test_known_faults.py)."""
 
 import pytest
 import torch
@@ -26,7 +26,6 @@ def test_s20_more_heads_than_a_grid_has_rows_are_right(shape):
     assert compare(want[-1, -1], out[-1, -1]).l1 < 0.3  # (the last head is no other's)
 
 
-@pytest.mark.xfail(strict=True, reason="S20 : past 65,535 batch × heads are no grid of the kernels': emulated")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_s20_they_run_on_a_kernel(shape):
     assert explain(*tokens(shape), recipe="sage2_8b").implementation != "emulation"

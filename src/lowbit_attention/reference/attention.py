@@ -92,18 +92,13 @@ def emulate(
         # contiguous: the order of a mean's additions, and so its last bit, must not depend on the caller's strides
         q, k, v = q.float().contiguous(), k.float().contiguous(), v.float().contiguous()
         mask = masking.mask
-        if mask is not None and mask.dtype == torch.bool and 0 not in (*q.shape[:3], *k.shape[:3], *mask.shape):
-            if lists_keys(mask.shape, q.shape[1], k.shape[1], masking.causal_offset is not None):
-                if not bool(mask.all()):
-                    return _of_listed_keys(
-                        q, k, v, mask, means or Means(), recipe=recipe, sm_scale=sm_scale, machine=machine,
-                        key_splits=key_splits, rows=rows,
-                    )  # fmt: skip
-                masking = Masking()
-            elif work_rows is not None:
-                work_rows = None if bool(mask.all()) and masking.causal_offset is None else work_rows
-        else:
+        if mask is None or mask.dtype != torch.bool or 0 in (*q.shape[:3], *k.shape[:3], *mask.shape):
             work_rows = None
+        elif lists_keys(mask.shape, q.shape[1], k.shape[1], masking.causal_offset is not None):
+            return _of_listed_keys(
+                q, k, v, mask, means or Means(), recipe=recipe, sm_scale=sm_scale, machine=machine,
+                key_splits=key_splits, rows=rows,
+            )  # fmt: skip
         seen, seeing = seen_keys(masking, q, k), seeing_rows(masking, q, k)
         packed = pack(q, k, v, recipe, machine.geometry, seen, means, seeing)
         if rows is not None:
