@@ -1,6 +1,7 @@
 """Masks on the kernels: the emulation's answers, and what no query sees counts for nothing."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -115,6 +116,7 @@ def test_it_is_the_reference(name, shape, kind, causal):
     offset = kv_len - q_len if causal and q_len > 1 else None
     mask = mask if mask.dim() == 4 else mask[None, None]
     masking = Masking(offset, mask)
+    machine = replace(machine, fidelity="instruction")
     want = emulate(q, k, v, r, sm_scale=1 / math.sqrt(dim), masking=masking, machine=machine, work_rows=rows)
     true, true_lse = exact(q, k, v, sm_scale=1 / math.sqrt(dim), masking=masking)
     assert torch.isfinite(out).all()
@@ -125,10 +127,13 @@ def test_it_is_the_reference(name, shape, kind, causal):
         return
     seen = ~blind
     method = relative(want.out[seen], true[seen])
-    # the output's rounding (2⁻⁹ at most, 2⁻¹⁰ on average), means of another order, and flips of single roundings
-    assert relative(out[seen], want.out[seen]) < 2.0**-9 + 0.08 * method
+    # The output's rounding to bf16 is .0014 of it, on average. Beside it: flips of single roundings where the base of the
+    # exponentials is rounded by 1.75 units of a score (with 4 bits a unit is up to half a logit, and ΔS is rounded to
+    # it); and fast_8b's keys are split here and there, so that other tiles are promoted together.
+    bits, is_split = r.qk_bits, name == "fast_8b" and kv_len >= 5000
+    assert relative(out[seen], want.out[seen]) < 0.0016 + (0.25 if is_split else 0.1 if bits == 4 else 0.03) * method
     assert relative(out[seen], true[seen]) < 1.05 * method + 2.0**-9
-    assert (lse[seen] - want.lse[seen]).abs().max() < 0.02
+    assert (lse[seen] - want.lse[seen]).abs().max() < (0.12 if bits == 4 else 0.04)
 
 
 @pytest.mark.parametrize("name", RECIPES)

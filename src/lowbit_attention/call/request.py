@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from ..recipes.definition import Recipe
 from ..recipes.machine import Machine, resolve_machine
+from .memo import Memo
 
 MaskKind = Literal["none", "bool", "float"]
 OnEmulation = Literal["warn", "error", "allow"]
@@ -123,13 +124,16 @@ def _four(mask: Tensor) -> tuple[int, int, int, int]:
 def make_request(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, recipe: Recipe | None, machine: Machine | None, **options: Any
 ) -> Request:
-    """The request of checked ``[B, H, N, D]`` tensors, with the mask's four dimensions if there is one."""
+    """The request of checked ``[B, H, N, D]`` tensors, with the mask's four dimensions if there is one.
+
+    Calls that are alike get the same object.
+    """
     if recipe is not None and machine is None:
         recipe.check_geometry(resolve_machine(None).geometry)
     if options["is_causal"] and (k.shape[2] - q.shape[2] if options["bottom_right"] else 0) >= k.shape[2] - 1:
         options["is_causal"] = False  # every query sees every key: a single one, as in decoding
     kind: Literal["none", "bool", "float"] = "none" if mask is None else "bool" if mask.dtype == torch.bool else "float"
-    return Request(
+    request = Request(
         recipe=recipe,
         machine=machine,
         batch=q.shape[0],
@@ -148,3 +152,8 @@ def make_request(
         forward_ad=has_tangent(q, k, v, mask),
         **options,
     )
+    return _known.get(request) or _known.put(request, request)
+
+
+_known: Memo[Request] = Memo()
+"""One request for calls that are alike: choices and plans are remembered by which object it is."""

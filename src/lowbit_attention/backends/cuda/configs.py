@@ -169,7 +169,7 @@ def pack_instance(head_dim: int, dtype: torch.dtype, arch: str, form: PackFormat
             *((("V_TILE_MEANS", 1),) if form.v_tile_means else ()),
             *_mask_defines(form.mask),
         ),
-        header("pack", {"kDim": head_dim}, {"CLUSTERS": form.has_clusters} | _absent(V_TILE_MEANS=form.v_tile_means)),
+        header("pack", {"kDim": head_dim}, {"CLUSTERS": form.has_clusters} | _absent(V_TILE_MEANS=form.v_tile_means) | _mask_macros(form.mask)),
     )
 
 
@@ -184,13 +184,13 @@ def smooth_q_instance(head_dim: int, dtype: torch.dtype, arch: str, mask: MaskFo
         "smooth_q",
         arch,
         (("HEAD_DIM", head_dim), ("INPUT_DTYPE", DTYPE_CODES[dtype]), *_mask_defines(mask)),
-        header("smooth_q", {"kDim": head_dim}, {}),
+        header("smooth_q", {"kDim": head_dim}, _mask_macros(mask)),
     )
 
 
 def mask_instance(tile_keys: int, arch: str) -> Instance:
     """The kernels that prepare masks, for tiles of so many keys."""
-    return Instance("mask", arch, (("TILE_KEYS", tile_keys),))
+    return Instance("mask", arch, (("TILE_KEYS", tile_keys),), header("mask", {}, _mask_macros("none")))
 
 
 def _check_channels(who: str, head_dim: int) -> None:
@@ -203,6 +203,11 @@ def _check_channels(who: str, head_dim: int) -> None:
 
 def _mask_defines(mask: MaskForm) -> tuple[tuple[str, int], ...]:
     return {"none": (), "keys": (("KEY_LIST", 1),), "bits": (("MASK_BITS", 1),)}[mask]
+
+
+def _mask_macros(mask: MaskForm) -> dict[str, bool]:
+    """Those of csrc/common/masks.cuh: ``KEYS_UNSEEN``, whether keys that no row sees are left out of statistics."""
+    return _absent(KEY_LIST=mask == "keys", MASK_BITS=mask == "bits") | {"KEYS_UNSEEN": mask != "none"}
 
 
 def _absent(**switches: bool) -> dict[str, bool]:
@@ -452,6 +457,7 @@ class WgmmaConfig:
             "MAKES_MORE": self.makes_more,
             "SEEN_IN_SHARED": self.seen_in_shared,
         } | _absent(TILE_MEANS=self.tile_means, JUMP=self.jump)
+        macros |= _mask_macros(self.mask)
         constants: dict[str, int | bool] = {
             "kDim": self.head_dim,
             "kRows": _WGMMA_ROWS,
@@ -484,6 +490,7 @@ class WgmmaConfig:
         """Its compilation."""
         sums = "F16" if self.sums_f16 else "F32"
         scores = 64 if self.tile.halves_scores else 128  # keys at a time
+        spills = self.mask == "bits" and self.tile_means and self.dtype == torch.float32
         return Instance(
             "attention_wgmma",
             "sm_90a",
@@ -502,8 +509,10 @@ class WgmmaConfig:
             ),
             self.header(),
             mma=(f"IGMMA.64x{scores}x32.S8.S8", f"QGMMA.64x{self.columns}x32.{sums}.E4M3.E4M3"),
-            # the producer of four consumers has 32 registers, and time
-            spill_limit=320 if self.consumers == 4 else 0,
+            # The producer of four consumers has 32 registers, and time. (FP32 outputs and bits are one too many for
+            # consumers with FP16 sums over many tiles: such inputs are for tests.)
+            spill_limit=384 if self.consumers == 4 else 64 if spills else 0,
+            spills_anywhere=spills,
         )
 
 
@@ -673,7 +682,7 @@ class MmaConfig:
             "kFencedPhases": self.v_half and self.sums_f16,
             "kSharedBytes": self.shared_bytes,
         }
-        return header(str(self), constants, {})
+        return header(str(self), constants, _mask_macros(self.mask))
 
     def instance(self) -> Instance:
         """Its compilation."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import torch
@@ -91,25 +92,29 @@ def padded_head_dim(head_dim: int) -> int | None:
     return next((d for d in HEAD_DIMS if head_dim <= d), None)
 
 
+MASKS: tuple[MaskForm, ...] = ("none", "keys", "bits")
+
+
 def _manifest() -> Iterable[Instance]:
+    yield mask_instance(TILE_KEYS, "sm_90a")
     for head_dim in HEAD_DIMS:
-        for dtype in DTYPE_CODES:
-            forms = dict.fromkeys(wgmma_format(RECIPES[name]) for name in WGMMA_RECIPES)
+        for dtype, mask in itertools.product(DTYPE_CODES, MASKS):
+            forms = dict.fromkeys(wgmma_format(RECIPES[name], mask) for name in WGMMA_RECIPES)
             yield from (pack_instance(head_dim, dtype, "sm_90a", form) for form in forms)
-            yield from (wgmma_config(RECIPES[name], head_dim, dtype).instance() for name in WGMMA_RECIPES)
+            yield from (wgmma_config(RECIPES[name], head_dim, dtype, mask).instance() for name in WGMMA_RECIPES)
     for arch in MMA_ARCHS:
-        for head_dim in HEAD_DIMS:
-            configs = [mma_config(RECIPES[name], head_dim, arch) for name in mma_recipes(arch)]
+        yield mask_instance(MMA_GEOMETRY.b_k, arch)
+        for head_dim, mask in itertools.product(HEAD_DIMS, MASKS):
+            configs = [mma_config(RECIPES[name], head_dim, arch, mask=mask) for name in mma_recipes(arch)]
             if arch == "sm_90":  # the INT4 MMA is tested there
-                configs += [
-                    mma_config(RECIPES[n], head_dim, arch, True) for n in MMA_RECIPES if RECIPES[n].qk_bits == 4
-                ]
+                four_bits = (RECIPES[n] for n in MMA_RECIPES if RECIPES[n].qk_bits == 4)
+                configs += [mma_config(r, head_dim, arch, True, mask) for r in four_bits]
             yield from (config.instance() for config in dict.fromkeys(configs))
             dtypes = DTYPE_CODES if arch == "sm_90" else (torch.float16, torch.bfloat16)  # (tests use float32, too)
             for form in dict.fromkeys(config.form for config in configs):
                 yield from (pack_instance(head_dim, dtype, arch, form) for dtype in dtypes)
             if any(config.smooth_q for config in configs):
-                yield from (smooth_q_instance(head_dim, dtype, arch) for dtype in dtypes)
+                yield from (smooth_q_instance(head_dim, dtype, arch, mask) for dtype in dtypes)
 
 
 WGMMA_RECIPES = ("sage2_8b", "sage2pp_8b", "fast_8b")

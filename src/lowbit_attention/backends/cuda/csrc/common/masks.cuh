@@ -4,17 +4,10 @@
 //   KEY_LIST   all rows see the same keys. Only these are packed, one behind the other, so that nothing is left to hide
 //              but the end, which differs from sequence to sequence. (Not with causality, which asks where a key stood.)
 //   MASK_BITS  a bit a score, causality and the end among them. Key tiles that no row of a work tile sees are left out.
-// Tiles before KeyTiles::full ask nothing of a mask without bits.
+// Either way keys that no row sees do not count in K's and V's means and scales (KEYS_UNSEEN). Tiles before KeyTiles::full
+// ask nothing of a mask without bits.
 #pragma once
 #include "ptx/types.cuh"
-
-#ifndef KEY_LIST
-#define KEY_LIST 0
-#endif
-#ifndef MASK_BITS
-#define MASK_BITS 0
-#endif
-#define KEYS_UNSEEN (KEY_LIST || MASK_BITS)  // keys that no row sees do not count in K's and V's means and scales
 
 constexpr int kMaskRows = 64;             // rows of a block of bits
 constexpr int kWordKeys = TILE_KEYS / 4;  // keys of a thread's word: 8i + 2q and 8i + 2q + 1, as the MMA gives it scores
