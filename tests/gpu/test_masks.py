@@ -74,6 +74,33 @@ MASKS = {
     "nothing": lambda b, h, n, m: torch.zeros(b, 1, n, m, dtype=torch.bool, device="cuda"),
     "everything": lambda b, h, n, m: torch.ones(b, 1, n, m, dtype=torch.bool, device="cuda"),
 }
+
+
+def biases(*shape, dtype=torch.bfloat16, hidden=0.2, seed=2):
+    g = torch.Generator("cuda").manual_seed(seed)
+    x = 3 * torch.randn(*shape, device="cuda", generator=g)
+    x = torch.where(torch.rand(*shape, device="cuda", generator=g) < hidden, -torch.inf, x)
+    return x.to(dtype)
+
+
+def distances(q_len, kv_len, heads):
+    slopes = 2.0 ** -torch.arange(1, heads + 1, device="cuda")
+    rows, keys = torch.arange(q_len, device="cuda"), torch.arange(kv_len, device="cuda")
+    return -slopes[:, None, None] * (rows[:, None] + kv_len - q_len - keys).abs()[None]
+
+
+MASKS |= {
+    "biases": lambda b, h, n, m: biases(1, 1, n, m),
+    "biases by head, float32": lambda b, h, n, m: biases(b, h, n, m, dtype=torch.float32),
+    "biases of keys": lambda b, h, n, m: biases(b, 1, 1, m, dtype=torch.float16),
+    "-10000 for padding": lambda b, h, n, m: torch.where(lengths(b, m), 0.0, -10000.0).bfloat16(),
+    "the lowest number": lambda b, h, n, m: torch.where(
+        random(b, 1, n, m), 0.0, torch.finfo(torch.bfloat16).min
+    ).bfloat16(),
+    "the lowest number alone": lambda b, h, n, m: torch.full((b, 1, 1, m), torch.finfo(torch.float32).min, device="cuda"),
+    "distances": lambda b, h, n, m: distances(n, m, h)[None],
+    "biases, transposed": lambda b, h, n, m: biases(1, 1, m, n).transpose(2, 3),
+}
 SHAPES = {
     "self": (2, 3, 3, 700, 700, 128),
     "cross": (4, 4, 4, 77, 1100, 64),
@@ -105,7 +132,7 @@ def run(q, k, v, name, **options):
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
 def test_it_is_the_reference(name, shape, kind, causal):
-    if causal and kind not in ("lengths", "random", "blind rows and unseen keys", "everything"):
+    if causal and kind not in ("lengths", "random", "blind rows and unseen keys", "everything", "biases", "distances"):
         pytest.skip("the other masks are seen without causality")
     batch, q_heads, kv_heads, q_len, kv_len, dim = SHAPES[shape]
     q, k, v = inputs(batch, q_heads, kv_heads, q_len, kv_len, dim)
@@ -137,15 +164,16 @@ def test_it_is_the_reference(name, shape, kind, causal):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("kind", ["holes", "blocks", "blind rows and unseen keys"])
+@pytest.mark.parametrize("kind", ["holes", "blocks", "blind rows and unseen keys", "biases"])
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
 def test_what_no_query_sees_counts_for_nothing(name, kind, causal):
     batch, heads, q_len, kv_len, dim = 2, 3, 400, 650, 128
     q, k, v = inputs(batch, heads, heads, q_len, kv_len, dim)
     mask = MASKS[kind](batch, heads, q_len, kv_len)
-    mask = mask & (torch.arange(kv_len, device="cuda") < 600)
+    inside = torch.arange(kv_len, device="cuda") < 600
+    mask = mask & inside if mask.dtype == torch.bool else mask.masked_fill(~inside, -torch.inf)
     want, want_lse = run(q, k, v, name, attn_mask=mask, is_causal=causal)
-    visible = mask.expand(batch, heads, q_len, kv_len)
+    visible = (mask if mask.dtype == torch.bool else mask > -torch.inf).expand(batch, heads, q_len, kv_len)
     if causal:
         visible = visible & torch.ones(q_len, kv_len, dtype=torch.bool, device="cuda").tril(kv_len - q_len)
     unseen, blind = ~visible.any(dim=2), ~visible.any(dim=3)
@@ -178,12 +206,12 @@ def test_nor_does_what_causality_hides(name, options):
 @pytest.mark.parametrize("name", RECIPES)
 def test_repeats_strides_and_graphs(name):
     q, k, v = inputs(2, 3, 3, 600, 900, 128)
-    for kind in ("holes", "random by batch"):
+    for kind in ("holes", "random by batch", "biases", "biases of keys"):
         mask = MASKS[kind](2, 3, 600, 900)
         want = attention(q, k, v, recipe=name, attn_mask=mask)
         for _ in range(5):
             assert torch.equal(attention(q, k, v, recipe=name, attn_mask=mask), want)
-        wide = torch.zeros(*mask.shape[:3], 2 * mask.shape[3] + 1, dtype=torch.bool, device="cuda")
+        wide = torch.zeros(*mask.shape[:3], 2 * mask.shape[3] + 1, dtype=mask.dtype, device="cuda")
         wide[..., 1::2] = mask
         assert torch.equal(attention(q, k, v, recipe=name, attn_mask=wide[..., 1::2]), want)
         graph, changing = torch.cuda.CUDAGraph(), torch.ones_like(mask)

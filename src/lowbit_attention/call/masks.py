@@ -34,16 +34,29 @@ class Masking:
         return replace(self, mask=mask, positions=tuple(rows.tolist()))
 
     def written_out(self, rows: int, keys: int) -> Tensor:
-        """A bool mask and causality as one bool mask ``[B or 1, Hq or 1, rows, keys]``."""
+        """The mask and causality as one mask ``[B or 1, Hq or 1, rows, keys]`` (rows 1 if all are alike)."""
         assert self.mask is not None
-        visible = self.mask.expand(-1, -1, rows, keys)
         if self.causal_offset is None:
-            return visible
+            return self.mask.expand(-1, -1, -1, keys)
+        visible = self.mask.expand(-1, -1, rows, keys)
         i = torch.arange(rows, dtype=torch.int64, device=visible.device)
         if self.positions is not None:
             i = torch.tensor(self.positions, dtype=torch.int64, device=visible.device)
         j = torch.arange(keys, dtype=torch.int64, device=visible.device)
-        return visible & (j <= i[:, None] + self.causal_offset)
+        sees = j <= i[:, None] + self.causal_offset
+        return visible & sees if visible.dtype == torch.bool else visible.masked_fill(~sees, -math.inf)
+
+    def relative(self, rows: int, keys: int) -> tuple[Masking, Tensor]:
+        """A float mask as kernels read it: FP16 biases, less each row's largest; and these, ``[B or 1, Hq or 1, rows]``.
+
+        What is far below a row's largest (−10000, or a dtype's lowest number, as some models mark padding) hides a key
+        from softmax as −∞ does. A row of such numbers alone sees all of them.
+        """
+        bias = self.written_out(rows, keys).float()
+        largest = bias.amax(dim=-1, keepdim=True)
+        less = torch.where(largest == -math.inf, -math.inf, bias - largest)
+        less = torch.where(less < -_HIDING_BIAS, -math.inf, less).half()
+        return replace(self, mask=less), largest[..., 0].expand(-1, -1, rows)
 
     def first_row(self, first_key: int, tile: int) -> int:
         """The first query row, rounded down to its tile, that causality lets see ``first_key`` or a later key."""

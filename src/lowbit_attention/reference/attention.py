@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -81,19 +81,22 @@ def emulate(
         rows: the query rows to compute, int64 ``[R]`` (``None``: all): whole query tiles in their order, of which the
             last may be cut. Nq in the result is then R; the numbers are those of all rows (up to the order of float32
             sums): means and scales are still taken over all of Q, K and V.
-        work_rows: the rows of a kernel's work tile, which leaves out key tiles that a bool mask hides from all of them:
+        work_rows: the rows of a kernel's work tile, which leaves out key tiles that a mask hides from all of them:
             then what is promoted together are the tiles that are left (``None``: none is left out).
 
     Keys that no query sees do not count in means and scales. Where a bool mask hides them from all rows alike
-    (`lists_keys`), attention is that of the keys which are left, one behind the other.
+    (`lists_keys`), attention is that of the keys which are left, one behind the other. Biases are FP16 numbers, less
+    the largest of each row (`Masking.relative`).
     """
     recipe.check_geometry(machine.geometry)
     with without_autocast(q.device):
         # contiguous: the order of a mean's additions, and so its last bit, must not depend on the caller's strides
         q, k, v = q.float().contiguous(), k.float().contiguous(), v.float().contiguous()
-        mask = masking.mask
-        if mask is None or mask.dtype != torch.bool or 0 in (*q.shape[:3], *k.shape[:3], *mask.shape):
+        mask, largest_bias = masking.mask, None
+        if mask is None or 0 in (*q.shape[:3], *k.shape[:3], *mask.shape):
             work_rows = None
+        elif mask.dtype != torch.bool:
+            masking, largest_bias = masking.relative(q.shape[2], k.shape[2])
         elif lists_keys(mask.shape, q.shape[1], k.shape[1], masking.causal_offset is not None):
             return _of_listed_keys(
                 q, k, v, mask, means or Means(), recipe=recipe, sm_scale=sm_scale, machine=machine,
@@ -107,7 +110,11 @@ def emulate(
             out, lse = _attend(packed, recipe, sm_scale, masking, machine, key_splits)
         else:
             out, lse = _attend_by_work_tiles(packed, recipe, sm_scale, masking, machine, key_splits, work_rows)
-        return _restore_means(q, packed, sm_scale, out, lse)
+        result = _restore_means(q, packed, sm_scale, out, lse)
+        if largest_bias is None:
+            return result
+        largest_bias = largest_bias if rows is None else largest_bias[:, :, rows]
+        return replace(result, lse=torch.where(lse == -math.inf, lse, result.lse + largest_bias))
 
 
 def _of_listed_keys(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, means: Means, **options: Any) -> Result:
@@ -148,7 +155,8 @@ def _attend_by_work_tiles(
             for first in range(0, length, rows):
                 some = torch.arange(first, min(first + rows, length), dtype=torch.int64, device=mask.device)
                 visible = masking.of_rows(some).written_out(len(some), keys)[b, h][:1, :1]
-                tiles = torch.nn.functional.pad(visible.any(dim=2)[0, 0], (0, -keys % tile)).view(-1, tile).any(dim=1)
+                sees = visible if visible.dtype == torch.bool else visible > -math.inf
+                tiles = torch.nn.functional.pad(sees.any(dim=2)[0, 0], (0, -keys % tile)).view(-1, tile).any(dim=1)
                 visited = tiles.nonzero()[:, 0]
                 if not len(visited):
                     continue

@@ -100,11 +100,14 @@ class MaskArgs(Structure):
     key_seen: Pointer
     bits: Pointer
     tile_lists: Pointer
+    bias: Pointer
+    row_bias: Pointer
     row_seen: Pointer
     list_batch: I32
     list_head: I32
     plane_batch: I32
     plane_head: I32
+    row_blocks: I32
 
 
 @declared
@@ -124,6 +127,7 @@ class PrepareArgs(Structure):
     planes_a_batch: I32
     lists_a_batch: I32
     group: I32
+    dtype: I32
     tiles: I32
     row_blocks: I32
     lists_seen: I32
@@ -133,6 +137,8 @@ class PrepareArgs(Structure):
     keys: Pointer
     key_seen: Pointer
     bits: Pointer
+    bias: Pointer
+    row_bias: Pointer
     tile_lists: Pointer
     row_seen: Pointer
     tile_seen: Pointer

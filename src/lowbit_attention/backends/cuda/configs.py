@@ -28,9 +28,9 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 TILE_KEYS = 128
 """Keys of a tile that is packed for wgmma."""
 
-MaskForm = Literal["none", "keys", "bits"]
+MaskForm = Literal["none", "keys", "bits", "bias"]
 """What hides scores beside causality and the sequence's end (csrc/common/masks.cuh): nothing, or a list of the keys
-that are seen, the same for all rows, or a bit a score."""
+that are seen, the same for all rows, or a bit a score, or a bias a score. (Packed K and V know no bias: bits.)"""
 
 SHARED_KIB = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_90a": 228, "sm_100": 228, "sm_120": 100}
 """Shared memory of a multiprocessor (CUDA programming guide, table of compute capabilities). A thread block may have
@@ -145,6 +145,13 @@ class PackFormat:
 
 
 WGMMA_FORMAT = PackFormat()
+
+
+def packed_mask(mask: MaskForm) -> MaskForm:
+    """What packed K and V know of a mask."""
+    return "bits" if mask == "bias" else mask
+
+
 _PACK_THREADS = 128
 """Of a block (kPackThreads, kMeanThreads)."""
 
@@ -203,12 +210,14 @@ def _check_channels(who: str, head_dim: int) -> None:
 
 
 def _mask_defines(mask: MaskForm) -> tuple[tuple[str, int], ...]:
-    return {"none": (), "keys": (("KEY_LIST", 1),), "bits": (("MASK_BITS", 1),)}[mask]
+    return {"none": (), "keys": (("KEY_LIST", 1),), "bits": (("MASK_BITS", 1),), "bias": (("MASK_BIAS", 1),)}[mask]
 
 
 def _mask_macros(mask: MaskForm) -> dict[str, bool]:
-    """Those of csrc/common/masks.cuh: ``KEYS_UNSEEN``, whether keys that no row sees are left out of statistics."""
-    return _absent(KEY_LIST=mask == "keys", MASK_BITS=mask == "bits") | {"KEYS_UNSEEN": mask != "none"}
+    """Those of csrc/common/masks.cuh: ``KEYS_UNSEEN``, whether keys that no row sees are left out of statistics;
+    ``LISTS_TILES``, whether work tiles have lists of the key tiles that they visit."""
+    absent = _absent(KEY_LIST=mask == "keys", MASK_BITS=mask == "bits", MASK_BIAS=mask == "bias")
+    return absent | {"KEYS_UNSEEN": mask != "none", "LISTS_TILES": mask in ("bits", "bias")}
 
 
 def _absent(**switches: bool) -> dict[str, bool]:
@@ -409,8 +418,8 @@ class WgmmaConfig:
             Part("q_scale", 2 * consumers * 4 * 32, 4),
             Part("mean_logit", 2 * rows * 4, 4),
             Part("k_largest_scale", 8, 4),
-            Part("key_tile", 2 * _TILE_SLOTS * 4 * (self.mask == "bits"), 4),
-            Part("work", 2 * ((36 if takes_work else 20) + {"none": 0, "keys": 4, "bits": 8}[self.mask]), 4),
+            Part("key_tile", 2 * _TILE_SLOTS * 4 * (self.mask in ("bits", "bias")), 4),
+            Part("work", 2 * ((36 if takes_work else 20) + {"none": 0, "keys": 4, "bits": 8, "bias": 8}[self.mask]), 4),
             Part("barriers", (2 * stages + 4) * 8 + 3 * 8 * takes_work, 8),
         )
         return SharedPlan(tuple(part for part in parts if part.size), 1024)
@@ -424,7 +433,7 @@ class WgmmaConfig:
     def makes_more(self) -> bool:
         """Whether each tile makes more anew than its factors' bound (MAKES_MORE): means by tile with FP32 outputs,
         which leave from registers, take those of three warpgroups."""
-        wants_more = self.dtype == torch.float32 or self.mask == "bits"
+        wants_more = self.dtype == torch.float32 or self.mask in ("bits", "bias")
         return self.tile_means and not self.tile.halves_scores and wants_more
 
     @property
@@ -482,7 +491,7 @@ class WgmmaConfig:
             # where the unit for exponentials is what a tile waits for, some are a polynomial of the FMA units
             "kPolynomial": tile.halves_scores and self.sum_in_mma,
             # (To ask whether a tile hides any, channels in two parts lack a register: the assembler serialises the MMAs.)
-            **({"kTileSlots": _TILE_SLOTS, "kHidesAlways": in_two} if self.mask == "bits" else {}),
+            **({"kTileSlots": _TILE_SLOTS, "kHidesAlways": in_two} if self.mask in ("bits", "bias") else {}),
             **({"kMeanSlots": _MEAN_SLOTS, "kMeanPitch": self.mean_pitch} if self.tile_means else {}),
             "kSharedBytes": self.shared_bytes,
         }
@@ -492,7 +501,7 @@ class WgmmaConfig:
         """Its compilation."""
         sums = "F16" if self.sums_f16 else "F32"
         scores = 64 if self.tile.halves_scores else 128  # keys at a time
-        spills = self.mask == "bits" and self.tile_means and self.dtype == torch.float32
+        spills = self.mask == "bias" or (self.mask == "bits" and self.tile_means and self.dtype == torch.float32)
         return Instance(
             "attention_wgmma",
             "sm_90a",
@@ -512,8 +521,9 @@ class WgmmaConfig:
             self.header(),
             mma=(f"IGMMA.64x{scores}x32.S8.S8", f"QGMMA.64x{self.columns}x32.{sums}.E4M3.E4M3"),
             # The producer of four consumers has 32 registers, and time. (FP32 outputs and bits are one too many for
-            # consumers with FP16 sums over many tiles: such inputs are for tests.)
-            spill_limit=384 if self.consumers == 4 else 64 if spills else 0,
+            # consumers with FP16 sums over many tiles: such inputs are for tests. Biases come eight at a time, for which
+            # no consumer has room; they cost more than that in other ways.)
+            spill_limit=640 if spills else 384 if self.consumers == 4 else 0,
             spills_anywhere=spills,
         )
 
@@ -637,7 +647,7 @@ class MmaConfig:
     @property
     def form(self) -> PackFormat:
         """How K and V are packed for it."""
-        return PackFormat(MMA_GEOMETRY.b_k, self.qk_lanes, self.v_half, self.rotate, mask=self.mask)
+        return PackFormat(MMA_GEOMETRY.b_k, self.qk_lanes, self.v_half, self.rotate, mask=packed_mask(self.mask))
 
     @property
     def shared(self) -> SharedPlan:

@@ -25,6 +25,7 @@ from .configs import (
     WgmmaConfig,
     mask_instance,
     pack_instance,
+    packed_mask,
     smooth_q_instance,
 )
 
@@ -32,13 +33,13 @@ __all__ = [
     "CSRC", "DTYPE_CODES", "HEAD_DIMS", "INT4_MMA_ARCHS", "MANIFEST", "MMA_ARCHS", "MMA_GEOMETRY", "MMA_RECIPES",
     "TILE_KEYS", "WGMMA_FORMAT", "WGMMA_RECIPES", "Instance", "MaskForm", "MmaConfig", "PackFormat", "WgmmaConfig",
     "mask_instance", "mma_config",
-    "mma_recipes", "pack_instance", "padded_head_dim", "smooth_q_instance", "wgmma_config", "wgmma_format",
+    "mma_recipes", "pack_instance", "packed_mask", "padded_head_dim", "smooth_q_instance", "wgmma_config", "wgmma_format",
 ]  # fmt: skip
 
 
 def wgmma_format(recipe: Recipe, mask: MaskForm = "none") -> PackFormat:
     """How K and V are packed for `attention_wgmma`."""
-    return PackFormat(v_tile_means=recipe.v_tile_means, mask=mask)
+    return PackFormat(v_tile_means=recipe.v_tile_means, mask=packed_mask(mask))
 
 
 _MOST_KEYS = 1 << 30
@@ -92,7 +93,7 @@ def padded_head_dim(head_dim: int) -> int | None:
     return next((d for d in HEAD_DIMS if head_dim <= d), None)
 
 
-MASKS: tuple[MaskForm, ...] = ("none", "keys", "bits")
+MASKS: tuple[MaskForm, ...] = ("none", "keys", "bits", "bias")
 
 
 def _manifest() -> Iterable[Instance]:
@@ -114,7 +115,7 @@ def _manifest() -> Iterable[Instance]:
             for form in dict.fromkeys(config.form for config in configs):
                 yield from (pack_instance(head_dim, dtype, arch, form) for dtype in dtypes)
             if any(config.smooth_q for config in configs):
-                yield from (smooth_q_instance(head_dim, dtype, arch, mask) for dtype in dtypes)
+                yield from (smooth_q_instance(head_dim, dtype, arch, packed_mask(mask)) for dtype in dtypes)
 
 
 WGMMA_RECIPES = ("sage2_8b", "sage2pp_8b", "fast_8b")

@@ -10,12 +10,13 @@ from torch import Tensor
 from ...call.masks import lists_keys
 from ...call.request import Request
 from .arguments import Arguments, MaskArgs, PrepareArgs
-from .configs import MaskForm, mask_instance
+from .configs import DTYPE_CODES, MaskForm, mask_instance
 from .launch import Kernel, load
 from .packing import aligned
 
 _ROWS = 64
 """Rows of a block of bits (kMaskRows)."""
+_PREPARED = {name for name, _ in MaskArgs._fields_}
 _LIST_THREADS, _BITS_THREADS, _TILES_A_BLOCK = 1024, 256, 16
 
 
@@ -23,6 +24,8 @@ def mask_form(request: Request) -> MaskForm:
     """How a request's mask reaches the kernels."""
     if request.mask_shape is None:
         return "none"
+    if request.mask == "float":
+        return "bias"
     return "keys" if lists_keys(request.mask_shape, request.q_heads, request.kv_heads, request.is_causal) else "bits"
 
 
@@ -42,11 +45,11 @@ class MaskPlan:
     size: int
     arguments: Arguments[PrepareArgs]
     mask: MaskArgs
-    kernels: tuple[Kernel, Kernel, Kernel]
+    kernels: tuple[Kernel, Kernel, Kernel, Kernel]
 
     @classmethod
     def of(cls, request: Request, arch: str, tile_keys: int, q_rows: int) -> MaskPlan | None:
-        """The plan for a request with a bool mask, for key tiles and blocks of query rows of that size."""
+        """The plan for a request with a mask, for key tiles and blocks of query rows of that size."""
         form = mask_form(request)
         if form == "none" or request.mask_shape is None:
             return None
@@ -55,19 +58,19 @@ class MaskPlan:
         lists, planes = batches * (heads // group), batches * heads
         tiles, row_blocks, q_blocks = (
             -(-request.kv_len // tile_keys),
-            -(-request.q_len // _ROWS),
+            1 if request.mask_shape[2] == 1 and not request.is_causal else -(-request.q_len // _ROWS),
             -(-request.q_len // q_rows),
         )
-        word = tile_keys // 4 // 8
         sizes = {"key_counts": 4 * lists, "keys": 4 * lists * request.kv_len}
-        if form == "bits":
+        if form != "keys":
+            places = planes * row_blocks * tiles * _ROWS * tile_keys
             sizes = {
                 "key_seen": lists * tiles * tile_keys // 8,
                 "row_seen": planes * row_blocks * _ROWS,
                 **sizes,
                 "tile_lists": 4 * planes * q_blocks * (1 + tiles),
                 "tile_seen": planes * row_blocks * tiles,
-                "bits": planes * row_blocks * tiles * _ROWS * 4 * word,
+                **({"bits": places // 8} if form == "bits" else {"bias": 2 * places, "row_bias": 4 * planes * row_blocks * _ROWS}),
             }
         offsets, end = {}, 0
         for name, size in sizes.items():
@@ -81,9 +84,10 @@ class MaskPlan:
             planes_a_batch=heads,
             lists_a_batch=heads // group,
             group=group,
+            dtype=DTYPE_CODES.get(request.mask_dtype or request.dtype, 0),
             tiles=tiles,
             row_blocks=row_blocks,
-            lists_seen=form == "bits",
+            lists_seen=form != "keys",
             q_blocks=q_blocks,
             row_blocks_a_block=q_rows // _ROWS,
         )
@@ -92,6 +96,7 @@ class MaskPlan:
             list_head=int(heads > 1),
             plane_batch=heads if batches > 1 else 0,
             plane_head=int(heads > 1),
+            row_blocks=row_blocks,
         )
         return cls(
             form=form,
@@ -99,7 +104,7 @@ class MaskPlan:
             planes=planes,
             tile_chunks=-(-tiles // _TILES_A_BLOCK),
             offsets=offsets,
-            zeroed=offsets["key_counts"] if form == "bits" else 0,
+            zeroed=0 if form == "keys" else offsets["key_counts"],
             size=end,
             arguments=Arguments(arguments),
             mask=mask,
@@ -119,24 +124,28 @@ class MaskPlan:
         args.batch, args.head, args.row, args.key = (
             0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)
         )
-        list_keys, pack_bits, list_tiles = self.kernels
-        if self.form == "bits":
+        list_keys, pack_bits, pack_biases, list_tiles = self.kernels
+        if self.form != "keys":
             memory[first : first + self.zeroed].zero_()
-            pack_bits((self.planes * args.row_blocks, self.tile_chunks, 1), device, self.arguments.address)
+            if self.form == "bits":
+                pack_bits((self.planes * args.row_blocks, self.tile_chunks, 1), device, self.arguments.address)
+            else:
+                pack_biases((self.planes * args.row_blocks, 1, 1), device, self.arguments.address)
             list_tiles((self.planes * args.q_blocks, 1, 1), device, self.arguments.address)
         list_keys((self.lists, 1, 1), device, self.arguments.address)
         out = MaskArgs.from_buffer_copy(self.mask)
-        for name in ("key_counts", "keys", "key_seen", "bits", "tile_lists", "row_seen"):
-            setattr(out, name, place.get(name, 0))
+        for name in _PREPARED & place.keys():
+            setattr(out, name, place[name])
         return out
 
 
 @lru_cache(maxsize=32)
-def _kernels(tile_keys: int, arch: str, device: int) -> tuple[Kernel, Kernel, Kernel]:
+def _kernels(tile_keys: int, arch: str, device: int) -> tuple[Kernel, Kernel, Kernel, Kernel]:
     del device
     instance = mask_instance(tile_keys, arch)
     return (
         load(instance, "list_keys", _LIST_THREADS),
         load(instance, "pack_bits", _BITS_THREADS),
+        load(instance, "pack_biases", _BITS_THREADS),
         load(instance, "list_tiles", 32),
     )

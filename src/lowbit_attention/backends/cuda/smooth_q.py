@@ -12,7 +12,7 @@ from torch import Tensor
 from ...call.masks import LOG2E
 from ...call.request import Request
 from .arguments import Arguments, SmoothArgs
-from .instances import MMA_GEOMETRY, MaskForm, MmaConfig, smooth_q_instance
+from .instances import MMA_GEOMETRY, MaskForm, MmaConfig, packed_mask, smooth_q_instance
 from .kernel import PackedKV, sizes
 from .launch import Kernel, load
 from .packing import MOST_ROWS, PackPlan, aligned
@@ -52,7 +52,7 @@ class SmoothQ:
         block_bytes, most_bytes = config.groups * delta_stride * 4, max(_MOST_DELTA_BYTES, pack.layout.size // 4)
         heads_a_chunk, levels_a_chunk = delta_chunk(min(heads, MOST_ROWS), q_blocks, block_bytes, most_bytes)
         delta = aligned(heads * query_tiles * pack.dim * 4)
-        query_means, delta_s = _kernels(pack.dim, request.dtype, config.arch, config.mask, request.device.index)
+        query_means, delta_s = _kernels(pack.dim, request.dtype, config.arch, packed_mask(config.mask), request.device.index)
         arguments = SmoothArgs(
             **sizes(request, pack),
             delta_stride=delta_stride,

@@ -28,8 +28,8 @@ def request_reasons(request: Request) -> list[str]:
     reasons = []
     if request.dtype not in DTYPE_CODES:
         reasons.append(f"it takes float16, bfloat16 and float32, not {request.dtype}")
-    if request.mask == "float":
-        reasons.append("it takes no float mask yet")
+    if request.mask == "float" and request.mask_dtype not in DTYPE_CODES:
+        reasons.append(f"it takes float masks of float16, bfloat16 and float32, not {request.mask_dtype}")
     if max(request.head_dim, request.v_head_dim) > HEAD_DIMS[-1]:
         reasons.append(f"head_dim {max(request.head_dim, request.v_head_dim)} is above {HEAD_DIMS[-1]}")
     if request.machine is not None:

@@ -1,12 +1,14 @@
 // What hides scores. A mask says how far a row sees, from which KeyTiles follow, and which scores of a tile are hidden.
 //
-// Always: causality and the sequence's end. Beside them an instance may have one of two (mask/mask.cu prepares both):
+// Always: causality and the sequence's end. Beside them an instance may have one of three (mask/mask.cu prepares both):
 //   KEY_LIST   all rows see the same keys. Only these are packed, one behind the other, so that nothing is left to hide
 //              but the end, which differs from sequence to sequence. (Not with causality, which asks where a key stood.)
 //   MASK_BITS  a bit a score, causality and the end among them. Key tiles that no row of a work tile sees are left out.
-// Either way keys that no row sees do not count in K's and V's means and scales (KEYS_UNSEEN). Tiles before KeyTiles::full
+//   MASK_BIAS  a bias a score, −∞ where it is hidden, likewise.
+// In each case keys that no row sees do not count in K's and V's means and scales (KEYS_UNSEEN). Tiles before KeyTiles::full
 // ask nothing of a mask without bits.
 #pragma once
+#include "ptx/copy.cuh"
 #include "ptx/types.cuh"
 
 constexpr int kMaskRows = 64;             // rows of a block of bits
@@ -23,17 +25,29 @@ struct MaskArgs {
   const i32* key_counts;  // [lists]: keys that some row sees
   const i32* keys;        // [lists][kv_len]: which, ascending
   const u32* key_seen;    // [lists][tiles · TILE_KEYS / 32]: a bit a key, 1 if some row sees it
-  const MaskWord* bits;   // [planes][⌈q_len / 64⌉][tiles][64 rows][4 lanes]: a bit a score, 1 if it is seen
+  const MaskWord* bits;   // [planes][row_blocks][tiles][64 rows][4 lanes]: a bit a score, 1 if it is seen
   const i32* tile_lists;  // [planes][⌈q_len / rows of a work tile⌉][1 + tiles]: how many are visited, and which
-  const u8* row_seen;     // [planes][⌈q_len / 64⌉ · 64]: whether it sees some key
+  const u16* bias;        // [planes][row_blocks][tiles][64 rows][4 lanes][kWordKeys]: FP16, in natural units, less row_bias
+  const float* row_bias;  // [planes][row_blocks][64]: the largest of each row
+  const u8* row_seen;     // [planes][row_blocks][64]: whether it sees some key
   i32 list_batch, list_head;    // list number: batch · list_batch + head of K · list_head
   i32 plane_batch, plane_head;  // plane number, likewise, of a query head
+  i32 row_blocks;               // of a plane: ⌈q_len / 64⌉, or 1 where all rows are alike
 
   __device__ __forceinline__ i64 list(i32 batch, i32 kv_head) const { return i64(batch) * list_batch + kv_head * list_head; }
   __device__ __forceinline__ i64 plane(i32 batch, i32 head) const { return i64(batch) * plane_batch + head * plane_head; }
+  // The block of a row, and the row's place among the 64s of its plane.
+  __device__ __forceinline__ i64 row_block(i32 batch, i32 head, i32 row) const {
+    return plane(batch, head) * row_blocks + (row_blocks == 1 ? 0 : row / kMaskRows);
+  }
+  __device__ __forceinline__ i32 row_of(i32 row) const { return row_blocks == 1 ? row % kMaskRows : row; }
 };
 
-#if MASK_BITS
+#if MASK_BIAS
+struct Visible {  // of a thread's two rows the biases of its keys
+  const u16* bias[2];
+};
+#elif MASK_BITS
 struct Visible {  // which keys a thread's two rows see
   u32 bits[2];
   // Whether its score number i is hidden: of row i / 2 % 2, and of key 8 · (i / 4) + i % 2 from the thread's first on.
@@ -63,7 +77,13 @@ struct Mask {
 template <class Args, class Tile>
 __device__ __forceinline__ i32 packed_keys(const Args& args, const Tile& work) {
 #if KEY_LIST
-  return args.mask.key_counts[args.mask.list(work.batch, work.kv_head)];
+  const i32* from = args.mask.key_counts + args.mask.list(work.batch, work.kv_head);
+#if defined INPUT_DTYPE && INPUT_DTYPE != 1
+  // (Another load of the same: with FP16 inputs the assembler would serialise the MMAs of sage2_8b, with others it does else.)
+  return i32(ld_global_nc_u32(reinterpret_cast<const u32*>(from)));
+#else
+  return *from;
+#endif
 #else
   return args.kv_len;
 #endif

@@ -24,6 +24,29 @@ template <bool kMasked>
 constexpr bool kHides = kMasked || MASK_BITS;
 
 // This thread's largest logit of each row, −∞ if all are hidden; hidden scores become kHidden.
+#if MASK_BIAS  // which turns the scores into logits
+template <bool kMasked>
+__device__ __forceinline__ void largest_logit(i32 (&scores)[64], float factor, const Visible& visible, float (&m)[2]) {
+  constexpr float kLog2e = 1.4426950408889634f;
+  m[0] = m[1] = -kInfinity;
+#pragma unroll
+  for (int part = 0; part < 4; ++part) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Vec16 eight = ld_global_nc_v4(visible.bias[half] + 8 * part);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        i32& s = scores[16 * part + j / 2 * 4 + 2 * half + j % 2];
+        const u32 pair = eight.word[j / 2];
+        const float bias = cvt_f32_f16(u16(j % 2 ? pair >> 16 : pair));
+        const float x = __fmaf_rn(bias, kLog2e, __fmul_rn(float(s), factor));
+        s = __float_as_int(x);
+        m[half] = max_nan_f32(m[half], x);
+      }
+    }
+  }
+}
+#else
 template <bool kMasked>
 __device__ __forceinline__ void largest_logit(i32 (&scores)[64], float factor, const Visible& visible, float (&m)[2]) {
   i32 top[2] = {kHidden, kHidden};
@@ -49,6 +72,8 @@ __device__ __forceinline__ void largest_logit(i32 (&scores)[64], float factor, c
     if (kHides<kMasked> && top[half] == kHidden) m[half] = -kInfinity;
   }
 }
+
+#endif
 
 // The maximum over a quad, in two exchanges that the caller may put other work between.
 __device__ __forceinline__ void exchange(const float (&m)[2], float (&other)[2], int lane_mask) {
@@ -217,9 +242,12 @@ __device__ __forceinline__ void exponentials(const i32 (&scores)[64], u32 (&p)[1
 
   const auto set_exponent = [&](float& to, i32 s, int half, bool by_polynomial) {
     if constexpr (kMasked) {  // 0 + log2 P_r, rounded down, at the maximum, however large that is
-      const bool hidden = s == kHidden;
-      to = hidden && !Path::kHidesLast ? -kInfinity : __fmul_rn(float(s), factor) + base[half];
-      if (by_polynomial && !hidden) {
+      const bool hidden = !MASK_BIAS && s == kHidden;
+      const float logit = MASK_BIAS ? __int_as_float(s) : __fmul_rn(float(s), factor);
+      to = hidden && !Path::kHidesLast ? -kInfinity : logit + base[half];
+      if (by_polynomial && MASK_BIAS) {
+        to += kPowerBias;
+      } else if (by_polynomial && !hidden) {
         const float fast = __fmaf_rn(__int_as_float(s + kMagicBits), factor, polynomial_base[half]);
         to = factor <= kLargestFastFactor ? fast : to + kPowerBias;
       }

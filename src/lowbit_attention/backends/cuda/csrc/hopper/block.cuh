@@ -56,7 +56,7 @@ struct WorkTile : Work {
   i32 end_row;  // rows from here on are no part of it
 #if KEY_LIST
   i32 kv_len;      // of its head's packed keys
-#elif MASK_BITS
+#elif LISTS_TILES
   i32 mask_block;  // the number of its first 64 rows' bits
   i32 tiles;       // that it visits
 #endif
@@ -88,7 +88,7 @@ struct Shared {
   float q_scale[2][kConsumers][4][8];       // of a warp's rows r and r + 8, in base-2 logits
   float mean_logit[2][kConsumers][kRows];   // sm_scale · q · k̄
   float k_largest_scale[2];                 // of the head's tiles
-#if MASK_BITS
+#if LISTS_TILES
   i32 key_tile[2][kTileSlots];              // which a work tile's are, tile mod kTileSlots
 #endif
   WorkTile work[2];                           // end_row < 0: no work is left
@@ -116,9 +116,9 @@ __device__ inline i32 first_tile(const WorkTile& work) {
 #endif
 }
 
-#if MASK_BITS
+#if LISTS_TILES
 __device__ inline i32 mask_block(const AttentionArgs& args, const WorkTile& work) {
-  return args.mask.plane(work.batch, work.head) * ((args.q_len + kMaskRows - 1) / kMaskRows) + work.first_row / kMaskRows;
+  return args.mask.row_block(work.batch, work.head, work.first_row);
 }
 // How many key tiles a work tile visits, and which.
 __device__ inline const i32* tile_list(const AttentionArgs& args, const WorkTile& work) {
@@ -156,7 +156,7 @@ __device__ inline WorkTile work_of(const AttentionArgs& args, i32 item) {
 #if KEY_LIST
   tile.kv_len = packed_keys(args, work);
   tiles = (tile.kv_len + kTileKeys - 1) / kTileKeys;
-#elif MASK_BITS
+#elif LISTS_TILES
   tile.mask_block = mask_block(args, tile);
   tile.tiles = tiles = tile_list(args, tile)[0];
 #endif
@@ -179,9 +179,9 @@ __device__ inline i32 kv_len_of(const AttentionArgs& args, const WorkTile& work)
 
 // Tiles that some of these rows see, of the work tile's; counted from its first.
 __device__ inline KeyTiles tiles_of(const AttentionArgs& args, i32 first_row, i32 rows, const WorkTile& work) {
-#if MASK_BITS
+#if LISTS_TILES
   const i32 count = first_row < work.end_row ? work.tiles : 0;
-  const KeyTiles tiles = {count, count};  // (all on the fast path, which looks for hidden scores, too)
+  const KeyTiles tiles = {MASK_BIAS ? 0 : count, count};  // (with bits the fast path looks for hidden scores, too)
 #else
   const KeyTiles tiles = KeyTiles::of(first_row, rows, work.end_row, Mask{args.causal_offset, kv_len_of(args, work)});
 #endif
@@ -193,11 +193,14 @@ __device__ inline KeyTiles tiles_of(const AttentionArgs& args, i32 first_row, i3
 }
 
 struct RowsSeen {  // whether a row of a work tile sees some key: else it does not count in its scale
-#if MASK_BITS
-  const u8* seen;
+#if LISTS_TILES
+  const i64 first;  // the work tile's first row
+  const MaskArgs& mask;
   __device__ RowsSeen(const AttentionArgs& args, const WorkTile& work)
-      : seen(args.mask.row_seen + i64(mask_block(args, work)) * kMaskRows) {}
-  __device__ bool operator()(int row) const { return seen[row]; }
+      : first(i64(mask_block(args, work)) * kMaskRows), mask(args.mask) {}
+  __device__ bool operator()(int row) const { return mask.row_seen[first + mask.row_of(row)]; }
+  // What its biases have lost, for lse.
+  __device__ float bias(int row) const { return mask.row_bias[first + mask.row_of(row)]; }
 #else  // (the host leaves out those from which causality hides all keys)
   __device__ RowsSeen(const AttentionArgs&, const WorkTile&) {}
   __device__ bool operator()(int) const { return true; }

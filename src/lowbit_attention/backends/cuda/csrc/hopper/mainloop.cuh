@@ -96,7 +96,7 @@ struct Consumer {
     if constexpr (MAKES_BOUND) make_bound();
     factor = q_scale * shared.k_scale[ring.stage][thread.lane_in_quad];
     factor = factor > largest_factor ? largest_factor : factor;
-    if constexpr (HALVES_SCORES || MASK_BITS) factor = max_nan_f32(factor, kSmallestFactor);  // (0 · −∞ is NaN)
+    if constexpr (HALVES_SCORES || LISTS_TILES) factor = max_nan_f32(factor, kSmallestFactor);  // (0 · −∞ is NaN)
   }
   // Whether some factor of the work tile needs the exact path; the same for the whole warpgroup.
   __device__ __forceinline__ bool needs_exact_path() const {
@@ -341,7 +341,10 @@ struct Consumer {
 
   // What the rows see of a tile.
   __device__ __forceinline__ Visible visible(i32 first_row, i32 tile) const {
-#if MASK_BITS
+#if MASK_BIAS
+    const u16* from = bias_of(tile);
+    return {{from, from + 8 * 4 * kWordKeys}};
+#elif MASK_BITS
     const u32* from = bits_of(tile);
     return {{ld_global_nc_u32(from), ld_global_nc_u32(from + 8 * 4)}};
 #else
@@ -351,17 +354,24 @@ struct Consumer {
              Mask::last_key(first_row + thread.row(1), args.causal_offset, kv_len) - key}};
 #endif
   }
-#if MASK_BITS
-  // Where the bits of the thread's first row lie, those of its second 8 rows further.
-  __device__ __forceinline__ const u32* bits_of(i32 tile) const {
-    const i64 block = shared.work[q_ring.stage].mask_block + thread.group;
+#if LISTS_TILES
+  // The words of 64 rows and a tile; where those of the thread's first row lie, those of its second 8 rows further.
+  __device__ __forceinline__ i64 word_of(i32 tile) const {
+    const i64 block = shared.work[q_ring.stage].mask_block + (args.mask.row_blocks == 1 ? 0 : thread.group);
     const i64 of_tile = block * args.tiles + shared.key_tile[q_ring.stage][tile % kTileSlots];
-    return args.mask.bits + of_tile * (kMaskRows * 4) + thread.row(0) * 4 + thread.lane_in_quad;
+    return of_tile * (kMaskRows * 4) + thread.row(0) * 4 + thread.lane_in_quad;
   }
+  __device__ __forceinline__ const u32* bits_of(i32 tile) const {
+    return args.mask.bits + word_of(tile);
+  }
+  __device__ __forceinline__ const u16* bias_of(i32 tile) const { return args.mask.bias + word_of(tile) * kWordKeys; }
 #endif
   // A tile's bits come to L1 while its scores are under way.
   __device__ __forceinline__ void prefetch_bits(i32 tile) const {
-#if MASK_BITS
+#if MASK_BIAS
+    prefetch_global_l1(bias_of(tile));
+    prefetch_global_l1(bias_of(tile) + 8 * 4 * kWordKeys);
+#elif MASK_BITS
     prefetch_global_l1(bits_of(tile));
     prefetch_global_l1(bits_of(tile) + 8 * 4);
 #endif

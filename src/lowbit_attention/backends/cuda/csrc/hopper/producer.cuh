@@ -38,7 +38,7 @@ __device__ void copy_tiles(const AttentionArgs& args, Shared& shared) {
 #endif
     const i32 count = tiles_of(args, work.first_row, kConsumers * kRows, work).count;
     const i64 head = i64(work.batch) * args.kv_heads + work.kv_head;
-#if MASK_BITS
+#if LISTS_TILES
     const i64 first = head * args.tiles;  // (the list says the rest)
 #else
     const i64 first = head * args.tiles + first_tile(work);
@@ -62,13 +62,13 @@ __device__ void copy_tiles(const AttentionArgs& args, Shared& shared) {
     const i32 late = max(count - kTilesAhead, 0);
     if (count == 0) mbarrier_arrive(&shared.next_wanted);
 #endif
-#if MASK_BITS
+#if LISTS_TILES
     const i32* list = tile_list(args, work) + 1 + first_tile(work);
     i32 before = 0;  // the tile whose V comes
 #endif
     for (i32 tile = 0; count > 0 && tile <= count; ++tile, ring.next()) {
       const int s = ring.stage;
-#if MASK_BITS
+#if LISTS_TILES
       const i32 of_keys = tile < count ? list[tile] : 0, of_values = before;
       before = of_keys;
 #else
@@ -79,7 +79,7 @@ __device__ void copy_tiles(const AttentionArgs& args, Shared& shared) {
 #endif
       const u32 k_bytes = tile < count ? kTileBytes + sizeof(shared.k_scale[s]) : 0;
       mbarrier_wait(&shared.empty[s], ring.parity ^ 1);
-#if MASK_BITS
+#if LISTS_TILES
       shared.key_tile[q_ring.stage][tile % kTileSlots] = of_keys;
 #endif
       mbarrier_arrive_expect_tx(&shared.full[s], k_bytes + (tile > 0 ? kValueBytes : 0));

@@ -65,6 +65,9 @@ __device__ void quantize_rows(const Strided& q, i64 base, i32 rows, i32 channels
       }
 #pragma unroll
       for (int lanes = 1; lanes < kLanes; lanes *= 2) dot += __shfl_xor_sync(0xFFFFFFFF, dot, lanes);
+#if MASK_BIAS
+      dot += sees.bias(first + 8 * half);
+#endif
       if (lane_of_row == 0) out.mean_logit[group][row + 8 * half] = dot;
     }
   }

@@ -1,26 +1,33 @@
-// A caller's bool mask to what the kernels read (common/masks.cuh): lists of the keys that some row sees, or bits.
+// A caller's mask to what the kernels read (common/masks.cuh): lists of the keys that some row sees, or bits.
 //
 //   a mask that is the same for all rows:  list_keys
 //   any other:                             pack_bits, list_tiles, list_keys (of what pack_bits has seen)
+//   biases:                                pack_biases, and the same
 //
 // Compiled for: TILE_KEYS 128 (wgmma) or 64 (mma.sync).
 #include "common/masks.cuh"
+#include "ptx/convert.cuh"
 #include "ptx/copy.cuh"
+#include "ptx/math.cuh"
+#include "tile/strided.cuh"
 
 struct PrepareArgs {
-  const u8* mask;                 // [B, H, Nq, Nk], 0 where a key is hidden; null: all are seen
+  const void* mask;               // [B, H, Nq, Nk]: bool, 0 where a key is hidden, or biases in natural units
   i64 batch, head, row, key;      // strides in elements, 0 where it is broadcast
   i32 q_len, kv_len;
   i32 causal_offset;              // row i sees key j if j ≤ i + causal_offset; kv_len without causality
   i32 first_offset;               // and if j ≥ i + first_offset; −q_len without a window
   i32 planes_a_batch, lists_a_batch, group;  // `group` planes have a list
-  i32 tiles, row_blocks;          // of bits
+  i32 dtype;                      // of biases: Dtype of tile/strided.cuh
+  i32 tiles, row_blocks;
   i32 lists_seen;                 // list_keys: what pack_bits has seen, not the mask
   i32 q_blocks, row_blocks_a_block;  // work tiles' rows, and how many blocks of bits they have
   i32* key_counts;
   i32* keys;
   u32* key_seen;                  // 0 before pack_bits; list_keys reads it, where `lists_seen`
   MaskWord* bits;
+  u16* bias;
+  float* row_bias;
   i32* tile_lists;
   u8* row_seen;                   // 0 before pack_bits
   u8* tile_seen;                  // [planes][row_blocks][tiles]
@@ -34,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(kListThreads) list_keys(const __gri
   __shared__ i32 of_warps[2][kListWarps];
   const i64 list = blockIdx.x;
   const i32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const u8* mask = args.lists_seen ? nullptr : args.mask + list / args.lists_a_batch * args.batch + list % args.lists_a_batch * args.head;
+  const u8* mask = args.lists_seen ? nullptr : static_cast<const u8*>(args.mask) + list / args.lists_a_batch * args.batch + list % args.lists_a_batch * args.head;
   const u32* seen = args.key_seen + list * args.tiles * (TILE_KEYS / 32);
   i32 before = 0;
   for (i32 first = 0, turn = 0; first < args.kv_len; first += kListThreads, turn ^= 1) {
@@ -66,7 +73,6 @@ static_assert(kMaskRows % kRowsAtOnce == 0, "a block takes its rows in whole ste
 
 // Bit k: whether key first + k is seen.
 __device__ u32 sixteen_keys(const PrepareArgs& args, const u8* row, i32 first) {
-  if (row == nullptr) return 0xFFFF;
   u32 out = 0;
   const u8* from = row + first * args.key;
   if (args.key == 1 && first + kKeysALane <= args.kv_len && !(reinterpret_cast<u64>(from) & 15)) {
@@ -86,6 +92,13 @@ __device__ u32 range_of_sixteen(i64 low, i64 high) {
   return from & to & 0xFFFF;
 }
 
+// Of sixteen keys, those that a row sees by where they stand. (Rows behind the last see none, unless all are alike.)
+__device__ u32 seen_by_place(const PrepareArgs& args, i64 row, i32 first_key) {
+  if (args.row != 0 && row >= args.q_len) return 0;
+  const i64 high = min(row + args.causal_offset, i64(args.kv_len) - 1) - first_key;
+  return range_of_sixteen(row + args.first_offset - first_key, high);
+}
+
 extern "C" __global__ void __launch_bounds__(kBitsThreads) pack_bits(const __grid_constant__ PrepareArgs args) {
   __shared__ u32 of_keys[2][kRowLanes];
   const i64 plane = blockIdx.x / args.row_blocks;
@@ -94,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(kBitsThreads) pack_bits(const __gri
   const i64 list = batch * args.lists_a_batch + head / args.group;
   const i32 lane = threadIdx.x % kRowLanes, first_tile = blockIdx.y * kTilesABlock;
   const i32 end_tile = min(first_tile + kTilesABlock, args.tiles);
-  const u8* mask = args.mask == nullptr ? nullptr : args.mask + batch * args.batch + head * args.head;
+  const u8* mask = static_cast<const u8*>(args.mask) + batch * args.batch + head * args.head;
   u32 row_any[kMaskRows / kRowsAtOnce] = {};
   if (threadIdx.x < 2 * kRowLanes) of_keys[threadIdx.x / kRowLanes][threadIdx.x % kRowLanes] = 0;
   __syncthreads();
@@ -106,10 +119,9 @@ extern "C" __global__ void __launch_bounds__(kBitsThreads) pack_bits(const __gri
       const i32 of_block = step * kRowsAtOnce + threadIdx.x / kRowLanes;
       const i64 row = i64(row_block) * kMaskRows + of_block;
       u32 seen = 0;
-      if (row < args.q_len && first_key < args.kv_len) {
-        const i64 high = min(row + args.causal_offset, i64(args.kv_len) - 1) - first_key;
-        seen = range_of_sixteen(row + args.first_offset - first_key, high);
-        if (seen) seen &= sixteen_keys(args, mask == nullptr ? nullptr : mask + row * args.row, first_key);
+      if (first_key < args.kv_len) {
+        seen = seen_by_place(args, row, first_key);
+        if (seen) seen &= sixteen_keys(args, mask + row * args.row, first_key);
       }
       of_mine |= seen, row_any[step] |= seen;
       u32 words[4];
@@ -144,12 +156,106 @@ extern "C" __global__ void __launch_bounds__(kBitsThreads) pack_bits(const __gri
   }
 }
 
+// ---- a block packs the biases of 64 rows, of all keys: first each row's largest, then what they are less that
+
+constexpr float kHidingBias = 9000.0f;  // below the row's largest: e^−9000 is 0 in every format
+
+// Key first + k of a row, in `out[k]`; −∞ where it is hidden by its place.
+__device__ void sixteen_biases(const PrepareArgs& args, i64 row_at, i64 row, i32 first, float (&out)[kKeysALane]) {
+  const u32 seen = first < args.kv_len ? seen_by_place(args, row, first) : 0;
+  const i32 size = args.dtype == kFloat32 ? 4 : 2;
+  const u8* from = static_cast<const u8*>(args.mask) + (row_at + first * args.key) * size;
+  const bool is_whole = args.key == 1 && first + kKeysALane <= args.kv_len && !(reinterpret_cast<u64>(from) & 15);
+  Vec16 raw[4] = {};
+  if (seen && is_whole) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (16 * i < kKeysALane * size) raw[i] = ld_global_nc_v4(from + 16 * i);
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kKeysALane; ++k) {
+    out[k] = -kInfinity;
+    if (!(seen >> k & 1)) continue;
+    u32 word;  // 16 bits of it, or all
+    if (is_whole) {
+      word = args.dtype == kFloat32 ? raw[k / 4].word[k % 4] : raw[k / 8].word[k / 2 % 4] >> k % 2 * 16;
+    } else if (args.dtype == kFloat32) {
+      word = *reinterpret_cast<const u32*>(from + k * args.key * 4);
+    } else {
+      word = *reinterpret_cast<const u16*>(from + k * args.key * 2);
+    }
+    out[k] = args.dtype == kFloat32   ? __uint_as_float(word)
+             : args.dtype == kFloat16 ? cvt_f32_f16(u16(word))
+                                      : __uint_as_float(word << 16);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(kBitsThreads) pack_biases(const __grid_constant__ PrepareArgs args) {
+  __shared__ u32 of_keys[kRowLanes];
+  const i64 plane = blockIdx.x / args.row_blocks;
+  const i32 row_block = blockIdx.x % args.row_blocks;
+  const i64 batch = plane / args.planes_a_batch, head = plane % args.planes_a_batch;
+  const i64 list = batch * args.lists_a_batch + head / args.group, of_plane = batch * args.batch + head * args.head;
+  const i32 lane = threadIdx.x % kRowLanes;
+  for (int step = 0; step < kMaskRows / kRowsAtOnce; ++step) {
+    const i32 of_block = step * kRowsAtOnce + threadIdx.x / kRowLanes;
+    const i64 row = i64(row_block) * kMaskRows + of_block, at = of_plane + row * args.row;
+    float largest = -kInfinity, x[kKeysALane];
+    for (i32 tile = 0; tile < args.tiles; ++tile) {
+      sixteen_biases(args, at, row, tile * TILE_KEYS + lane * kKeysALane, x);
+#pragma unroll
+      for (int k = 0; k < kKeysALane; ++k) largest = max_nan_f32(largest, x[k]);
+    }
+#pragma unroll
+    for (int lanes = 1; lanes < kRowLanes; lanes *= 2) largest = max_nan_f32(largest, __shfl_xor_sync(0xFFFFFFFF, largest, lanes));
+    const i64 place = (plane * args.row_blocks + row_block) * kMaskRows + of_block;
+    if (lane == 0) args.row_seen[place] = largest != -kInfinity, args.row_bias[place] = largest;
+  }
+  __syncthreads();  // (each row's largest is there)
+  for (i32 tile = 0; tile < args.tiles; ++tile) {
+    if (threadIdx.x < kRowLanes) of_keys[threadIdx.x] = 0;
+    __syncthreads();
+    const i32 first_key = tile * TILE_KEYS + lane * kKeysALane;
+    const i64 block = (plane * args.row_blocks + row_block) * args.tiles + tile;
+    u32 of_mine = 0;
+    for (int step = 0; step < kMaskRows / kRowsAtOnce; ++step) {
+      const i32 of_block = step * kRowsAtOnce + threadIdx.x / kRowLanes;
+      const i64 row = i64(row_block) * kMaskRows + of_block;
+      const float largest = args.row_bias[(plane * args.row_blocks + row_block) * kMaskRows + of_block];
+      float x[kKeysALane];
+      sixteen_biases(args, of_plane + row * args.row, row, first_key, x);
+#pragma unroll
+      for (int k = 0; k < kKeysALane; ++k) {
+        const bool hides = x[k] == -kInfinity || x[k] - largest < -kHidingBias;
+        x[k] = hides ? -kInfinity : x[k] - largest;
+        of_mine |= u32(!hides) << k;
+      }
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        u16* to = args.bias + ((block * kMaskRows + of_block) * 4 + q) * kWordKeys + 4 * lane;
+        *reinterpret_cast<Vec8*>(to) = {cvt_f16x2_f32(x[2 * q + 1], x[2 * q]), cvt_f16x2_f32(x[8 + 2 * q + 1], x[8 + 2 * q])};
+      }
+    }
+    if (of_mine) atomicOr(&of_keys[lane], of_mine);
+    const bool any = __syncthreads_or(of_mine != 0);
+    if (threadIdx.x == 0) args.tile_seen[block] = any;
+    if (threadIdx.x < TILE_KEYS / 32) {
+      const u32 word = of_keys[2 * threadIdx.x] | of_keys[2 * threadIdx.x + 1] << kKeysALane;
+      u32* all = args.key_seen + (list * args.tiles + tile) * (TILE_KEYS / 32) + threadIdx.x;
+      if (word & ~*all) atomicOr(all, word);
+    }
+    __syncthreads();
+  }
+}
+
 // ---- a warp lists the tiles that some row of a work tile sees
 
 extern "C" __global__ void __launch_bounds__(32) list_tiles(const __grid_constant__ PrepareArgs args) {
   const i64 plane = blockIdx.x / args.q_blocks;
   const i32 block = blockIdx.x % args.q_blocks, lane = threadIdx.x;
-  const i32 first = block * args.row_blocks_a_block, end = min(first + args.row_blocks_a_block, args.row_blocks);
+  const i32 first = args.row_blocks == 1 ? 0 : block * args.row_blocks_a_block;
+  const i32 end = min(first + args.row_blocks_a_block, args.row_blocks);
   i32* out = args.tile_lists + i64(blockIdx.x) * (1 + args.tiles);
   i32 count = 0;
   for (i32 tile = lane; tile - lane < args.tiles; tile += 32) {

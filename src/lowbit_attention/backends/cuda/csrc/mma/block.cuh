@@ -56,21 +56,17 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == kSharedBytes, "the host plans another size");
 
-#if MASK_BITS
+#if LISTS_TILES
 // How many key tiles a block visits, and which.
 __device__ __forceinline__ const i32* tile_list(const MmaArgs& args, const Work& work) {
   const i64 blocks = args.schedule.q_blocks;
   return args.mask.tile_lists + (args.mask.plane(work.batch, work.head) * blocks + work.first_row / kRows) * (1 + args.tile_count);
 }
-// Of the blocks of 64 rows' bits, the one of a row.
-__device__ __forceinline__ i64 mask_block(const MmaArgs& args, const Work& work, i32 row) {
-  return args.mask.plane(work.batch, work.head) * ((args.q_len + kMaskRows - 1) / kMaskRows) + row / kMaskRows;
-}
 #endif
 
 // Key tiles that some of these rows see. (With bits none is known to be seen whole.)
 __device__ __forceinline__ KeyTiles tiles_of(const MmaArgs& args, const Work& work, i32 first_row, i32 rows) {
-#if MASK_BITS
+#if LISTS_TILES
   return {0, first_row < args.q_len ? tile_list(args, work)[0] : 0};
 #else
   return KeyTiles::of(first_row, rows, args.q_len, Mask{args.causal_offset, packed_keys(args, work)});
@@ -78,11 +74,14 @@ __device__ __forceinline__ KeyTiles tiles_of(const MmaArgs& args, const Work& wo
 }
 
 struct RowsSeen {  // whether a row sees some key: else it does not count in its scale
-#if MASK_BITS
-  const u8* seen;
+#if LISTS_TILES
+  const i64 first;  // the plane's first row
+  const MaskArgs& mask;
   __device__ __forceinline__ RowsSeen(const MmaArgs& args, const Work& work)
-      : seen(args.mask.row_seen + mask_block(args, work, 0) * kMaskRows) {}
-  __device__ __forceinline__ bool operator()(i32 row) const { return seen[row]; }
+      : first(args.mask.row_block(work.batch, work.head, 0) * kMaskRows), mask(args.mask) {}
+  __device__ __forceinline__ bool operator()(i32 row) const { return mask.row_seen[first + mask.row_of(row)]; }
+  // What its biases have lost, for lse.
+  __device__ __forceinline__ float bias(i32 row) const { return mask.row_bias[first + mask.row_of(row)]; }
 #else  // (the host leaves out those from which causality hides all keys)
   __device__ __forceinline__ RowsSeen(const MmaArgs&, const Work&) {}
   __device__ __forceinline__ bool operator()(i32) const { return true; }

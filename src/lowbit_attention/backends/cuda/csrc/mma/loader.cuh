@@ -8,7 +8,7 @@ struct Loader {
   const u8* mine;          // in global memory, of the next tile
   u32 to_scale;            // from there to the thread's scale of K: a second pointer would take two additions more
   u32 to;                  // in shared memory, in the first stage
-#if MASK_BITS
+#if LISTS_TILES
   const i32* list;         // of the tiles that come
 #endif
 #if SMOOTH_Q
@@ -25,7 +25,7 @@ struct Loader {
     const u32 place = threadIdx.x / 32 * kWarpBytes + threadIdx.x % 32 * 16 + kMiddle;
     mine = args.tiles + first * sizeof(PackedTile) + place;
     to = shared_address(&shared.stages[0]) + place;
-#if MASK_BITS
+#if LISTS_TILES
     list = tile_list(args, work) + 1;
 #endif
     to_scale = u32(u64(kKTileBytes + kVTileBytes) + threadIdx.x % 4 * sizeof(float)) - place;  // they follow K and V
@@ -40,18 +40,18 @@ struct Loader {
   // `stage`: from the first stage to that of the tile. Returns the thread's scale of K.
   __device__ __forceinline__ float next(u32 stage) {
     pin_register(mine), pin_register(to_scale);  // (here, so that to_scale is not kept as 64 bits)
-#if MASK_BITS
+#if LISTS_TILES
     const i64 tile = *list++;
     const u8* mine = this->mine + tile * sizeof(PackedTile);
 #endif
 #pragma unroll
     for (int i = -kMiddle; i < kMiddle; i += 512) cp_async_cg_16(to + stage + i, mine + i);
     const float k_scale = ld_global_f32(reinterpret_cast<const float*>(mine + to_scale));
-#if !MASK_BITS
+#if !LISTS_TILES
     mine += sizeof(PackedTile);
 #endif
 #if SMOOTH_Q
-#if MASK_BITS
+#if LISTS_TILES
     cp_async_cg_16(to_delta + stage, delta + tile * kTileKeys * sizeof(float));
 #else
     cp_async_cg_16(to_delta + stage, delta);

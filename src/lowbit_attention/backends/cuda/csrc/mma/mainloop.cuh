@@ -109,7 +109,13 @@ struct Warp {
       x = __fadd_rn(x, __uint_as_float(ld_shared(delta_at + stage + i / 4 * 32 + i % 2 * 4)));
 #endif
       x = max_nan_f32(min_nan_f32(x, kLargestLogit), -kLargestLogit);
+#if MASK_BIAS
+      constexpr float kLog2e = 1.4426950408889634f;
+      const u16 bias = visible.bias[i / 2 % 2][i / 4 * 2 + i % 2];
+      s[i] = __float_as_int(__fmaf_rn(cvt_f32_f16(bias), kLog2e, x));
+#else
       s[i] = visible.hides(i) ? __float_as_int(-kInfinity) : __float_as_int(x);
+#endif
     }
   }
 
@@ -245,11 +251,14 @@ struct Warp {
 
   // What the lane's rows of an m16 block see of a tile.
   __device__ __forceinline__ Visible visible(const Work& work, int block, i32 tile) const {
-#if MASK_BITS
-    const i64 rows = mask_block(args, work, work.first_row + row(block, 0)) * args.tile_count;
-    const MaskWord* from = args.mask.bits + (rows + tile_list(args, work)[1 + tile]) * (kMaskRows * 4) +
-                           row(block, 0) % kMaskRows * 4 + lane_in_quad;
-    return {{from[0], from[8 * 4]}};
+#if LISTS_TILES
+    const i64 rows = args.mask.row_block(work.batch, work.head, work.first_row + row(block, 0)) * args.tile_count;
+    const i64 word = (rows + tile_list(args, work)[1 + tile]) * (kMaskRows * 4) + row(block, 0) % kMaskRows * 4 + lane_in_quad;
+#if MASK_BIAS
+    return {{args.mask.bias + word * kWordKeys, args.mask.bias + (word + 8 * 4) * kWordKeys}};
+#else
+    return {{args.mask.bits[word], args.mask.bits[word + 8 * 4]}};
+#endif
 #else
     const i32 key = tile * kTileKeys + 2 * lane_in_quad, kv_len = packed_keys(args, work);
     return {{Mask::last_key(work.first_row + row(block, 0), args.causal_offset, kv_len) - key,

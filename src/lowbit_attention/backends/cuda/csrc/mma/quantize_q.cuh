@@ -92,6 +92,9 @@ __device__ float quantize_32_rows(const Strided& q, i64 base, i32 first_row, con
       for (int i = 0; i < kCount; ++i) dot += x[r][i] * options.sm_scale * key_mean[16 * (i / 4) + 4 * lane_in_quad + i % 4];
       dot += __shfl_xor_sync(0xFFFFFFFF, dot, 1);
       dot += __shfl_xor_sync(0xFFFFFFFF, dot, 2);
+#if MASK_BIAS
+      if (first_row + quad + 8 * r < options.rows) dot += sees.bias(first_row + quad + 8 * r);
+#endif
       if (lane_in_quad == 0 && first_row + quad + 8 * r < options.rows) mean_logit[quad + 8 * r] = dot;
     }
   }

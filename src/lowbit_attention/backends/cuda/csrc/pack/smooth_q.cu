@@ -42,9 +42,8 @@ extern "C" __global__ void __launch_bounds__(kMeanThreads) query_means(const __g
   const int chunk = threadIdx.x % kChunks, lane = threadIdx.x / kChunks;
   const int first = blockIdx.x * kTileRows, end = min(first + kTileRows, args.q_len);
 #if MASK_BITS  // rows that see no key do not count
-  const i64 row_blocks = (args.q_len + kMaskRows - 1) / kMaskRows;
-  const u8* row_seen = args.mask.row_seen + args.mask.plane(head / args.q_heads, head % args.q_heads) * row_blocks * kMaskRows;
-  const auto sees = [&](int token) { return row_seen[token] != 0; };
+  const u8* row_seen = args.mask.row_seen + args.mask.row_block(head / args.q_heads, head % args.q_heads, 0) * kMaskRows;
+  const auto sees = [&](int token) { return row_seen[args.mask.row_of(token)] != 0; };
 #else
   const auto sees = [](int) { return true; };
 #endif
