@@ -113,7 +113,7 @@ def test_a_call_has_its_own_addresses(launches, monkeypatch, kind, name, layout,
         ours = []
         monkeypatch.setattr(kernel, "loadable", lambda x, ours=ours: ours.append(packing.loadable(x)) or ours[-1])
         memory = torch.empty(plan.workspace_size, dtype=torch.uint8)
-        out, lse = host.run_in(memory, q, k, v, 0.1, plan)
+        out, lse = host.run_in(memory, q, k, v, None, 0.1, plan)
         assert out.shape == (*q.shape[:3], v.shape[3])
         assert (out.transpose(1, 2) if layout == "NHD" else out).stride(-1) == 1
         assert lse.shape == q.shape[:3]

@@ -62,11 +62,12 @@ SUPPORTED = [name for name, r in RECIPES.items() if not hopper._recipe_reasons(r
 SUPPORTED += ["fast_8b:keys_per_promotion=256", "fast_8b:smooth_v=true,v_tile_means=false"]
 
 
+@pytest.mark.parametrize("mask", ["none", "keys", "bits"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_shared_memory_is_what_the_kernels_struct_takes(name, head_dim, dtype):
-    config, file = wgmma_config(recipe(name), head_dim, dtype), "hopper/block.cuh"
+def test_shared_memory_is_what_the_kernels_struct_takes(name, head_dim, dtype, mask):
+    config, file = wgmma_config(recipe(name), head_dim, dtype, mask), "hopper/block.cuh"
     constants = wgmma_constants(config)
     for part in ("tile/swizzle.cuh", "tile/strided.cuh"):
         read(part, constants)
@@ -85,6 +86,7 @@ def test_shared_memory_is_what_the_kernels_struct_takes(name, head_dim, dtype):
     for member in ("k_scale", "v_scale", "v_mean", "tile_means"):
         assert offsets.get(member, 0) % 16 == 0  # a bulk copy's destination
     assert ("tile_means" in offsets) == config.tile_means
+    assert ("key_tile" in offsets) == (mask == "bits")
     assert config.q_rows == constants["kConsumers"] * constants["kRows"]
     assert config.threads == constants["kThreads"]
     assert config.geometry.b_q == constants["kRows"]
