@@ -170,6 +170,7 @@ def pack_instance(head_dim: int, dtype: torch.dtype, arch: str, form: PackFormat
             *_mask_defines(form.mask),
         ),
         header("pack", {"kDim": head_dim}, {"CLUSTERS": form.has_clusters} | _absent(V_TILE_MEANS=form.v_tile_means) | _mask_macros(form.mask)),
+        spill_limit=16 if form.mask == "keys" else 0,  # (of 128 registers, which four blocks a multiprocessor leave)
     )
 
 
@@ -480,7 +481,8 @@ class WgmmaConfig:
             "kHidesLast": tile.consumers == 2 and (not in_two or self.restart),
             # where the unit for exponentials is what a tile waits for, some are a polynomial of the FMA units
             "kPolynomial": tile.halves_scores and self.sum_in_mma,
-            **({"kTileSlots": _TILE_SLOTS} if self.mask == "bits" else {}),
+            # (To ask whether a tile hides any, channels in two parts lack a register: the assembler serialises the MMAs.)
+            **({"kTileSlots": _TILE_SLOTS, "kHidesAlways": in_two} if self.mask == "bits" else {}),
             **({"kMeanSlots": _MEAN_SLOTS, "kMeanPitch": self.mean_pitch} if self.tile_means else {}),
             "kSharedBytes": self.shared_bytes,
         }

@@ -62,7 +62,7 @@ class MaskPlan:
         sizes = {"key_counts": 4 * lists, "keys": 4 * lists * request.kv_len}
         if form == "bits":
             sizes = {
-                "key_seen": lists * request.kv_len,
+                "key_seen": lists * tiles * tile_keys // 8,
                 "row_seen": planes * row_blocks * _ROWS,
                 **sizes,
                 "tile_lists": 4 * planes * q_blocks * (1 + tiles),

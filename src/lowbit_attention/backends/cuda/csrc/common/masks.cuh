@@ -22,7 +22,7 @@ using MaskWord = u32;
 struct MaskArgs {
   const i32* key_counts;  // [lists]: keys that some row sees
   const i32* keys;        // [lists][kv_len]: which, ascending
-  const u8* key_seen;     // [lists][kv_len]: whether some row sees it
+  const u32* key_seen;    // [lists][tiles · TILE_KEYS / 32]: a bit a key, 1 if some row sees it
   const MaskWord* bits;   // [planes][⌈q_len / 64⌉][tiles][64 rows][4 lanes]: a bit a score, 1 if it is seen
   const i32* tile_lists;  // [planes][⌈q_len / rows of a work tile⌉][1 + tiles]: how many are visited, and which
   const u8* row_seen;     // [planes][⌈q_len / 64⌉ · 64]: whether it sees some key

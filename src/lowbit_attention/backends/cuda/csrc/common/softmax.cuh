@@ -27,14 +27,20 @@ constexpr bool kHides = kMasked || MASK_BITS;
 template <bool kMasked>
 __device__ __forceinline__ void largest_logit(i32 (&scores)[64], float factor, const Visible& visible, float (&m)[2]) {
   i32 top[2] = {kHidden, kHidden};
+  bool hides = kMasked;
+#if MASK_BITS  // (most masks leave most tiles alone)
+  hides = kHidesAlways || __any_sync(0xFFFFFFFF, (visible.bits[0] & visible.bits[1]) != 0xFFFFFFFF);
+#endif
+  if (hides) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) {
+      if (visible.hides(i)) scores[i] = kHidden;
+    }
+  }
 #pragma unroll
   for (int i = 0; i < 64; ++i) {
     const int half = i / 2 % 2;
-    i32& s = scores[i];
-    if constexpr (kHides<kMasked>) {
-      if (visible.hides(i)) s = kHidden;
-    }
-    top[half] = max(top[half], s);
+    top[half] = max(top[half], scores[i]);
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

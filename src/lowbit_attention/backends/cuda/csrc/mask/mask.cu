@@ -19,7 +19,7 @@ struct PrepareArgs {
   i32 q_blocks, row_blocks_a_block;  // work tiles' rows, and how many blocks of bits they have
   i32* key_counts;
   i32* keys;
-  u8* key_seen;                   // 0 before pack_bits; list_keys reads it, where `lists_seen`
+  u32* key_seen;                  // 0 before pack_bits; list_keys reads it, where `lists_seen`
   MaskWord* bits;
   i32* tile_lists;
   u8* row_seen;                   // 0 before pack_bits
@@ -35,11 +35,12 @@ extern "C" __global__ void __launch_bounds__(kListThreads) list_keys(const __gri
   const i64 list = blockIdx.x;
   const i32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const u8* mask = args.lists_seen ? nullptr : args.mask + list / args.lists_a_batch * args.batch + list % args.lists_a_batch * args.head;
+  const u32* seen = args.key_seen + list * args.tiles * (TILE_KEYS / 32);
   i32 before = 0;
   for (i32 first = 0, turn = 0; first < args.kv_len; first += kListThreads, turn ^= 1) {
     const i32 key = first + i32(threadIdx.x);
     bool sees = key < args.kv_len;
-    if (sees) sees = mask == nullptr ? args.key_seen[list * args.kv_len + key] : mask[key * args.key];
+    if (sees) sees = mask == nullptr ? seen[key / 32] >> key % 32 & 1 : mask[key * args.key];
     const u32 votes = __ballot_sync(0xFFFFFFFF, sees);
     if (lane == 0) of_warps[turn][warp] = __popc(votes);
     __syncthreads();
@@ -128,9 +129,10 @@ extern "C" __global__ void __launch_bounds__(kBitsThreads) pack_bits(const __gri
     if (of_mine) atomicOr(&of_keys[turn][lane], of_mine);
     const bool any = __syncthreads_or(of_mine != 0);
     if (threadIdx.x == 0) args.tile_seen[(plane * args.row_blocks + row_block) * args.tiles + tile] = any;
-    if (threadIdx.x < TILE_KEYS) {
-      const i32 key = tile * TILE_KEYS + i32(threadIdx.x);
-      if (of_keys[turn][threadIdx.x / kKeysALane] >> threadIdx.x % kKeysALane & 1) args.key_seen[list * args.kv_len + key] = 1;
+    if (threadIdx.x < TILE_KEYS / 32) {
+      const u32 word = of_keys[turn][2 * threadIdx.x] | of_keys[turn][2 * threadIdx.x + 1] << kKeysALane;
+      u32* all = args.key_seen + (list * args.tiles + tile) * (TILE_KEYS / 32) + threadIdx.x;
+      if (word & ~*all) atomicOr(all, word);
     }
     if (threadIdx.x < kRowLanes) of_keys[turn ^ 1][threadIdx.x] = 0;  // (the last tile's, which all have read)
     __syncthreads();

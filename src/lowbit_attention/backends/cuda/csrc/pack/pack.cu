@@ -111,28 +111,29 @@ __device__ void pack_keys(const PackArgs& args, i64 head) {
   const i64 base = head / args.kv_heads * args.k.batch + head % args.kv_heads * args.k.head;
   const Keys keys(args, head);
   const int first = blockIdx.x * args.tiles_a_block, end = min(tiles_with_keys(args, keys), first + args.tiles_a_block);
+  static_assert(32 % kRows == 0, "a thread's tokens of a pass are in one word of bits");
   Raw<kDtype> raw[kPasses];
-  const auto load = [&](int tile) {
+  const auto load = [&](const TileKeys& of_tile) {
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
-      const int place = tile * kTileKeys + i * kRows + row;
       raw[i] = zero_raw<kDtype>();
-      if (keys.holds(place) && chunk * kChunk < args.k_channels) {
-        raw[i] = load_raw<kDtype>(args.k, base + i64(keys.token(place)) * args.k.token, chunk * kChunk);
+      if (of_tile.holds(i * kRows, row) && chunk * kChunk < args.k_channels) {
+        raw[i] = load_raw<kDtype>(args.k, base + i64(of_tile.token(i * kRows + row)) * args.k.token, chunk * kChunk);
       }
     }
   };
-  if (kLoadsEarly) load(first);
+  if (kLoadsEarly) load(TileKeys(keys, min(first, args.tiles - 1)));
   griddepcontrol_wait();  // the statistics are there
   const Channels channels = finished_channels(args, head, false);
 
   for (int tile = first; tile < end; ++tile) {
-    if (!kLoadsEarly || tile > first) load(tile);
+    const TileKeys of_tile(keys, tile);
+    if (!kLoadsEarly || tile > first) load(of_tile);
 #if ROTATE
     float rotated[kPasses][kChunk];
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
-      const bool inside = keys.holds(tile * kTileKeys + i * kRows + row);
+      const bool inside = of_tile.holds(i * kRows, row);
 #pragma unroll
       for (int c = 0; c < kChunk; ++c) {
         rotated[i][c] = inside ? __fsub_rn(to_float<kDtype>(raw[i], c), channels.mean[c]) : 0.0f;
@@ -152,7 +153,7 @@ __device__ void pack_keys(const PackArgs& args, i64 head) {
     float largest = 0.0f;
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
-      if (keys.holds(tile * kTileKeys + i * kRows + row)) {
+      if (of_tile.holds(i * kRows, row)) {
 #pragma unroll
         for (int c = 0; c < kChunk; ++c) largest = max_nan_f32(largest, fabsf(value(i, c)));
       }
@@ -188,7 +189,7 @@ __device__ void pack_keys(const PackArgs& args, i64 head) {
 #pragma unroll
       for (int c = 0; c < kChunk; ++c) x[c] = value(i, c);
       Vec8 bytes = {int8x4(x[0], x[1], x[2], x[3], scale.inverse), int8x4(x[4], x[5], x[6], x[7], scale.inverse)};
-      if (!keys.holds(tile * kTileKeys + at)) bytes = {0, 0};
+      if (!of_tile.holds(i * kRows, row)) bytes = {0, 0};
 #if K_LANES == 4
       *reinterpret_cast<u32*>(out + swizzled<kDim / 2>(at, chunk / 4) + chunk % 4 * 4) =
           int4x4(bytes.word[0]) | int4x4(bytes.word[1]) << 16;
@@ -301,24 +302,43 @@ __device__ void pack_values(const PackArgs& args, i64 head) {
   const Keys keys(args, head);
   const int end = min(tiles_with_keys(args, keys), int(blockIdx.x + 1) * args.tiles_a_block);
   const int first = blockIdx.x * args.tiles_a_block + threadIdx.x / (kPackThreads / kTiles);
+  // A bit for each of the thread's tokens that counts.
+  const auto counting = [&](const TileKeys& of_tile) {
+#if MASK_BITS && !V_HALF
+    u32 word = 0;
+#pragma unroll
+    for (int i = 0; i < kTileKeys / 32; ++i) word = token_of_tile / 32 == i ? of_tile.bits[i] : word;
+    return word >> token_of_tile % 32 & 0xFFFF;
+#elif MASK_BITS
+    static_assert(32 % kStep == 0, "a thread's tokens of a pass are in one word of bits");
+    u32 out = 0;
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) out |= u32(of_tile.holds(i * kStep, token_of_tile)) << i;
+    return out;
+#else
+    const int left = of_tile.end - of_tile.first - token_of_tile;  // up to the last key
+    return (1u << max(0, min(kTokens, (left + kStep - 1) / kStep))) - 1;
+#endif
+  };
   Raw<kDtype> raw[kTokens];
-  const auto load = [&](int tile) {
+  const auto load = [&](const TileKeys& of_tile) {
+    const u32 counts = counting(of_tile);
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
-      const int place = tile * kTileKeys + token_of_tile + i * kStep;
       raw[i] = zero_raw<kDtype>();
-      if (keys.holds(place) && chunk * kChunk < args.v_channels) {
-        raw[i] = load_raw<kDtype>(args.v, base + i64(keys.token(place)) * args.v.token, chunk * kChunk);
+      if ((counts >> i & 1) && chunk * kChunk < args.v_channels) {
+        raw[i] = load_raw<kDtype>(args.v, base + i64(of_tile.token(token_of_tile + i * kStep)) * args.v.token, chunk * kChunk);
       }
     }
   };
-  if (kLoadsEarly) load(first);
+  if (kLoadsEarly) load(TileKeys(keys, min(first, args.tiles - 1)));
   griddepcontrol_wait();  // the statistics are there
   const Channels channels = finished_channels(args, head, true);
 
   for (int tile = first; tile < end; tile += kTiles) {
-    if (!kLoadsEarly || tile > first) load(tile);
-    const int first_token = tile * kTileKeys + token_of_tile;
+    const TileKeys of_tile(keys, tile);
+    if (!kLoadsEarly || tile > first) load(of_tile);
+    const u32 inside = counting(of_tile);
     u8* out = args.v_tiles + (head * args.tiles + tile) * args.v_stride;
 #if V_HALF
 #pragma unroll
@@ -331,7 +351,7 @@ __device__ void pack_values(const PackArgs& args, i64 head) {
         for (int j = 0; j < 2; ++j) {
           const int c = 2 * pair + j;
           x[j] = __fmul_rn(__fsub_rn(to_float<kDtype>(raw[i], c), channels.mean[c]), channels.inverse[c]);
-          if (!keys.holds(first_token + i * kStep)) x[j] = 0.0f;
+          if (!(inside >> i & 1)) x[j] = 0.0f;
         }
         halves.word[pair] = cvt_f16x2_f32(x[1], x[0]);
       }
@@ -339,13 +359,6 @@ __device__ void pack_values(const PackArgs& args, i64 head) {
     }
 #else
 #if V_TILE_MEANS
-    u32 inside = (1u << max(0, min(16, keys.places - first_token))) - 1;
-#if MASK_BITS
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      if (!keys.holds(first_token + i)) inside &= ~(1u << i);
-    }
-#endif
     float tile_mean[kChunk];
     take_tile_means<kDtype>(args, head, tile, keys.places, raw, inside, channels.inverse, tile_mean);
 #pragma unroll
@@ -368,7 +381,7 @@ __device__ void pack_values(const PackArgs& args, i64 head) {
 #else
           x[i] = __fmul_rn(__fsub_rn(to_float<kDtype>(raw[token], c), channels.mean[c]), channels.inverse[c]);
 #endif
-          if (!keys.holds(first_token + token)) x[i] = 0.0f;
+          if (!(inside >> token & 1)) x[i] = 0.0f;
         }
         const u32 bits = cvt_e4m3x2_f32(x[1], x[0]);
         if (pair % 2 == 0) bytes.word[pair / 2] = bits;
@@ -385,7 +398,7 @@ constexpr int kBlocks = TILE_KEYS == 64 ? 2 : 0;
 // (Four blocks a multiprocessor instead of three: it wants 137 registers and does as well with 128. At head dimension 64
 // it would spill.)
 constexpr int kPackBlocks =
-    TILE_KEYS == 128 && HEAD_DIM == 128 && INPUT_DTYPE != kFloat32 && !KEYS_UNSEEN ? 4 : kBlocks;
+    TILE_KEYS == 128 && HEAD_DIM == 128 && INPUT_DTYPE != kFloat32 ? 4 : kBlocks;
 
 // Four blocks a multiprocessor: as many as the host launches run at once.
 extern "C" __global__ void __launch_bounds__(kStatisticsThreads, 4) statistics(const __grid_constant__ PackArgs args) {

@@ -6,6 +6,7 @@
 #include "ptx/cluster.cuh"
 #include "ptx/copy.cuh"
 #include "tile/strided.cuh"
+#include "tile/swizzle.cuh"
 
 constexpr int kChunks = kDim / kChunk;  // 8-channel chunks of a token
 
@@ -53,7 +54,7 @@ struct Keys {
   i32 places;       // of the tiles, to the last key's
 #if KEYS_UNSEEN
   const i32* list;  // of those that count, ascending
-  const u8* seen;   // of all
+  const u32* seen;  // a bit of each key's place
 #endif
   __device__ Keys(const PackArgs& args, i64 head) : count(args.kv_len), places(args.kv_len) {
 #if KEYS_UNSEEN
@@ -64,7 +65,7 @@ struct Keys {
 #if KEY_LIST
     places = count;  // they lie one behind the other
 #elif MASK_BITS
-    seen = args.mask.key_seen + number * args.kv_len;
+    seen = args.mask.key_seen + number * args.tiles * (kTileKeys / 32);
 #endif
   }
   // The i-th that counts: its token.
@@ -75,19 +76,42 @@ struct Keys {
     return i;
 #endif
   }
-  // Whether a place has a key that counts, and its token.
-  __device__ bool holds(i32 place) const {
-#if MASK_BITS
-    return place < places && seen[place];
-#else
-    return place < places;
+};
+
+// Those of one tile.
+struct TileKeys {
+  i32 first, end;  // the tile's first place, and the last key's
+#if KEY_LIST
+  const i32* list;
+  i32 token_of_first;
+  bool neighbours;  // their tokens are: as nearly always, so that they need not be read
+#elif MASK_BITS
+  u32 bits[kTileKeys / 32];
+#endif
+  __device__ TileKeys(const Keys& keys, i32 tile) : first(tile * kTileKeys), end(keys.places) {
+#if KEY_LIST
+    list = keys.list + first;
+    const i32 last = min(kTileKeys, end - first) - 1;
+    if (last >= 0) token_of_first = list[0], neighbours = list[last] == token_of_first + last;
+#elif MASK_BITS
+#pragma unroll
+    for (int i = 0; i < kTileKeys / 32; ++i) bits[i] = keys.seen[tile * (kTileKeys / 32) + i];
 #endif
   }
-  __device__ i32 token(i32 place) const {
-#if KEY_LIST
-    return list[place];
+  // Whether place `step` + `rest` of the tile has a key that counts (step: known to the compiler, a multiple of what is
+  // above rest, so that both are in one word), and its token.
+  __device__ bool holds(int step, int rest) const {
+#if MASK_BITS
+    return bits[step / 32] >> (step % 32 + rest) & 1;
 #else
-    return place;
+    return first + step + rest < end;
+#endif
+  }
+  __device__ i32 token(int at) const {
+#if KEY_LIST
+    return neighbours ? token_of_first + at : list[at];
+#else
+    return first + at;
 #endif
   }
 };
@@ -312,7 +336,14 @@ __device__ void gather_statistics(const PackArgs& args, StatisticsShared& shared
     tokens = (keys.count + args.splits * kLanes - 1) / (args.splits * kLanes) * kLanes;
 #endif
     const int first = split * tokens, end = min(first + tokens, keys.count);
-    gather_lane(shared, tensor, base, channels, first, end, [&](int i) { return keys.counted(i); });
+#if KEYS_UNSEEN
+    const i32 token = first < end ? keys.counted(first) : 0;
+    const bool neighbours = first < end && keys.counted(end - 1) - token == end - 1 - first;  // (nearly always)
+    gather_lane(shared, tensor, base, channels, first, end,
+                [&](int i) { return neighbours ? token + i - first : keys.counted(i); });
+#else
+    gather_lane(shared, tensor, base, channels, first, end, [](int i) { return i; });
+#endif
   }
   Statistics all;
   if (threadIdx.x < kDim) all = added_up(shared.of_lanes, kLanes);
