@@ -248,7 +248,7 @@ def part_sizes(kind, shape, grouped, form, q_rows):
     tile = 128 if kind is HopperAttention else 64
     tiles, row_blocks, q_blocks = (math.ceil(a / b) for a, b in ((M, tile), (N, 64), (N, q_rows)))
     return of_keys | {
-        "key_seen": lists * M,
+        "key_seen": lists * tiles * tile // 8,
         "row_seen": planes * row_blocks * 64,
         "tile_lists": planes * q_blocks * (1 + tiles) * 4,
         "tile_seen": planes * row_blocks * tiles,

@@ -172,6 +172,23 @@ def test_ranges_are_causality_and_the_end(causal_offset):
 
 # ---- lists
 
+WORD = expression(PREPARE.replace("const u32 word = lane", ""), "const u32 word = ", ";")
+KEY_SEEN = expression(PREPARE, "sees = mask == nullptr ? ", " :")
+
+
+@pytest.mark.parametrize("tile_keys", [128, 64])
+def test_lists_read_the_keys_that_pack_bits_has_seen(tile_keys):
+    """A bit a key: words of two lanes' sixteen keys, written by tile, read by key."""
+    for seed, tiles in itertools.product(range(3), (1, 3)):
+        seen = np.random.default_rng(seed).random(tiles * tile_keys) < 0.5
+        of_keys = (seen.reshape(tiles, -1, 16) << np.arange(16)).sum(axis=2)  # [tile, lane]
+        threads = SimpleNamespace(x=np.arange(tile_keys // 32))
+        words = np.concatenate(
+            [evaluate(WORD, of_keys=[lanes], turn=0, threadIdx=threads, kKeysALane=16) for lanes in of_keys]
+        )
+        found = evaluate(KEY_SEEN, seen=words, key=np.arange(tiles * tile_keys))
+        assert np.array_equal(found, seen)
+
 
 def popcount(x):
     return int(x).bit_count()
