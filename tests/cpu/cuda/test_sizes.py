@@ -196,6 +196,22 @@ def test_a_sample_is_the_references(kv_len, count, heads):
     assert heads <= of_k < heads + statistics.cluster if tokens < kv_len else of_k == heads * statistics.splits
 
 
+@pytest.mark.parametrize("kv_len", [1, 64, 129, 1000])
+@pytest.mark.parametrize("count", [1, 3, 128, 1024])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 1.0])
+def test_a_sample_of_seen_keys_is_the_references(kv_len, count, share):
+    """Of the keys that some query sees, listed in their order (`Keys::counted`)."""
+    seen = torch.rand(kv_len, generator=torch.Generator().manual_seed(kv_len)) < share
+    listed = seen.nonzero().flatten().tolist()
+    tokens = min(count, kv_len, len(listed))
+    found = [listed[place(i, len(listed), tokens)] for i in range(tokens)]
+    expected = sampled(seen[None, None], SampledTokens(count), torch.zeros(1, 1, kv_len, 1))
+    assert found == expected[0, 0].nonzero().flatten().tolist()
+    source = read("pack/statistics.cuh", None)
+    assert "tokens = min(args.k_tokens, keys.count)" in source
+    assert "keys.counted(sampled_token(i, tokens, step, rest))" in source
+
+
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_shared_memory_of_the_statistics(dtype, head_dim):
