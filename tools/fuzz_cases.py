@@ -34,6 +34,7 @@ class Profile:
     masked: float
     refused: float
     """Shares of the cases: with a mask, and of the documented refusals."""
+    mask_kinds: tuple[str, ...]
     most_logits: int
     """Longer sequences are shortened until a call has no more; the oracle holds them all."""
 
@@ -49,6 +50,7 @@ PROFILES = {
         dtypes=("fp32", "fp32", "bf16", "fp16"),
         masked=0.45,
         refused=0.03,
+        mask_kinds=("bool", "bool", "padding", "float", "float_inf"),
         most_logits=4_000_000,
     ),
     "gpu": Profile(
@@ -56,8 +58,9 @@ PROFILES = {
         lengths=(300, 2000),
         head_dims=(1, 8, 33, 40, 64, 64, 72, 80, 96, 128, 128, 128),
         dtypes=("bf16", "bf16", "fp16", "fp32"),
-        masked=0.0,
+        masked=0.3,
         refused=0.01,
+        mask_kinds=("bool", "bool", "padding"),  # (no kernel takes float masks yet: they would be emulated)
         most_logits=16_000_000,
     ),
 }  # fmt: skip
@@ -142,7 +145,7 @@ def make_case(profile: str, seed: int, number: int) -> Case:
         dtype=dtype,
         family=r.choice(FAMILIES) if r.random() < 0.4 else "normal",
         mask_shape=_mask_shape(r, (*full, q_len, kv_len)) if masked else None,
-        mask_kind=r.choice(("bool", "bool", "padding", "float", "float_inf")),
+        mask_kind=r.choice(p.mask_kinds),
         is_causal=is_causal,
         scale=None if r.random() < 0.6 else r.choice((0.05, 0.3, 1.0, 0.0, -0.2)),
         enable_gqa=gqa,

@@ -1,5 +1,7 @@
 """Ten thousand random calls against float64, and whether the fuzz would notice if they were wrong."""
 
+import math
+
 import pytest
 import torch
 from fuzz import call, judge, run
@@ -48,6 +50,14 @@ def test_cases_are_of_every_kind():
     assert any(0 in shape for c in cases for shape in c.shapes)
     assert any(c.shapes[1][-2] == 1 for c in cases)
     assert any(c.enable_gqa and c.shapes[0][-3] > c.shapes[1][-3] for c in cases)
+
+
+def test_kernels_get_masks_that_they_take():
+    """Of all rows alike (lists of keys) and others (bits), with and without causality; none that is added."""
+    cases = [c for c in (make_case("gpu", 0, n) for n in range(600)) if c.mask_shape and c.refusal is None]
+    assert {c.mask_kind for c in cases} == {"bool", "padding"}
+    assert {(c.mask_shape[-2] == 1, c.is_causal) for c in cases} == {(a, b) for a in (0, 1) for b in (0, 1)}
+    assert any(math.prod(c.mask_shape[:-2]) > 1 and c.enable_gqa for c in cases)
 
 
 def other_scale(case):

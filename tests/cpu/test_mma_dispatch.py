@@ -90,7 +90,6 @@ def test_a_missing_compiler_is_told(card: Any, monkeypatch: pytest.MonkeyPatch) 
     ("changes", "part"),
     [
         ({"dtype": torch.float64}, "torch.float64"),
-        ({"mask": "bool"}, "bool mask"),
         ({"mask": "float"}, "float mask"),
         ({"head_dim": 129}, "head_dim 129 is above 128"),
         ({"v_head_dim": 200}, "head_dim 200 is above 128"),
@@ -98,7 +97,6 @@ def test_a_missing_compiler_is_told(card: Any, monkeypatch: pytest.MonkeyPatch) 
         ({"q_len": 0}, "empty"),
         ({"kv_len": 0}, "empty"),
         ({"kv_len": (1 << 30) + 1}, "1073741824"),
-        ({"batch": 8192, "q_heads": 8}, "65536"),
         ({"needs_grad": True}, "gradient"),
         ({"dropout_p": 0.5}, "dropout"),
     ],
@@ -108,6 +106,19 @@ def test_what_a_request_may_not_ask(card: Any, changes: dict[str, Any], part: st
     found = reasons(RECIPES["sage2pp_8b"], **changes)
     assert len(found) == 1
     assert part in found[0]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 5000), (1, 8, 1, 5000), (1, 1, 5000, 1), (1, 8, 5000, 5000)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_bool_masks_are_taken(card: Any, shape: tuple[int, int, int, int], causal: bool) -> None:
+    card((8, 9))
+    mask = {"mask": "bool", "mask_dtype": torch.bool, "mask_shape": shape, "is_causal": causal}
+    assert reasons(RECIPES["sage2pp_8b"], **mask) == ()
+
+
+def test_more_heads_than_a_grid_has_rows_are_taken(card: Any) -> None:
+    card((8, 9))
+    assert reasons(RECIPES["sage2pp_8b"], batch=8192, q_heads=8) == ()
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,8 @@ def make_request(
         forward_ad=has_tangent(q, k, v, mask),
         **options,
     )
+    if torch.compiler.is_compiling():  # (a traced memo is guarded: any new call would compile this again)
+        return request
     return _known.get(request) or _known.put(request, request)
 
 

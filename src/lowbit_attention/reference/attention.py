@@ -412,5 +412,6 @@ def _restore_means(q: Tensor, packed: Packed, sm_scale: float, out: Tensor, lse:
         out = torch.where(seen, out + packed.v_mean.repeat_interleave(group, dim=1)[:, :, None], out)
     if packed.k_mean is not None:
         k_mean = packed.k_mean.repeat_interleave(group, dim=1).flatten(0, 1)[..., None]
-        lse = lse + (torch.bmm(q.flatten(0, 1).double(), k_mean.double()) * sm_scale).float().reshape(lse.shape)
+        of_mean = (torch.bmm(q.flatten(0, 1).double(), k_mean.double()) * sm_scale).float().reshape(lse.shape)
+        lse = torch.where(lse == -math.inf, lse, lse + of_mean)
     return Result(out.clamp(-FP32_MAX, FP32_MAX), lse, packed)

@@ -111,6 +111,8 @@ def pack(
     """
     if seeing is not None:
         q = torch.where(seeing[..., None], q, 0.0)
+    if valid is not None:  # (P is 0 there, and 0 · NaN would be NaN)
+        v = torch.where(valid[..., None], v, 0.0)
     means = means or Means()
     v_hat, v_scale, v_mean, v_tiles = _pack_values(v, recipe, geometry, valid, means)
     if recipe.qk_bits is None:

@@ -22,6 +22,7 @@ NESTED = {
     "Work": "common/work.cuh",
     "WorkTile": "hopper/block.cuh",
     "Promoted": "common/softmax.cuh",
+    "MaskArgs": "common/masks.cuh",
 }
 
 

@@ -12,14 +12,17 @@ from lowbit_attention.backends.cuda.arguments import (
     Arguments,
     AttentionArgs,
     Divisor,
+    MaskArgs,
     MmaArgs,
     PackArgs,
+    PrepareArgs,
     Schedule,
     SmoothArgs,
     Strided,
 )
 from lowbit_attention.backends.cuda.instances import (
     PackFormat,
+    mask_instance,
     mma_config,
     pack_instance,
     smooth_q_instance,
@@ -31,10 +34,13 @@ WGMMA = wgmma_config(RECIPES["fast_8b"], 128, HALF).instance()
 PACK = pack_instance(128, HALF, "sm_90a", PackFormat(v_tile_means=True))
 MMA = mma_config(RECIPES["sage2_4b"], 128, "sm_89").instance()
 SMOOTH = smooth_q_instance(128, HALF, "sm_89")
+MASK = mask_instance(64, "sm_89")
 STRUCTURES = {
     Strided: ("tile/strided.cuh", PACK),
     Divisor: ("common/work.cuh", MMA),
     Schedule: ("common/work.cuh", MMA),
+    MaskArgs: ("common/masks.cuh", MASK),
+    PrepareArgs: ("mask/mask.cu", MASK),
     PackArgs: ("pack/statistics.cuh", PACK),
     AttentionArgs: ("hopper/block.cuh", WGMMA),
     MmaArgs: ("mma/block.cuh", MMA),

@@ -20,10 +20,11 @@ def test_other_code_is_told_from_other_text(tmp_path):
     changed.write_text(text.replace(guarded, f"if (kType == kFloat16 && args.scale < 0) return;\n  {guarded}"))
 
     lines, count = kernels_same.compare(kernels_same.ROOT, tmp_path, ONLY)
-    assert count == 2  # FP16 and BF16
-    assert len(lines) == 1, lines
-    assert lines[0].startswith(f"{ONLY} INPUT_DTYPE=1: ")
-    assert " instructions, then " in lines[0]
+    assert count == 6  # FP16 and BF16, with each form of mask
+    assert len(lines) == 3, lines
+    for line in lines:
+        assert line.startswith(f"{ONLY} INPUT_DTYPE=1")
+        assert " instructions, then " in line
 
 
 def test_instances_that_come_and_go_are_told():

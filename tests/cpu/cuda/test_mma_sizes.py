@@ -23,6 +23,7 @@ from lowbit_attention.backends.cuda.instances import (
     MMA_RECIPES,
     MmaConfig,
     PackFormat,
+    mask_instance,
     mma_config,
     mma_recipes,
     pack_instance,
@@ -263,17 +264,19 @@ def test_log2_is_never_above(p_max):
 
 
 def expected_instances():
-    """By arch: every named recipe's attention kernel, its packing kernels and those of smooth Q."""
+    """By arch: every named recipe's attention kernel, its packing kernels and those of smooth Q, with every mask."""
     found = set()
     for arch in MMA_ARCHS:
         names = [n for n in MMA_RECIPES if not (arch in ("sm_80", "sm_86") and RECIPES[n].pv_format == "e4m3")]
         dtypes = DTYPE_CODES if arch == "sm_90" else (torch.float16, torch.bfloat16)
-        for name, dim, int4 in itertools.product(names, HEAD_DIMS, (None, True) if arch == "sm_90" else (None,)):
-            config = mma_config(RECIPES[name], dim, arch, int4)
+        found.add(mask_instance(MMA_GEOMETRY.b_k, arch))
+        int4s, masks = (None, True) if arch == "sm_90" else (None,), ("none", "keys", "bits")
+        for name, dim, int4, mask in itertools.product(names, HEAD_DIMS, int4s, masks):
+            config = mma_config(RECIPES[name], dim, arch, int4, mask)
             found.add(config.instance())
             found |= {pack_instance(dim, dtype, arch, config.form) for dtype in dtypes}
             if RECIPES[name].smooth_q:
-                found |= {smooth_q_instance(dim, dtype, arch) for dtype in dtypes}
+                found |= {smooth_q_instance(dim, dtype, arch, mask) for dtype in dtypes}
     return found
 
 

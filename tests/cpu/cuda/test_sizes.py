@@ -62,11 +62,12 @@ SUPPORTED = [name for name, r in RECIPES.items() if not hopper._recipe_reasons(r
 SUPPORTED += ["fast_8b:keys_per_promotion=256", "fast_8b:smooth_v=true,v_tile_means=false"]
 
 
+@pytest.mark.parametrize("mask", ["none", "keys", "bits"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_shared_memory_is_what_the_kernels_struct_takes(name, head_dim, dtype):
-    config, file = wgmma_config(recipe(name), head_dim, dtype), "hopper/block.cuh"
+def test_shared_memory_is_what_the_kernels_struct_takes(name, head_dim, dtype, mask):
+    config, file = wgmma_config(recipe(name), head_dim, dtype, mask), "hopper/block.cuh"
     constants = wgmma_constants(config)
     for part in ("tile/swizzle.cuh", "tile/strided.cuh"):
         read(part, constants)
@@ -85,6 +86,7 @@ def test_shared_memory_is_what_the_kernels_struct_takes(name, head_dim, dtype):
     for member in ("k_scale", "v_scale", "v_mean", "tile_means"):
         assert offsets.get(member, 0) % 16 == 0  # a bulk copy's destination
     assert ("tile_means" in offsets) == config.tile_means
+    assert ("key_tile" in offsets) == (mask == "bits")
     assert config.q_rows == constants["kConsumers"] * constants["kRows"]
     assert config.threads == constants["kThreads"]
     assert config.geometry.b_q == constants["kRows"]
@@ -192,6 +194,22 @@ def test_a_sample_is_the_references(kv_len, count, heads):
     of_k = statistics.blocks - heads * statistics.splits
     assert statistics.blocks % statistics.cluster == 0
     assert heads <= of_k < heads + statistics.cluster if tokens < kv_len else of_k == heads * statistics.splits
+
+
+@pytest.mark.parametrize("kv_len", [1, 64, 129, 1000])
+@pytest.mark.parametrize("count", [1, 3, 128, 1024])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 1.0])
+def test_a_sample_of_seen_keys_is_the_references(kv_len, count, share):
+    """Of the keys that some query sees, listed in their order (`Keys::counted`)."""
+    seen = torch.rand(kv_len, generator=torch.Generator().manual_seed(kv_len)) < share
+    listed = seen.nonzero().flatten().tolist()
+    tokens = min(count, kv_len, len(listed))
+    found = [listed[place(i, len(listed), tokens)] for i in range(tokens)]
+    expected = sampled(seen[None, None], SampledTokens(count), torch.zeros(1, 1, kv_len, 1))
+    assert found == expected[0, 0].nonzero().flatten().tolist()
+    source = read("pack/statistics.cuh", None)
+    assert "tokens = min(args.k_tokens, keys.count)" in source
+    assert "keys.counted(sampled_token(i, tokens, step, rest))" in source
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
