@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit_attention import attention, attention_varlen
+from lowbit_attention.backends.base import TorchSDPA
 from lowbit_attention.call.masks import Masking
 from lowbit_attention.reference.exact import exact
 
@@ -227,6 +228,61 @@ def test_scale(scale: float) -> None:
     want, want_lse = naive(q, k, v, scale)
     torch.testing.assert_close(out.double(), want, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(lse.double(), want_lse, **F32)
+
+
+def _second_best(q: Tensor, k: Tensor, v: Tensor, size: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The best key's sum leaves float32 on its way up, to −∞ if from the left; the others' are far smaller."""
+    k = torch.full_like(k, 1 / size)
+    k[:, :, 0, :32], k[:, :, 0, 32:] = -size / 4, size / 2
+    return torch.full_like(q, size), k, v
+
+
+def _at(t: Tensor, token: int, size: float) -> Tensor:
+    return torch.where(torch.arange(t.shape[2])[:, None] == token, t * size, t)
+
+
+LARGE = {
+    "all of q and k": lambda q, k, v, size: (q * size, k * size, v),
+    "all logits far below zero": lambda q, k, v, size: (q.abs() * size, k.abs() * -size, v),
+    "sums that leave float32 on their way": _second_best,
+    "one query": lambda q, k, v, size: (_at(q, 2, size), k, v),
+    "one key": lambda q, k, v, size: (q, _at(k, 2, size), v),
+    "k, beside a q that is all the smaller": lambda q, k, v, size: (q / size / 8, k * size, v),
+    "v": lambda q, k, v, size: (q, k, v.sign() * size),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kv_len", [3, 64, 600])  # (torch's CPU kernels differ with it, and by CPU)
+@pytest.mark.parametrize("case", LARGE)
+def test_finite_inputs_of_any_magnitude(case: str, kv_len: int, dtype: torch.dtype) -> None:
+    """Powers of two, so that float64 has each product and sum without rounding, and ties are ties.
+
+    What float32 makes of them depends on the CPU: ±∞, NaN, zeros for the row, or the second best key.
+    """
+    d, scale = 64, 0.25
+    size = 2.0 ** math.floor(math.log2(torch.finfo(dtype).max))
+    g = torch.Generator().manual_seed(0)
+    signs_q, signs_k = ((torch.rand(1, 2, n, d, generator=g) < 0.5) * 2.0 - 1 for n in (8, kv_len))
+    v = torch.randn(1, 2, kv_len, 16, generator=g)
+    q, k, v = (t.to(dtype) for t in LARGE[case](signs_q, signs_k, v, size))
+    want = torch.softmax(scale * (q.double() @ k.double().mT), dim=-1) @ v.double()
+    atol = 2 * torch.finfo(dtype).eps * float(want.abs().max())
+    for mask in (None, torch.ones(8, kv_len, dtype=torch.bool)):
+        got = attention(q, k, v, recipe="exact", attn_mask=mask, sm_scale=scale)
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_ordinary_inputs_are_left_to_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with a channel of outliers as trained models have: float64 is far slower."""
+    monkeypatch.setattr(TorchSDPA, "_in_float64", lambda *_: pytest.fail("computed in float64"))
+    q, k, v = inputs(dtype=dtype, d=128)
+    q[..., 3] *= 20
+    k[..., 3] = k[..., 3] * 20 + 400
+    attention(q, k, v, recipe="exact")
+    attention(q[:, :, :0], k, v, recipe="exact")
+    attention(q, k[:, :, :0], v[:, :, :0], recipe="exact")
 
 
 @pytest.mark.parametrize("recipe", ["exact", "auto"])

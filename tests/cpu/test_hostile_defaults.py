@@ -1,8 +1,11 @@
-"""S1, S2, S15, T6 : each door as the first call of a process whose defaults are hostile; a process each (see there)."""
+"""S1, S2, S15, T6 : each door as the first call of a process whose defaults are hostile; a fork each (see there)."""
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import hostile_defaults
@@ -14,16 +17,37 @@ from lowbit_attention import sdpa_enabled
 SCRIPT = Path(hostile_defaults.__file__)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.parametrize("default", hostile_defaults.DEFAULTS)
-def test_every_door_first(default):
+@pytest.fixture(scope="module")
+def asked():
+    """The process that forks, for all defaults: what it says is wrong under one."""
     source = str(Path(lowbit_attention.__file__).parent.parent)
     path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
-    run = subprocess.run(
-        [sys.executable, str(SCRIPT), default], capture_output=True, text=True, timeout=300,
+    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(
+        [sys.executable, str(SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert run.returncode == 0, f"{run.stdout}\n{run.stderr[-2000:]}"
+    ) as process:  # fmt: skip
+
+        def ask(default):
+            late = threading.Timer(300, process.kill)
+            late.start()
+            try:
+                print(default, file=process.stdin, flush=True)
+                answer = process.stdout.readline()
+            finally:
+                late.cancel()
+            errors.seek(0)
+            assert answer, f"it ended: {errors.read()[-2000:]}"
+            return json.loads(answer)
+
+        yield ask
+        process.stdin.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("default", hostile_defaults.DEFAULTS)
+def test_every_door_first(default, asked):
+    problems = asked(default)
+    assert not problems, "\n".join(problems)
 
 
 def test_t6_a_block_made_under_a_meta_device_counts():

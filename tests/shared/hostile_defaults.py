@@ -1,10 +1,13 @@
 """Run by test_hostile_defaults.py: every door once, as a process's first call, under one hostile default.
 
-``python hostile_defaults.py DEFAULT`` has imported torch and nothing of ours when it forks: one child a door, which
-sets the default, imports the library and calls it. A child without the default made the numbers to compare with.
+``python hostile_defaults.py`` has imported torch and nothing of ours when it forks: for each default that it reads, a
+line each, one child a door, which sets the default, imports the library and calls it. A child without any default made
+the numbers to compare with. It answers a line each: in JSON, what is wrong, in words.
 """
 
 import contextlib
+import functools
+import json
 import os
 import sys
 import tempfile
@@ -12,7 +15,9 @@ import traceback
 import warnings
 
 import torch
-import torch._dynamo  # (a second, which every child that compiles would need by itself)
+import torch._dynamo  # (seconds, which every child that compiles would need by itself)
+import torch._functorch.aot_autograd
+import torch._inductor.scheduler
 import torch.nn.functional as F
 
 CPU = torch.device("cpu")
@@ -215,27 +220,37 @@ def in_a_child(work):
         return answer.read().strip() or ("" if status == 0 else f"ended with {status}")
 
 
-def main(default):
-    torch.set_num_threads(1)
-    dtype = torch.bfloat16 if default == "autocast" else torch.float32  # (autocast casts, and is to change no more)
-    failed = False
+@functools.cache
+def expected(dtype):
+    """The numbers of every door, by name, from a child without any default."""
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, "expected.pt")
 
-        def expected():
+        def save():
             torch.save({door: call(numbers(1, 2, 40, 32, dtype=dtype)) for door, call in DOORS.items()}, file)
             return []
 
-        if problem := in_a_child(expected):
+        if problem := in_a_child(save):
             sys.exit(f"without any default: {problem}")
-        want = torch.load(file)
-        for door in DOORS:
-            if problem := in_a_child(lambda door=door: hostile(default, door, want[door], dtype)):
-                print(f"---- {door}\n{problem}")
-                failed = True
+        return torch.load(file)
+
+
+def problems(default):
+    """What is wrong under one default, a text for each door that has anything."""
+    dtype = torch.bfloat16 if default == "autocast" else torch.float32  # (autocast casts, and is to change no more)
+    want = expected(dtype)
+    found = {door: in_a_child(lambda door=door: hostile(default, door, want[door], dtype)) for door in DOORS}
     assert not any(name.startswith("lowbit_attention") for name in sys.modules), "the parent imported it"
-    sys.exit(failed)
+    return [f"---- {door}\n{problem}" for door, problem in found.items() if problem]
+
+
+def main():
+    torch.set_num_threads(1)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # (what a child prints is no answer)
+    for line in sys.stdin:
+        print(json.dumps(problems(line.strip())), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -109,7 +109,9 @@ class TorchSDPA(Implementation):
     ) -> Output:
         if request.batch == 0 or request.q_heads == 0:  # torch 2.11 divides by the number of heads and dies
             return q.new_zeros(*q.shape[:3], v.shape[3]), None
-        if q.dtype != torch.float64 and not is_ordinary(sm_scale) and q.device.type != "mps":
+        if q.dtype != torch.float64 and q.device.type != "mps" and not is_ordinary(sm_scale):
+            return self._in_float64(q, k, v, mask, sm_scale, request, recipe)
+        if q.dtype != torch.float64 and q.device.type == "cpu" and _may_leave_float32(q, k, sm_scale):
             return self._in_float64(q, k, v, mask, sm_scale, request, recipe)
         given = q, k, v, mask, sm_scale
         if sm_scale <= 0:  # torch scales after it has hidden keys, and −∞ · 0 is NaN, −∞ · −1 is ∞
@@ -131,20 +133,42 @@ class TorchSDPA(Implementation):
     def _in_float64(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sm_scale: float, request: Request, recipe: Recipe
     ) -> Output:
-        """The same where Q·K leaves float32's range and the answer does not."""
+        """The same where Q·K (or P·V) leaves what float32 holds and the answer does not."""
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.double()
         out, _ = self.run(q.double(), k.double(), v.double(), mask, sm_scale, request, recipe)
         return out.to(q.dtype), None
 
 
+def _may_leave_float32(q: Tensor, k: Tensor, sm_scale: float) -> bool:
+    """Whether the logits can be larger than float32 resolves, for what their parts can be on the way.
+
+    The output does not tell: torch's flash kernel takes a row of NaN or −∞ for one that sees no key, and writes zeros;
+    and where a sum overflows to −∞ on its way to something large, the second best key wins.
+    """
+    if q.numel() == 0 or k.numel() == 0 or not (_is_plain(q) and _is_plain(k)):
+        return False
+    q_max, k_max = _largest(q), _largest(k)
+    logits = q_max * k_max * q.shape[-1] * abs(sm_scale)
+    return not (logits <= _RESOLVED and q_max <= _HARMLESS and k_max <= _HARMLESS)  # (NaN is not)
+
+
 def _left_float32(out: Tensor) -> bool:
     """Whether an output is not finite (or so large that its sum is not), where it can be looked at for nothing."""
-    if type(out) is not Tensor or torch.compiler.is_compiling():
+    return _is_plain(out) and not math.isfinite(out.detach().sum(dtype=torch.float32).item())
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether this is a tensor with numbers to look at: nothing is being compiled, traced or transformed."""
+    if torch.compiler.is_compiling() or type(tensor.detach()) is not Tensor:
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
-        return False
-    return not math.isfinite(out.detach().sum(dtype=torch.float32).item())
+    return torch._C._functorch.peek_interpreter_stack() is None and torch._C._get_tracing_state() is None
+
+
+def _largest(tensor: Tensor) -> float:
+    """The largest magnitude; NaN if there is one."""
+    low, high = tensor.detach().aminmax()
+    return max(-low.item(), high.item())
 
 
 def _only_torch_can(request: Request) -> bool:
@@ -194,6 +218,13 @@ class TiledExact(Implementation):
 
 _ORDINARY = 2.0**16
 """Scales between its inverse and it: beyond, Q·K or the scale itself may leave float32 though the logits do not."""
+
+
+_RESOLVED = 2.0**24
+"""Logits beyond it are further apart in float32 than 1. (Those of trained models stay far below.)"""
+
+_HARMLESS = 2.0**64
+"""Larger entries overflow when torch scales them, and turn partners that hardware flushes to zero into something."""
 
 
 def is_ordinary(sm_scale: float) -> bool:

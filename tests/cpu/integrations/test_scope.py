@@ -209,7 +209,7 @@ def test_interrupts_by_a_signal(early):
     try:
         for _ in range(200):
             try:
-                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 0.05))
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 0.02))
                 for _ in range(50):  # (Python swallows one that comes while a block's __del__ runs)
                     with sdpa_enabled(model, "sage2_8b"):
                         model(x)
@@ -446,7 +446,7 @@ def test_many_threads_begin_and_end_blocks_at_once():
 
     def work(seed):
         rng = random.Random(seed)
-        for _ in range(30):
+        for _ in range(15):
             model = net(seed)
             with sdpa_enabled(model, "sage2_8b") as report:
                 model(x)
@@ -621,7 +621,7 @@ def test_the_wrapper_of_context_parallel_is_not_dropped():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    done = subprocess.run([sys.executable, "-c", CONTEXT_PARALLEL, port], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", CONTEXT_PARALLEL, port], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "replaced True ran 0 back True" in done.stdout, done.stdout
 

@@ -130,10 +130,10 @@ def test_processes_that_want_the_same_make_it_once(tmp_path):
     environment = {**os.environ, CACHE_DIR_VARIABLE: str(tmp_path)}
     running = [
         subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
+        for _ in range(2)
     ]
     output = [process.communicate(timeout=120)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0, 0]
+    assert [process.returncode for process in running] == [0, 0]
     assert sum("compiled f.cu" in text for text in output) == 1
     assert entry(tmp_path)
 

@@ -5,6 +5,7 @@ That the declared ones work is shown by installing them: `make matrix`, of which
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from importlib import resources
@@ -37,15 +38,18 @@ def helps() -> list[str]:
     return [name for name in COMMANDS if (help_ := run(name, "--help")).exit_code or "Usage" not in help_.output]
 
 
-def without_numpy(code: str) -> str:
-    """What a new process prints in which there is no numpy, and every warning but torch's own is an error."""
+@functools.cache
+def without_numpy() -> list[str]:
+    """What each step prints in a new process in which there is no numpy, and all warnings but torch's are errors."""
+    steps = "from lowbit_attention import *; print(attention.__name__)", f"cli.main({list(EVALUATE)})"
+    code = "; print('----'); from lowbit_attention import cli; ".join(steps)
     blocked = "import sys; sys.modules['numpy'] = None; import warnings, torch; warnings.simplefilter('error');"
     done = subprocess.run(
         [sys.executable, "-c", f"sys = __import__('sys'); sys.path.insert(0, {str(SOURCE)!r}); {blocked} {code}"],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout.split("----\n")
 
 
 EVALUATE = "evaluate", "-f", "normal", "-f", "sink", "--length", "16", "--heads", "1", "--head-dim", "16", "-r", "exact"
@@ -59,13 +63,13 @@ SITUATIONS = [
     Situation(
         "T29",
         "a command without numpy",
-        lambda _: without_numpy(f"from lowbit_attention import cli; cli.main({list(EVALUATE)})"),
+        lambda _: without_numpy()[1],
         holds(lambda text: "sink" in text),
     ),
     Situation(
         "T29+",
         "every name without numpy",
-        lambda _: without_numpy("from lowbit_attention import *; print(attention.__name__)"),
+        lambda _: without_numpy()[0],
         gives("attention\n"),
     ),
     Situation("T30", "a command that there is not", lambda _: run("nope"), exits(2, "No such command")),
