@@ -101,7 +101,10 @@ def told(call: Callable[[], Any]) -> list[str]:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"mask": "float", "mask_dtype": torch.bfloat16}, "it takes no float mask yet"),
+        (
+            {"mask": "float", "mask_dtype": torch.float64},
+            "it takes float masks of float16, bfloat16 and float32, not torch.float64",
+        ),
         ({"head_dim": 256, "v_head_dim": 256}, "head_dim 256 is above 128"),
     ],
 )
@@ -122,7 +125,7 @@ def test_a_gpu_is_told_once_why_every_kernel_cannot(changes: dict[str, Any], rea
 
 @pytest.mark.usefixtures("h200")
 def test_auto_takes_what_the_warning_says() -> None:
-    masked = request(recipe=None, mask="float", mask_dtype=torch.bfloat16)
+    masked = request(recipe=None, mask="float", mask_dtype=torch.float64)
     assert not told(lambda: choose(masked))
     assert choose(masked).recipe.is_exact
 
@@ -159,11 +162,13 @@ def test_what_a_kernel_runs_is_the_same(on_emulation: Any) -> None:
 
 @pytest.mark.usefixtures("h200")
 def test_error_and_allow() -> None:
-    masked = request(mask="float", mask_dtype=torch.bfloat16)
+    masked = request(mask="float", mask_dtype=torch.float64)
     with pytest.raises(EmulationRefusedError) as error:
         choose(replace(masked, on_emulation="error"))
     assert isinstance(error.value, UnsupportedError)
-    assert error.value.reasons["attention_wgmma"] == ("it takes no float mask yet",)
+    assert error.value.reasons["attention_wgmma"] == (
+        "it takes float masks of float16, bfloat16 and float32, not torch.float64",
+    )
     assert error.value.reasons["emulation"] == ("on_emulation='error' refuses it (like= asks for an emulation)",)
     again = pickle.loads(pickle.dumps(error.value))
     assert (type(again), str(again), again.reasons) == (type(error.value), str(error.value), error.value.reasons)
@@ -175,7 +180,7 @@ def test_error_and_allow() -> None:
 
 @pytest.mark.usefixtures("h200")
 def test_explain_says_it() -> None:
-    masked = request(mask="float", mask_dtype=torch.bfloat16)
+    masked = request(mask="float", mask_dtype=torch.float64)
     assert not told(lambda: explain_request(masked))
     found = {how: explain_request(replace(masked, on_emulation=how)) for how in ("warn", "error", "allow")}
     assert "step fidelity), far slower than a kernel, with one warning" in str(found["warn"])
@@ -187,7 +192,7 @@ def test_explain_says_it() -> None:
 
 @pytest.mark.usefixtures("h200")
 def test_a_remembered_choice_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    masked = request(mask="float", mask_dtype=torch.bfloat16)
+    masked = request(mask="float", mask_dtype=torch.float64)
     told(lambda: choose(masked))
     monkeypatch.setattr(dispatch, "_decide", None)
     monkeypatch.setattr(Request, "warns_of_emulation", None)
@@ -196,7 +201,7 @@ def test_a_remembered_choice_is_not_asked_again(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.usefixtures("h200")
 def test_a_filter_that_makes_it_an_error_makes_every_call_one() -> None:
-    masked = request(mask="float", mask_dtype=torch.bfloat16)
+    masked = request(mask="float", mask_dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("error", EmulationWarning)
         for _ in range(2):
@@ -207,7 +212,7 @@ def test_a_filter_that_makes_it_an_error_makes_every_call_one() -> None:
 
 @pytest.mark.usefixtures("h200")
 def test_threads_are_told_once_together() -> None:
-    requested = [request(mask="float", mask_dtype=torch.bfloat16) for _ in range(8)]
+    requested = [request(mask="float", mask_dtype=torch.float64) for _ in range(8)]
     threads = [threading.Thread(target=choose, args=(one,)) for one in requested]
 
     def all_of_them() -> None:

@@ -1,6 +1,6 @@
 """Faults that were known, each with the right answer: who mends one takes its mark away.
 
-S4, S5, S6, S14: places that nobody sees count in means and scales (mended), and a NaN spreads. S9: packed sequences. S11, S18:
+S4, S5, S6: places that nobody sees (mended). S14: a NaN spreads. S9: packed sequences. S11, S18:
 what other packages ask of the alias.
 """
 

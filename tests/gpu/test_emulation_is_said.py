@@ -49,9 +49,9 @@ def told(call):
     return [str(w.message) for w in caught if w.category is EmulationWarning]
 
 
-MASK = torch.ones(300, 300, dtype=torch.bool).tril()
+MASK = torch.zeros(300, 300, dtype=torch.float64)
 CALLS = {
-    "mask": (64, {"attn_mask": MASK}, "it takes no bool mask yet"),
+    "mask": (64, {"attn_mask": MASK}, "it takes float masks of float16, bfloat16 and float32, not torch.float64"),
     "head_dim": (256, {}, "head_dim 256 is above 128"),
 }
 
@@ -87,7 +87,10 @@ def test_it_is_said_once(door, case):
 def test_error_allow_and_like():
     q, k, v = qkv()
     call = partial(attention, q, k, v, recipe="sage2_8b", attn_mask=MASK.cuda())
-    with pytest.raises(EmulationRefusedError, match="attention_wgmma: it takes no bool mask yet"):
+    with pytest.raises(
+        EmulationRefusedError,
+        match=r"attention_wgmma: it takes float masks of float16, bfloat16 and float32, not torch\.float64",
+    ):
         call(on_emulation="error")
     with sdpa_enabled(recipe="sage2_8b", on_emulation="error"), pytest.raises(EmulationRefusedError):
         F.scaled_dot_product_attention(q, k, v, MASK.cuda())

@@ -47,7 +47,7 @@ class Masking:
         return visible & sees if visible.dtype == torch.bool else visible.masked_fill(~sees, -math.inf)
 
     def relative(self, rows: int, keys: int) -> tuple[Masking, Tensor]:
-        """A float mask as kernels read it: FP16 biases, less each row's largest; and these, ``[B or 1, Hq or 1, rows]``.
+        """A float mask as kernels read it: FP16 biases less each row's largest; and that, ``[B or 1, Hq or 1, rows]``.
 
         What is far below a row's largest (−10000, or a dtype's lowest number, as some models mark padding) hides a key
         from softmax as −∞ does. A row of such numbers alone sees all of them.

@@ -140,7 +140,7 @@ def _of_listed_keys(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, means: Means,
 def _attend_by_work_tiles(
     packed: Packed, recipe: Recipe, sm_scale: float, masking: Masking, machine: Machine, key_splits: int, rows: int
 ) -> tuple[Tensor, Tensor]:
-    """`_attend`, each block of ``rows`` query rows with the key tiles that some of them see, as if there were no others."""
+    """`_attend`, each block of ``rows`` query rows with the key tiles that some of them see, as if there were no more."""
     mask = masking.mask
     assert mask is not None
     batch, heads, length = packed.q.shape[:3]
@@ -162,7 +162,9 @@ def _attend_by_work_tiles(
                     continue
                 of = packed.of_heads(b, h, of_kv).of_rows(some, machine.geometry).of_tiles(visited, tile)
                 left = visible[..., key_positions(visited, tile, keys)]
-                out[b, h, some], lse[b, h, some] = _attend(of, recipe, sm_scale, Masking(None, left), machine, key_splits)
+                out[b, h, some], lse[b, h, some] = _attend(
+                    of, recipe, sm_scale, Masking(None, left), machine, key_splits
+                )
     return out, lse
 
 
@@ -334,6 +336,8 @@ def _scores(of: _Slices, rows: slice, integers: Tensor, factor: Tensor) -> tuple
     """What the approximated exponentials are made of: the integers and their factors, before step 4."""
     if of.largest_factor is None:
         return None
+    if of.masking.mask is not None and of.masking.mask.is_floating_point():
+        return integers.clone(), torch.full_like(factor, FP32_MAX)  # (with biases kernels take the logits themselves)
     largest = of.largest_factor[:, rows, None]
     return integers.clone(), factor.clamp(-largest, largest)
 

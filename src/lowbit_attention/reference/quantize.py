@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,8 @@ class Packed:
         heads = {"q": of_q, "q_scale": of_q, "q_mean": of_q} | dict.fromkeys(
             ("k", "k_scale", "v", "v_scale", "k_smooth", "k_mean", "v_mean", "v_tile_means"), of_kv
         )
-        return replace(self, **{n: None if getattr(self, n) is None else getattr(self, n)[i] for n, i in heads.items()})
+        chosen: dict[str, Any] = {n: getattr(self, n) for n in heads}
+        return replace(self, **{n: None if of is None else of[heads[n]] for n, of in chosen.items()})
 
     def of_tiles(self, tiles: Tensor, size: int) -> Packed:
         """The same with some key tiles of ``size`` keys, int64 ``[T]``, one behind the other."""

@@ -110,8 +110,8 @@ class PackFormat:
     """How K and V lie in tiles; the macros of csrc/pack/pack.cu.
 
     ``k_lanes``: bits that a number of K takes; ``v_half``: V in FP16, else in E4M3; ``rotate``: K is rotated;
-    ``v_tile_means``: V without its means by tile; ``mask``: which keys count. Tiles of 64 keys (mma.sync's) are records of K, V and K's scales side
-    by side; those of 128 (wgmma's) lie in an array each.
+    ``v_tile_means``: V without its means by tile; ``mask``: which keys count. Tiles of 64 keys (mma.sync's) are
+    records of K, V and K's scales side by side; those of 128 (wgmma's) lie in an array each.
     """
 
     tile_keys: int = TILE_KEYS
@@ -176,7 +176,11 @@ def pack_instance(head_dim: int, dtype: torch.dtype, arch: str, form: PackFormat
             *((("V_TILE_MEANS", 1),) if form.v_tile_means else ()),
             *_mask_defines(form.mask),
         ),
-        header("pack", {"kDim": head_dim}, {"CLUSTERS": form.has_clusters} | _absent(V_TILE_MEANS=form.v_tile_means) | _mask_macros(form.mask)),
+        header(
+            "pack",
+            {"kDim": head_dim},
+            {"CLUSTERS": form.has_clusters} | _absent(V_TILE_MEANS=form.v_tile_means) | _mask_macros(form.mask),
+        ),
         spill_limit=16 if form.mask == "keys" else 0,  # (of 128 registers, which four blocks a multiprocessor leave)
     )
 
@@ -490,7 +494,7 @@ class WgmmaConfig:
             "kHidesLast": tile.consumers == 2 and (not in_two or self.restart),
             # where the unit for exponentials is what a tile waits for, some are a polynomial of the FMA units
             "kPolynomial": tile.halves_scores and self.sum_in_mma,
-            # (To ask whether a tile hides any, channels in two parts lack a register: the assembler serialises the MMAs.)
+            # (To ask whether a tile hides any, channels in two parts lack a register: the assembler would serialise.)
             **({"kTileSlots": _TILE_SLOTS, "kHidesAlways": in_two} if self.mask in ("bits", "bias") else {}),
             **({"kMeanSlots": _MEAN_SLOTS, "kMeanPitch": self.mean_pitch} if self.tile_means else {}),
             "kSharedBytes": self.shared_bytes,
@@ -521,8 +525,8 @@ class WgmmaConfig:
             self.header(),
             mma=(f"IGMMA.64x{scores}x32.S8.S8", f"QGMMA.64x{self.columns}x32.{sums}.E4M3.E4M3"),
             # The producer of four consumers has 32 registers, and time. (FP32 outputs and bits are one too many for
-            # consumers with FP16 sums over many tiles: such inputs are for tests. Biases come eight at a time, for which
-            # no consumer has room; they cost more than that in other ways.)
+            # consumers with FP16 sums over many tiles: such inputs are for tests. Biases come eight at a time, for
+            # which no consumer has room; they cost more than that in other ways.)
             spill_limit=640 if spills else 384 if self.consumers == 4 else 0,
             spills_anywhere=spills,
         )

@@ -14,7 +14,16 @@ from ...recipes.granularity import PerChannel, PerThread
 from ...recipes.named import RECIPES
 from ...recipes.options import AllTokens, RestartedMax, RunningMax
 from .arguments import Arguments, AttentionArgs
-from .instances import TILE_KEYS, Instance, MaskForm, PackFormat, WgmmaConfig, padded_head_dim, wgmma_config, wgmma_format
+from .instances import (
+    TILE_KEYS,
+    Instance,
+    MaskForm,
+    PackFormat,
+    WgmmaConfig,
+    padded_head_dim,
+    wgmma_config,
+    wgmma_format,
+)
 from .jit.bindings import compiler_reasons
 from .kernel import AttentionPlan, CudaKernel, PackedKV, Packing, out_strides, point_to_call, sizes
 from .launch import Kernel, load

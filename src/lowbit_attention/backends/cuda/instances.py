@@ -32,8 +32,8 @@ from .configs import (
 __all__ = [
     "CSRC", "DTYPE_CODES", "HEAD_DIMS", "INT4_MMA_ARCHS", "MANIFEST", "MMA_ARCHS", "MMA_GEOMETRY", "MMA_RECIPES",
     "TILE_KEYS", "WGMMA_FORMAT", "WGMMA_RECIPES", "Instance", "MaskForm", "MmaConfig", "PackFormat", "WgmmaConfig",
-    "mask_instance", "mma_config",
-    "mma_recipes", "pack_instance", "packed_mask", "padded_head_dim", "smooth_q_instance", "wgmma_config", "wgmma_format",
+    "mask_instance", "mma_config", "mma_recipes", "pack_instance", "packed_mask", "padded_head_dim",
+    "smooth_q_instance", "wgmma_config", "wgmma_format",
 ]  # fmt: skip
 
 

@@ -293,11 +293,13 @@ class CudaKernel(Implementation):
 
 @lru_cache(maxsize=256)
 def _seen_part(request: Request) -> tuple[int, int, Request]:
-    """What causality leaves of a request without a mask: the first row that sees a key, how many keys some row sees, and
-    the request of these. Others would count in scales and means."""
+    """What causality leaves of a request without a mask: others would count in scales and means.
+
+    The first row that sees a key, how many keys some row sees, and the request of these.
+    """
     offset = request.causal_offset or 0
     first, keys = min(max(0, -offset), request.q_len), max(0, min(request.kv_len, request.q_len + offset))
-    if first == 0 and keys == request.kv_len or first == request.q_len or keys == 0:
+    if (first == 0 and keys == request.kv_len) or first == request.q_len or keys == 0:
         return 0, request.kv_len, request
     return first, keys, replace(request, q_len=request.q_len - first, kv_len=keys)
 

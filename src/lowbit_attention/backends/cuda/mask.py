@@ -16,7 +16,7 @@ from .packing import aligned
 
 _ROWS = 64
 """Rows of a block of bits (kMaskRows)."""
-_PREPARED = {name for name, _ in MaskArgs._fields_}
+_PREPARED = {field[0] for field in MaskArgs._fields_}
 _LIST_THREADS, _BITS_THREADS, _TILES_A_BLOCK = 1024, 256, 16
 
 
@@ -70,7 +70,11 @@ class MaskPlan:
                 **sizes,
                 "tile_lists": 4 * planes * q_blocks * (1 + tiles),
                 "tile_seen": planes * row_blocks * tiles,
-                **({"bits": places // 8} if form == "bits" else {"bias": 2 * places, "row_bias": 4 * planes * row_blocks * _ROWS}),
+                **(
+                    {"bits": places // 8}
+                    if form == "bits"
+                    else {"bias": 2 * places, "row_bias": 4 * planes * row_blocks * _ROWS}
+                ),
             }
         offsets, end = {}, 0
         for name, size in sizes.items():

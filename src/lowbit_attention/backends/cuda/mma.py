@@ -116,7 +116,9 @@ class MmaAttention(CudaKernel):
         dim = padded_head_dim(max(request.head_dim, request.v_head_dim))
         assert dim is not None  # (else the request is not supported)
         config = self._config(recipe, dim, request.device, mask_form(request))
-        smooth_q = [smooth_q_instance(dim, request.dtype, config.arch, packed_mask(config.mask))] if recipe.smooth_q else []
+        smooth_q = (
+            [smooth_q_instance(dim, request.dtype, config.arch, packed_mask(config.mask))] if recipe.smooth_q else []
+        )
         return [config.instance(), *smooth_q]
 
     def make_plan(self, request: Request, recipe: Recipe, packing: Packing) -> MmaPlan:

@@ -52,7 +52,9 @@ class SmoothQ:
         block_bytes, most_bytes = config.groups * delta_stride * 4, max(_MOST_DELTA_BYTES, pack.layout.size // 4)
         heads_a_chunk, levels_a_chunk = delta_chunk(min(heads, MOST_ROWS), q_blocks, block_bytes, most_bytes)
         delta = aligned(heads * query_tiles * pack.dim * 4)
-        query_means, delta_s = _kernels(pack.dim, request.dtype, config.arch, packed_mask(config.mask), request.device.index)
+        query_means, delta_s = _kernels(
+            pack.dim, request.dtype, config.arch, packed_mask(config.mask), request.device.index
+        )
         arguments = SmoothArgs(
             **sizes(request, pack),
             delta_stride=delta_stride,

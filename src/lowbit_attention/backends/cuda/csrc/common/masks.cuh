@@ -43,6 +43,8 @@ struct MaskArgs {
   __device__ __forceinline__ i32 row_of(i32 row) const { return row_blocks == 1 ? row % kMaskRows : row; }
 };
 
+[[maybe_unused]] constexpr u16 kHidingHalf = 0xFC00;  // −∞ in FP16
+
 #if MASK_BIAS
 struct Visible {  // of a thread's two rows the biases of its keys
   const u16* bias[2];

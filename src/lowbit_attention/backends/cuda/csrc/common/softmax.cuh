@@ -38,8 +38,10 @@ __device__ __forceinline__ void largest_logit(i32 (&scores)[64], float factor, c
       for (int j = 0; j < 8; ++j) {
         i32& s = scores[16 * part + j / 2 * 4 + 2 * half + j % 2];
         const u32 pair = eight.word[j / 2];
-        const float bias = cvt_f32_f16(u16(j % 2 ? pair >> 16 : pair));
-        const float x = __fmaf_rn(bias, kLog2e, __fmul_rn(float(s), factor));
+        const u16 bias = u16(j % 2 ? pair >> 16 : pair);
+        const float biased = __fmaf_rn(cvt_f32_f16(bias), kLog2e, __fmul_rn(float(s), factor));
+        // (Hidden, whatever the score: NaN, if another key of its scale is. Where there is a register for it.)
+        const float x = !kHidesAlways && bias == kHidingHalf ? -kInfinity : biased;
         s = __float_as_int(x);
         m[half] = max_nan_f32(m[half], x);
       }
@@ -50,20 +52,22 @@ __device__ __forceinline__ void largest_logit(i32 (&scores)[64], float factor, c
 template <bool kMasked>
 __device__ __forceinline__ void largest_logit(i32 (&scores)[64], float factor, const Visible& visible, float (&m)[2]) {
   i32 top[2] = {kHidden, kHidden};
-  bool hides = kMasked;
 #if MASK_BITS  // (most masks leave most tiles alone)
-  hides = kHidesAlways || __any_sync(0xFFFFFFFF, (visible.bits[0] & visible.bits[1]) != 0xFFFFFFFF);
-#endif
-  if (hides) {
+  if (kHidesAlways || __any_sync(0xFFFFFFFF, (visible.bits[0] & visible.bits[1]) != 0xFFFFFFFF)) {
 #pragma unroll
     for (int i = 0; i < 64; ++i) {
       if (visible.hides(i)) scores[i] = kHidden;
     }
   }
+#endif
 #pragma unroll
   for (int i = 0; i < 64; ++i) {
     const int half = i / 2 % 2;
-    top[half] = max(top[half], scores[i]);
+    i32& s = scores[i];
+    if constexpr (kMasked && !MASK_BITS) {
+      if (visible.hides(i)) s = kHidden;
+    }
+    top[half] = max(top[half], s);
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

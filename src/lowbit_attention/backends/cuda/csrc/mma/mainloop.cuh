@@ -112,7 +112,7 @@ struct Warp {
 #if MASK_BIAS
       constexpr float kLog2e = 1.4426950408889634f;
       const u16 bias = visible.bias[i / 2 % 2][i / 4 * 2 + i % 2];
-      s[i] = __float_as_int(__fmaf_rn(cvt_f32_f16(bias), kLog2e, x));
+      s[i] = __float_as_int(bias == kHidingHalf ? -kInfinity : __fmaf_rn(cvt_f32_f16(bias), kLog2e, x));
 #else
       s[i] = visible.hides(i) ? __float_as_int(-kInfinity) : __float_as_int(x);
 #endif
