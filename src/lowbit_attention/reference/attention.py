@@ -140,7 +140,7 @@ def _of_listed_keys(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, means: Means,
 def _attend_by_work_tiles(
     packed: Packed, recipe: Recipe, sm_scale: float, masking: Masking, machine: Machine, key_splits: int, rows: int
 ) -> tuple[Tensor, Tensor]:
-    """`_attend`, each block of ``rows`` query rows with the key tiles that some of them see, as if there were no more."""
+    """`_attend`, each block of ``rows`` query rows with those key tiles that some of them see, as if they were all."""
     mask = masking.mask
     assert mask is not None
     batch, heads, length = packed.q.shape[:3]

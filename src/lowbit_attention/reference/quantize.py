@@ -74,7 +74,8 @@ class Packed:
             ("k", "k_scale", "v", "v_scale", "k_smooth", "k_mean", "v_mean", "v_tile_means"), of_kv
         )
         chosen: dict[str, Any] = {n: getattr(self, n) for n in heads}
-        return replace(self, **{n: None if of is None else of[heads[n]] for n, of in chosen.items()})
+        chosen = {n: None if of is None else of[heads[n]] for n, of in chosen.items()}
+        return replace(self, **chosen)
 
     def of_tiles(self, tiles: Tensor, size: int) -> Packed:
         """The same with some key tiles of ``size`` keys, int64 ``[T]``, one behind the other."""
