@@ -27,7 +27,7 @@ from .instances import (
 from .jit.bindings import compiler_reasons
 from .kernel import AttentionPlan, CudaKernel, PackedKV, Packing, out_strides, point_to_call, sizes
 from .launch import Kernel, load
-from .mask import MaskPlan, mask_form
+from .mask import MaskPlan, mask_form, mask_remark
 from .packing import aligned
 from .schedule import WorkTiles, heads_side_by_side, log2_rounded_down, schedule, sm_count, work_tiles
 from .speeds import speedup
@@ -41,7 +41,7 @@ class HopperAttention(CudaKernel):
     auto_recipes = (RECIPES["fast_8b"], RECIPES["sage2pp_8b"], RECIPES["sage2_8b"])
 
     def remark(self, request: Request) -> str:
-        return f"runs it, with tiles of {WgmmaConfig.geometry}"
+        return f"runs it, with tiles of {WgmmaConfig.geometry}{mask_remark(request)}"
 
     def measured_speedup(self, request: Request, recipe: Recipe) -> float | None:
         return speedup(request, recipe)

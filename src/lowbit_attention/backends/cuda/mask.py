@@ -29,6 +29,19 @@ def mask_form(request: Request) -> MaskForm:
     return "keys" if lists_keys(request.mask_shape, request.q_heads, request.kv_heads, request.is_causal) else "bits"
 
 
+_REMARKS: dict[MaskForm, str] = {
+    "none": "",
+    "keys": "; only the keys that the mask shows are packed",
+    "bits": "; the mask as a bit a score, and only the key tiles that some of a block's queries see",
+    "bias": "; the mask as FP16 biases, and only the key tiles that some of a block's queries see",
+}
+
+
+def mask_remark(request: Request) -> str:
+    """What `explain` says of a request's mask."""
+    return _REMARKS[mask_form(request)]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MaskPlan:
     """The launches that prepare a request's mask, and where what they write lies in ``size`` bytes of memory.

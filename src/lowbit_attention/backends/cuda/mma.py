@@ -35,7 +35,7 @@ from .instances import (
 from .jit.bindings import compiler_reasons
 from .kernel import AttentionPlan, CudaKernel, PackedKV, Packing, out_strides, point_to_call, sizes
 from .launch import Kernel, load
-from .mask import MaskPlan, mask_form
+from .mask import MaskPlan, mask_form, mask_remark
 from .packing import has_dependent_launch
 from .schedule import heads_side_by_side, log2_rounded_down, schedule
 from .smooth_q import SmoothQ
@@ -89,6 +89,9 @@ class MmaAttention(CudaKernel):
     def machine(self, device: torch.device) -> Machine:
         """Whose numbers its results have: tiles and accumulators."""
         return MACHINES[{"sm_89": "sm_89", "sm_120": "sm_120a"}.get(_arch(device) or "", "sm_80")]
+
+    def remark(self, request: Request) -> str:
+        return f"{super().remark(request)}{mask_remark(request)}"
 
     def device_reasons(self, device: torch.device) -> tuple[str, ...]:
         return _device_reasons(device)
