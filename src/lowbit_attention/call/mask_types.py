@@ -188,16 +188,16 @@ def as_tensor(mask: Mask | None, q: Tensor, k: Tensor) -> Tensor | None:
         return (_positions(keys, q) < mask.kv_lens[:, None])[:, None, None]
     if isinstance(mask, BlockMask):
         return _blocks(mask, (batch, heads, rows, keys))
-    copies = 1 if isinstance(mask, Window) else mask.slopes.numel()
-    _check_size(copies * rows * keys * 8, mask)  # (distances are int64)
-    distance = _positions(keys, q) - _positions(rows, q)[:, None] - (keys - rows)
     if isinstance(mask, Window):
-        visible = torch.ones_like(distance, dtype=torch.bool)
+        _check_size(rows * keys, mask)
+        visible = q.new_ones(rows, keys, dtype=torch.bool)
         if mask.left is not None:
-            visible &= distance >= -mask.left
+            visible = visible.triu_(keys - rows - mask.left)
         if mask.right is not None:
-            visible &= distance <= mask.right
+            visible = visible.tril_(keys - rows + mask.right)
         return visible[None, None]
+    _check_size(mask.slopes.numel() * rows * keys * 8, mask)  # (distances are int64)
+    distance = _positions(keys, q) - _positions(rows, q)[:, None] - (keys - rows)
     slopes = mask.slopes if mask.slopes.dim() == 2 else mask.slopes[None]
     if slopes.shape[1] != heads or slopes.shape[0] not in (1, batch):
         fail(f"slopes of shape {tuple(mask.slopes.shape)}, and q has a batch of {batch} and {heads} heads")

@@ -84,14 +84,11 @@ class MmaAttention(CudaKernel):
         how = "" if arch in _AUTO else f"; on {arch} FP8 and INT4 MMAs are made of others: right, not fast"
         if request.recipe is not None and request.recipe.qk_bits == 4 and arch not in INT4_MMA_ARCHS:
             how += f"; 4-bit numbers lie in INT8 lanes on {arch}: INT8's speed"
-        return f"runs it, with tiles of {MMA_GEOMETRY}{how}"
+        return f"runs it, with tiles of {MMA_GEOMETRY}{how}{mask_remark(request)}"
 
     def machine(self, device: torch.device) -> Machine:
         """Whose numbers its results have: tiles and accumulators."""
         return MACHINES[{"sm_89": "sm_89", "sm_120": "sm_120a"}.get(_arch(device) or "", "sm_80")]
-
-    def remark(self, request: Request) -> str:
-        return f"{super().remark(request)}{mask_remark(request)}"
 
     def device_reasons(self, device: torch.device) -> tuple[str, ...]:
         return _device_reasons(device)

@@ -16,6 +16,8 @@ from .instances import DTYPE_CODES, HEAD_DIMS
 
 _LARGEST_LENGTH = 1 << 30
 """Tokens; so that sums of two lengths stay in 32 bits."""
+_MOST_MASKED_KEYS = 1 << 25
+"""Keys; so that at 16 tiles of 64 a thread block there are no more blocks than a grid's second dimension has."""
 _MOST_SAMPLED = 1024
 """Tokens of a sample of K (the packing kernels find them in 32 bits)."""
 
@@ -36,6 +38,8 @@ def request_reasons(request: Request) -> list[str]:
         reasons.append(f"like={request.machine.name!r} asks for an emulation")
     if 0 in (request.batch, request.q_heads, request.kv_heads, request.q_len, request.kv_len, request.v_head_dim):
         reasons.append("the call is empty")
+    if request.mask != "none" and request.kv_len > _MOST_MASKED_KEYS:
+        reasons.append(f"with a mask it takes up to {_MOST_MASKED_KEYS} keys")
     if max(request.q_len, request.kv_len) > _LARGEST_LENGTH:
         reasons.append(f"it takes up to {_LARGEST_LENGTH} tokens")
     return reasons
