@@ -207,3 +207,14 @@ def mean_logits(q, k_mean, sm_scale):
         return torch.zeros(q.shape[:3], device=q.device)
     mean = k_mean.repeat_interleave(q.shape[1] // k_mean.shape[1], dim=1).abs()
     return torch.einsum("bhnd,bhd->bhn", q.float().abs() * abs(sm_scale), mean)
+
+
+def seen_part(q, k, causal_offset):
+    """What causality leaves of a call, if not all: the first row that sees a key, how many keys some row sees, and the
+    offset of these. Kernels run this part alone, so that nothing else counts in means and scales."""
+    if causal_offset is None:
+        return None
+    first, end = max(0, -causal_offset), min(k.shape[2], q.shape[2] + causal_offset)
+    if (first == 0 and end == k.shape[2]) or first >= q.shape[2] or end <= 0:
+        return None
+    return first, end, causal_offset + first

@@ -1,4 +1,4 @@
-"""Faults on a GPU that were known, each with the right answer (see tests/cpu/test_known_faults.py)."""
+"""Faults on a GPU that were known, each with the right answer: S20 (see tests/cpu/test_known_faults.py)."""
 
 import pytest
 import torch

@@ -49,7 +49,7 @@ class Maker:
 
     def tokens(self, *size: int) -> Tensor:
         """Random token ids that every vocabulary has."""
-        return torch.randint(1, 1000, size, generator=self._generator, device=self.device)
+        return torch.randint(1, 1000, size, generator=self._generator, device=self.device, dtype=torch.int64)
 
     def full(self, size: int, value: float, dtype: torch.dtype = _DTYPE) -> Tensor:
         """``size`` times the same number: a timestep, say."""
@@ -57,7 +57,8 @@ class Maker:
 
     def mask(self, lengths: Sequence[int], padded: int) -> Tensor:
         """Bool ``[B, padded]``, true for each row's first tokens."""
-        return torch.arange(padded, device=self.device) < torch.tensor(lengths, device=self.device)[:, None]
+        key = torch.arange(padded, device=self.device, dtype=torch.int64)
+        return key < torch.tensor(lengths, device=self.device, dtype=torch.int64)[:, None]
 
 
 Build = Callable[[Maker, Any, Sizes], StepInputs]
@@ -136,7 +137,7 @@ def _making(device: torch.device) -> Iterator[None]:
 
 def _flux(make: Maker, config: Any, sizes: Sizes) -> StepInputs:
     side, text = sizes["side"], sizes["text"]
-    at = torch.arange(side, device=make.device).to(_DTYPE)
+    at = torch.arange(side, device=make.device, dtype=torch.int64).to(_DTYPE)
     rows, columns = at.repeat_interleave(side), at.repeat(side)
     return StepInputs(
         {

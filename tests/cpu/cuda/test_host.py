@@ -119,7 +119,7 @@ def test_a_call_has_its_own_addresses(launches, monkeypatch, kind, name, layout,
         ours = []
         monkeypatch.setattr(kernel, "loadable", lambda x, ours=ours: ours.append(packing.loadable(x)) or ours[-1])
         memory = torch.empty(plan.workspace_size, dtype=torch.uint8)
-        out, lse = host.run_in(memory, q, k, v, None, 0.1, plan)
+        out, lse = host.run_in(memory, q, k, v, 0.1, plan)
         assert out.shape == (*q.shape[:3], v.shape[3])
         assert (out.transpose(1, 2) if layout == "NHD" else out).stride(-1) == 1
         assert lse.shape == q.shape[:3]
@@ -234,12 +234,12 @@ def launched(host, launches, masked, name):
     plan = host.plan(request, recipe(name))
     memory = torch.full((plan.workspace_size,), 0xAA, dtype=torch.uint8)
     launches.clear()
-    host.run_in(memory, q, k, v, attn_mask, 0.1, plan)
+    host.run_in(memory, q, k, v, 0.1, plan, attn_mask)
     of = {kernel_name: (grid, args) for kernel_name, grid, _, args in reversed(launches)}
     return of, plan, memory, attn_mask, form
 
 
-def part_sizes(kind, shape, grouped, form, q_rows):
+def part_sizes(kind, shape, grouped, form, q_rows, alike):
     """Bytes of each part as csrc/common/masks.cuh and mask.cu declare them."""
     lists, planes = shape[0] * (1 if shape[1] == 1 else H // 2 if grouped else H), shape[0] * shape[1]
     of_keys = {"key_counts": 4 * lists, "keys": 4 * lists * M}
@@ -247,6 +247,7 @@ def part_sizes(kind, shape, grouped, form, q_rows):
         return of_keys
     tile = 128 if kind is HopperAttention else 64
     tiles, row_blocks, q_blocks = (math.ceil(a / b) for a, b in ((M, tile), (N, 64), (N, q_rows)))
+    row_blocks = 1 if alike else row_blocks
     return of_keys | {
         "key_seen": lists * tiles * tile // 8,
         "row_seen": planes * row_blocks * 64,
@@ -276,9 +277,10 @@ def test_a_mask_is_prepared_before_k_and_v_are_packed(launches, kind, name, mask
     grouped = plan.request.kv_heads < H
     q_rows, tile = q_rows_of(host, name, plan.request), 128 if kind is HopperAttention else 64
     lists = batches * (1 if heads == 1 else plan.request.kv_heads)
+    row_blocks = 1 if attn_mask.shape[2] == 1 and not plan.request.is_causal else math.ceil(N / 64)
     assert of["list_keys"][0] == (lists, 1, 1)
     if form == "bits":
-        assert of["pack_bits"][0] == (batches * heads * math.ceil(N / 64), math.ceil(M / tile / 16), 1)
+        assert of["pack_bits"][0] == (batches * heads * row_blocks, math.ceil(M / tile / 16), 1)
         assert of["list_tiles"][0] == (batches * heads * math.ceil(N / q_rows), 1, 1)
     args = of["list_keys"][1]
     assert args.mask == attn_mask.data_ptr()
@@ -287,7 +289,7 @@ def test_a_mask_is_prepared_before_k_and_v_are_packed(launches, kind, name, mask
     assert (args.q_len, args.kv_len, args.group) == (N, M, 2 if grouped and heads > 1 else 1)
     assert args.causal_offset == (M - N if plan.request.is_causal else M)
     assert args.lists_seen == (form == "bits")
-    assert (args.tiles, args.row_blocks) == (math.ceil(M / tile), math.ceil(N / 64))
+    assert (args.tiles, args.row_blocks) == (math.ceil(M / tile), row_blocks)
     assert (args.q_blocks, args.row_blocks_a_block * 64) == (math.ceil(N / q_rows), q_rows)
 
 
@@ -298,7 +300,8 @@ def test_a_prepared_mask_has_its_own_memory(launches, kind, name, masked):
     host = kind()
     of, plan, memory, _, form = launched(host, launches, masked, name)
     shape, grouped, *_ = MASKS[masked]
-    sizes = part_sizes(kind, shape, grouped, form, q_rows_of(host, name, plan.request))
+    alike = shape[2] == 1 and not plan.request.is_causal
+    sizes = part_sizes(kind, shape, grouped, form, q_rows_of(host, name, plan.request), alike)
     args = of["list_keys"][1]
     places = {part: getattr(args, part) - memory.data_ptr() for part in sizes}
     spans = sorted((at, at + sizes[part]) for part, at in places.items())

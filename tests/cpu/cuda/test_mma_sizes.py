@@ -270,13 +270,13 @@ def expected_instances():
         names = [n for n in MMA_RECIPES if not (arch in ("sm_80", "sm_86") and RECIPES[n].pv_format == "e4m3")]
         dtypes = DTYPE_CODES if arch == "sm_90" else (torch.float16, torch.bfloat16)
         found.add(mask_instance(MMA_GEOMETRY.b_k, arch))
-        int4s, masks = (None, True) if arch == "sm_90" else (None,), ("none", "keys", "bits")
+        int4s, masks = (None, True) if arch == "sm_90" else (None,), ("none", "keys", "bits", "bias")
         for name, dim, int4, mask in itertools.product(names, HEAD_DIMS, int4s, masks):
             config = mma_config(RECIPES[name], dim, arch, int4, mask)
             found.add(config.instance())
             found |= {pack_instance(dim, dtype, arch, config.form) for dtype in dtypes}
             if RECIPES[name].smooth_q:
-                found |= {smooth_q_instance(dim, dtype, arch, mask) for dtype in dtypes}
+                found |= {smooth_q_instance(dim, dtype, arch, config.form.mask) for dtype in dtypes}
     return found
 
 

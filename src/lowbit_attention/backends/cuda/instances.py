@@ -140,5 +140,5 @@ def mma_recipes(arch: str) -> tuple[str, ...]:
     return tuple(n for n in MMA_RECIPES if arch not in ("sm_80", "sm_86") or RECIPES[n].pv_format == "fp16")
 
 
-MANIFEST: tuple[Instance, ...] = tuple(_manifest())
+MANIFEST: tuple[Instance, ...] = tuple(dict.fromkeys(_manifest()))
 """Every instance that a named recipe can ask for."""

@@ -187,10 +187,17 @@ class CudaKernel(Implementation):
                 return _behind_blind_rows(first, out, lse)
         plan = self.plan(request, recipe)
         memory = torch.empty(plan.workspace_size, dtype=torch.uint8, device=q.device)
-        return self.run_in(memory, q, k, v, mask, sm_scale, plan)
+        return self.run_in(memory, q, k, v, sm_scale, plan, mask)
 
     def run_in(
-        self, memory: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sm_scale: float, plan: AttentionPlan
+        self,
+        memory: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sm_scale: float,
+        plan: AttentionPlan,
+        mask: Tensor | None = None,
     ) -> Output:
         """A whole call on the current device, in ``plan.workspace_size`` bytes of ``memory``, whatever they hold."""
         q, k, v = loadable(q), loadable(k), loadable(v)
