@@ -111,19 +111,18 @@ def test_real_models(name, dtype, compiled_by):
     import model_cases
 
     torch._dynamo.reset()
-    # where transformers is traced it cannot know that nothing is padded and passes a mask, which no kernel takes yet
-    implementation = "emulation" if compiled_by and name != "minilm" else KERNEL
-    model_cases.check(MODELS[name](model_cases).to(DEVICE, dtype), compiled_by, implementation=implementation)
+    # (where transformers is traced it cannot know that nothing is padded and passes a mask)
+    model_cases.check(MODELS[name](model_cases).to(DEVICE, dtype), compiled_by, implementation=KERNEL)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
-def test_padded_models_are_emulated(name):
-    """Masks are not in the kernel: the recipe runs all the same, and the report says where."""
+def test_padded_models_run_on_the_kernel(name):
+    """With their masks; the report says where."""
     pytest.importorskip("transformers", reason="needs the extra demo")
     import model_cases
 
     case = getattr(model_cases, name)(padded=True, length=96).to(DEVICE, torch.float32)
-    model_cases.check(case, None, implementation="emulation")
+    model_cases.check(case, None, implementation=KERNEL)
 
 
 # ---- CUDA graphs
