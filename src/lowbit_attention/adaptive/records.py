@@ -262,6 +262,8 @@ def _copy(record: Record) -> Record:
 
 def _record(call: dict[str, Any], recipes: Iterable[str]) -> Record:
     key, shape = key_of(call), parse_shape(text_of(call["shape"], "shape"))
+    if shape.mask:
+        raise ValueError(f"the shape {shown(shape.name)} names a mask of the benchmark")
     dtype, mask = text_of(call["dtype"], "dtype"), text_of(call["mask"], "mask")
     record = Record(key, shape, dtype, mask, count_of(call["count"], "count"))
     record.problem = text_of(call.get("problem", ""), "problem")

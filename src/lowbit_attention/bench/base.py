@@ -39,13 +39,15 @@ class Provider(ABC):
         return None
 
     @abstractmethod
-    def prepare(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> dict[Part, Call]:
+    def prepare(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> dict[Part, Call]:
         """Everything that is done once, and what is then timed.
 
         Args:
             q: ``[B, Hq, Nq, D]``, contiguous; k, v: ``[B, Hkv, Nk, D]``.
+            mask: the one that the shape names.
         Returns:
-            Functions that queue one call on the current stream; their first tensor is the output.
+            Functions that queue one call on the current stream; their first tensor is the output. One that raises
+            `Unsupported` is left out, with a note.
 
         Raises:
             Unsupported: not this shape, or not on this machine.
@@ -94,6 +96,12 @@ def need_cuda(q: Tensor) -> None:
     """Refuse tensors that are not on a GPU."""
     if q.device.type != "cuda":
         raise Unsupported("it runs on CUDA devices only")
+
+
+def need_no_mask(mask: Tensor | None, why: str) -> None:
+    """Refuse a mask."""
+    if mask is not None:
+        raise Unsupported(f"no mask is timed with it: {why}")
 
 
 def need_square_causal(shape: Shape) -> None:

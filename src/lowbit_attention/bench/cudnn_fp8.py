@@ -20,6 +20,7 @@ from .base import (
     import_problem,
     load,
     need_cuda,
+    need_no_mask,
     need_square_causal,
     package_version,
 )
@@ -43,8 +44,9 @@ class CudnnFp8(Provider):
     def not_available_reason(self) -> str | None:
         return import_problem("cudnn", "pip install nvidia-cudnn-frontend")
 
-    def prepare(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> dict[Part, Call]:
+    def prepare(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> dict[Part, Call]:
         need_cuda(q)
+        need_no_mask(mask, "its graph is built without one")
         need_square_causal(shape)  # bottom-right is refused on Hopper
         if torch.cuda.get_device_capability(q.device) < (9, 0):
             raise Unsupported("cuDNN's FP8 attention needs compute capability 9.0 or newer")

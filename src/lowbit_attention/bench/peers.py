@@ -15,6 +15,7 @@ from .base import (
     is_installed,
     load,
     need_cuda,
+    need_no_mask,
     need_square_causal,
     package_version,
 )
@@ -52,8 +53,9 @@ class FlashAttention3(Peer):
     packages = ("flash-attn-3", "flash_attn_3")
     how = "build the folder hopper of github.com/Dao-AILab/flash-attention"
 
-    def prepare(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> dict[Part, Call]:
+    def prepare(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> dict[Part, Call]:
         need_cuda(q)
+        need_no_mask(mask, "FlashAttention-3's function takes none")
         attend = load(self.module).flash_attn_func
         q, k, v = _nhd(q, k, v)
         return {"whole": lambda: attend(q, k, v, causal=shape.is_causal)}  # its causality is bottom-right, as ours
@@ -67,8 +69,9 @@ class SageAttention(Peer):
     packages = ("sageattention",)
     how = "build github.com/thu-ml/SageAttention"
 
-    def prepare(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> dict[Part, Call]:
+    def prepare(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> dict[Part, Call]:
         need_cuda(q)
+        need_no_mask(mask, "its function is called without one")
         need_square_causal(shape)
         attend = load(self.module).sageattn
         return {"whole": lambda: attend(q, k, v, tensor_layout="HND", is_causal=shape.is_causal)}
@@ -88,8 +91,9 @@ class ComfyKitchen(Peer):
             return f"comfy-kitchen {self.version()} has no int8_attention: pip install -U comfy-kitchen"
         return problem
 
-    def prepare(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> dict[Part, Call]:
+    def prepare(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> dict[Part, Call]:
         need_cuda(q)
+        need_no_mask(mask, "its function is called without one")
         if shape.is_causal:
             raise Unsupported("its INT8 attention has no causality")
         kitchen = load(self.module)
@@ -111,8 +115,9 @@ class Xformers(Peer):
     def not_available_reason(self) -> str | None:
         return super().not_available_reason() or import_problem("xformers.ops", self.how)
 
-    def prepare(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> dict[Part, Call]:
+    def prepare(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> dict[Part, Call]:
         need_cuda(q)
+        need_no_mask(mask, "it is called with causality alone")
         need_square_causal(shape)
         if shape.q_heads != shape.kv_heads:
             raise Unsupported("groups of query heads would need copies of K and V")

@@ -39,31 +39,39 @@ class Ours(Provider):
     def version(self) -> str:
         return __version__
 
-    def prepare(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> dict[Part, Call]:
+    def prepare(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> dict[Part, Call]:
         recipe, causal = self.recipe, shape.is_causal
-        chosen = explain(q, k, v, recipe=recipe, is_causal=causal)
+        chosen = explain(q, k, v, recipe=recipe, is_causal=causal, attn_mask=mask)
         if chosen.implementation is None:
             raise Unsupported("; ".join(f"{v.implementation}: {r}" for v in chosen.verdicts for r in v.reasons))
-        parts: dict[Part, Call] = {"whole": lambda: attention(q, k, v, recipe=recipe, is_causal=causal)}
+        parts: dict[Part, Call] = {"whole": lambda: attention(q, k, v, recipe=recipe, is_causal=causal, attn_mask=mask)}
         if q.device.type != "cuda":
             return parts
         if chosen.implementation == Emulation.name:
             why = [f"{v.implementation}: {'; '.join(v.reasons)}" for v in chosen.verdicts if not v.chosen]
             raise Unsupported("no kernel here, only the emulation" + (f" ({' | '.join(why)})" if why else ""))
-        if kernel := _kernel_alone(chosen.implementation, q, k, v, recipe, causal):
+        if kernel := _kernel_alone(chosen.implementation, q, k, v, recipe, causal, mask):
             parts["kernel"] = kernel
         return parts
 
 
-def _kernel_alone(implementation: str, q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, is_causal: bool) -> Call | None:
+def _kernel_alone(
+    implementation: str, q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, is_causal: bool, mask: Tensor | None
+) -> Call | None:
     """Our attention kernel on inputs that are packed here, once; ``None`` where there is no such kernel."""
     kernel = next((one for one in IMPLEMENTATIONS if one.name == implementation), None)
     if not isinstance(kernel, CudaKernel):
         return None
+    if mask is not None:
+        return _refuse_mask_alone
     try:
         return kernel.kernel_alone(q, k, v, recipe, is_causal)
     except UnsupportedError:
         return None
+
+
+def _refuse_mask_alone() -> object:
+    raise Unsupported("the kernel alone takes no mask, so only whole calls are timed with one")
 
 
 class TorchSdpa(Provider):
@@ -80,11 +88,13 @@ class TorchSdpa(Provider):
         cudnn: Any = torch.backends.cudnn
         return "this PyTorch has no cuDNN" if self.backend == "cudnn" and not cudnn.is_available() else None
 
-    def prepare(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> dict[Part, Call]:
+    def prepare(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> dict[Part, Call]:
         need_square_causal(shape)  # torch's is top-left
         if self.backend == "cudnn":
             need_cuda(q)
         options: dict[str, Any] = {"is_causal": shape.is_causal}
+        if mask is not None:
+            options = {"attn_mask": _with_causality(mask, shape) if shape.is_causal else mask}
         if shape.q_heads != shape.kv_heads:
             if Version(torch.__version__) < Version("2.5"):
                 raise Unsupported(f"torch {torch.__version__} has no enable_gqa; 2.5 or newer has")
@@ -100,6 +110,12 @@ class TorchSdpa(Provider):
                 why = dict.fromkeys(str(w.message).partition(" (Triggered")[0].strip() for w in caught)
                 raise Unsupported("; ".join(why) or first_line(error)) from error
         return {"whole": call}
+
+
+def _with_causality(mask: Tensor, shape: Shape) -> Tensor:
+    """Both in one mask, as callers of torch write them: it takes a mask or causality. Made once, not timed."""
+    sees = torch.ones(shape.q_len, shape.kv_len, dtype=torch.bool, device=mask.device).tril_()
+    return mask & sees if mask.dtype == torch.bool else mask.masked_fill(~sees, float("-inf"))
 
 
 def _only(backend: str | None, call: Call) -> Call:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .base import Call, Part, Provider, first_line
+from .masks import make_mask
 from .results import Facts, Measurement, collect_facts, tops, with_ratios
 from .sensors import Reading, Sensors, median_reading, open_sensors
 from .shapes import Shape
@@ -158,17 +159,19 @@ def _measure_shape(shape: Shape, providers: Sequence[Provider], bench: _Bench) -
         timer.settle()  # an error that broke the CUDA context breaks everything after it: here the run ends
         return False
 
-    inputs: list[Tensor] = []
-    if not attempt(
-        "all", "inputs",
-        lambda: inputs.extend(make_inputs(shape, settings.device, DTYPES[settings.dtype], settings.seed)),
-    ):  # fmt: skip
+    inputs: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+
+    def make() -> None:
+        options = (settings.device, DTYPES[settings.dtype], settings.seed)
+        inputs.append((*make_inputs(shape, *options), make_mask(shape, *options)))
+
+    if not attempt("all", "inputs", make):
         return ShapeResult(shape, notes=notes)
-    q, k, v = inputs
+    ((q, k, v, mask),) = inputs
     for provider in providers:
 
         def prepare(provider: Provider = provider) -> None:
-            for part, call in provider.prepare(shape, q, k, v).items():
+            for part, call in provider.prepare(shape, q, k, v, mask).items():
                 found[provider.name, part] = _Candidate(call)
 
         attempt(provider.name, f"preparing {provider.name}", prepare)

@@ -1,21 +1,36 @@
-"""The shapes that are timed: a grid, real models' calls, a quick handful, and any other by its text."""
+"""The shapes that are timed: a grid, real models' calls, a quick handful, one with each mask, any other by its text."""
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import InvalidArgumentError, shown
 
+MASKS: dict[str, str] = {
+    "padding": "B11K",
+    "holes": "B11K",
+    "bits": "11QK",
+    "seen": "11QK",
+    "blocks": "11QK",
+    "bias": "11QK",
+    "key_bias": "B11K",
+    "bits_by_head": "BHQK",
+}
+"""The masks that a shape can name, and their dimensions; `masks.make_mask` makes them."""
+FLOAT_MASKS = ("bias", "key_bias")
+"""Those that are added to the logits, 16-bit floats; the others are bool."""
+
 _SIZE = "([0-9]{1,12})"
-_TEXT = re.compile(rf"{_SIZE}x{_SIZE}(?:/{_SIZE})?x{_SIZE}(?:,{_SIZE})?x{_SIZE}(:causal)?")
+_TEXT = re.compile(rf"{_SIZE}x{_SIZE}(?:/{_SIZE})?x{_SIZE}(?:,{_SIZE})?x{_SIZE}(:causal)?(?::({'|'.join(MASKS)}))?")
 _LARGEST_SIZE = 2**31 - 1
 """Of a dimension: what kernels count tokens in."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention call; lengths are tokens, causality is bottom-right."""
+    """One attention call; lengths are tokens, causality is bottom-right, ``mask`` is one of `MASKS`."""
 
     name: str
     batch: int
@@ -25,6 +40,7 @@ class Shape:
     kv_len: int
     head_dim: int
     is_causal: bool = False
+    mask: str | None = None
 
     def __post_init__(self) -> None:
         sizes = (self.batch, self.q_heads, self.kv_heads, self.q_len, self.kv_len, self.head_dim)
@@ -36,10 +52,14 @@ class Shape:
             raise InvalidArgumentError(
                 f"shape {self.name!r}: {self.q_heads} query heads are not a multiple of {self.kv_heads} key heads"
             )
+        if self.mask is not None and self.mask not in MASKS:
+            raise InvalidArgumentError(
+                f"shape {shown(self.name)}: unknown mask {shown(self.mask)}; known: {', '.join(MASKS)}"
+            )
 
     @property
     def visible_pairs(self) -> int:
-        """Pairs of a query and a key that it sees, in one head."""
+        """Pairs of a query and a key that it sees by causality, in one head; a mask hides none of them here."""
         if not self.is_causal:
             return self.q_len * self.kv_len
         first = max(1, self.kv_len - self.q_len + 1)  # keys that the first query with any key sees; the last sees all
@@ -51,15 +71,29 @@ class Shape:
         return 4 * self.batch * self.q_heads * self.visible_pairs * self.head_dim
 
     @property
+    def mask_size(self) -> tuple[int, ...] | None:
+        """The mask's dimensions, ``[B or 1, Hq or 1, Nq or 1, Nk]``."""
+        if self.mask is None:
+            return None
+        sizes = {"B": self.batch, "H": self.q_heads, "Q": self.q_len, "K": self.kv_len, "1": 1}
+        return tuple(sizes[dimension] for dimension in MASKS[self.mask])
+
+    @property
+    def mask_bytes(self) -> int:
+        """What the mask takes in memory."""
+        return 0 if self.mask_size is None else math.prod(self.mask_size) * (2 if self.mask in FLOAT_MASKS else 1)
+
+    @property
     def label(self) -> str:
         """What `parse_shape` reads."""
         heads = f"{self.q_heads}" if self.q_heads == self.kv_heads else f"{self.q_heads}/{self.kv_heads}"
         length = f"{self.q_len}" if self.q_len == self.kv_len else f"{self.q_len},{self.kv_len}"
-        return f"{self.batch}x{heads}x{length}x{self.head_dim}" + (":causal" if self.is_causal else "")
+        sizes = f"{self.batch}x{heads}x{length}x{self.head_dim}"
+        return sizes + (":causal" if self.is_causal else "") + (f":{self.mask}" if self.mask else "")
 
 
 def parse_shape(text: str) -> Shape:
-    """A shape from ``batch x heads x tokens x head_dim``.
+    """A shape from ``batch x heads x tokens x head_dim``, causality and one of `MASKS` after it.
 
     >>> parse_shape("1x24x4608x128").flops
     260919263232
@@ -67,6 +101,8 @@ def parse_shape(text: str) -> Shape:
     8
     >>> parse_shape("1x40x32760,512x128").kv_len
     512
+    >>> parse_shape("4x32x8192x128:padding").mask_size
+    (4, 1, 1, 8192)
 
     Raises:
         InvalidArgumentError: another text, a size of 0, or heads that do not divide.
@@ -75,15 +111,16 @@ def parse_shape(text: str) -> Shape:
     if match is None:
         raise InvalidArgumentError(
             f"shape {shown(text)} is not batch x heads x tokens x head_dim, such as 1x24x4608x128; with query/key "
-            f"heads, query,key tokens and causality: 4x32/8x8192x128:causal, 1x40x32760,512x128"
+            f"heads, query,key tokens and causality: 4x32/8x8192x128:causal, 1x40x32760,512x128; and a mask after "
+            f"these: 4x32x8192x128:padding ({', '.join(MASKS)})"
         )
     batch, q_heads, kv_heads, q_len, kv_len, head_dim = (int(n) if n else 0 for n in match.groups()[:6])
     if match[3] is None:
         kv_heads = q_heads
     if match[5] is None:
         kv_len = q_len
-    found = Shape(text.strip(), batch, q_heads, kv_heads, q_len, kv_len, head_dim, match[7] is not None)
-    return Shape(found.label, *(batch, q_heads, kv_heads, q_len, kv_len, head_dim), found.is_causal)
+    found = Shape(text.strip(), batch, q_heads, kv_heads, q_len, kv_len, head_dim, match[7] is not None, match[8])
+    return replace(found, name=found.label)
 
 
 def _square(name: str, batch: int, heads: int, tokens: int, head_dim: int, causal: bool = False) -> Shape:
@@ -97,6 +134,7 @@ def _grid(head_dim: int, kilo: int, causal: bool = False) -> Shape:
 
 
 _FLUX = _square("Flux", 1, 24, 4608, 128)
+_MASKED = "4x32x8192x128"
 
 SETS: dict[str, tuple[Shape, ...]] = {
     "quick": (_grid(128, 1), _grid(128, 2), _grid(128, 8), _grid(128, 8, True), _grid(64, 8), _FLUX),
@@ -115,6 +153,7 @@ SETS: dict[str, tuple[Shape, ...]] = {
         _square("1x8x512x64", 1, 8, 512, 64),
         _square("ViT", 16, 12, 197, 64),
     ),
+    "masks": tuple(map(parse_shape, (_MASKED, *(f"{_MASKED}:{mask}" for mask in MASKS)))),
 }
 """Sets of shapes, by name."""
 

@@ -15,7 +15,7 @@ from ..bench.pictures import bars, markdown, microseconds, number, tops_text
 from ..bench.providers import DEFAULT_RECIPES, NAMES, default_names, resolve_providers
 from ..bench.results import Measurement, append_csv, check_csv
 from ..bench.run import DTYPES, Note, Settings, ShapeResult, run, split_available
-from ..bench.shapes import SETS, Shape, parse_shape, shape_set
+from ..bench.shapes import MASKS, SETS, Shape, parse_shape, shape_set
 from ..bench.step_models import STEP_MODELS
 from ..bench.timing import Limits
 from ..errors import InvalidArgumentError
@@ -27,7 +27,8 @@ from .bench_steps import STEP_SECONDS, print_notes, steps
 from .common import RECIPE_HELP, check_outputs, console, new_table, progress, write_results
 
 _SHAPE_HELP = (
-    "batch x heads x tokens x head_dim, repeatable: 1x24x4608x128, 4x32/8x8192x128:causal, 1x40x32760,512x128."
+    "batch x heads x tokens x head_dim, repeatable: 1x24x4608x128, 4x32/8x8192x128:causal, 1x40x32760,512x128; with a "
+    f"mask after it, 4x32x8192x128:padding: {', '.join(MASKS)}."
 )
 _PROVIDER_HELP = (
     f"Whom to time, repeatable: `ours:<recipe>`, {', '.join(NAMES)}. Default: "
@@ -86,6 +87,7 @@ def command(
     * `lowbit bench` — a handful of shapes, a minute or two
     * `lowbit bench --set models --csv speed.csv` — real models' calls; the file grows from run to run
     * `lowbit bench -s 1x24x4608x128 -p torch_cudnn -r fast_8b` — one shape, one peer, one recipe
+    * `lowbit bench --set masks -p torch_default -r fast_8b` — one shape without a mask and with each
     * `lowbit bench --device cpu -s 1x2x256x64 -p torch_default` — only to see that it works
     * `lowbit bench --steps --csv steps.csv` — whole steps of Flux, Wan, Llama, … as far as they fit this GPU
     * `lowbit bench --steps -m flux -r auto -r fast_8b --compiled` — one model, two recipes, compiled as well
@@ -95,6 +97,12 @@ def command(
     tensors in and out, `kernel` the attention kernel on inputs that are quantised already. `×cuDNN` is how many
     times faster than torch's cuDNN; `host µs` is what queueing a whole call takes; `MiB` what it needs beyond its
     output; `MHz` the SM clock meanwhile.
+
+    Masks, by their names after a shape: `padding` hides the last 1/64 of the keys of every sequence but the first,
+    `holes` 30 % of a sequence's keys at random ([B, 1, 1, Nk]); `bits` 10 % of all places, `seen` none, `blocks` all
+    but four blocks on the diagonal ([1, 1, Nq, Nk]); `bits_by_head` 10 % ([B, H, Nq, Nk]); `bias` ([1, 1, Nq, Nk]) and
+    `key_bias` ([B, 1, 1, Nk]) add normal 16-bit numbers to the logits. TOPS count the work as if the mask hid none of
+    it. Ours and torch's backends that take masks get them, whole calls only; notes say why the others are left out.
 
     A step (`--steps`) is one forward of a model of diffusers or transformers with random weights, bf16, real sizes.
     `torch` is as it is called today, `torch_cut` without the padded tokens, `ours` by a recipe (what `auto` leaves to
@@ -186,7 +194,8 @@ def _shapes(which: str | None, texts: list[str] | None, device: torch.device) ->
     if device.type == "cpu":  # a GPU says so itself when its memory is full, and the other shapes are timed
         for s in found:
             numbers = s.batch * s.head_dim * (2 * s.q_heads * s.q_len + 2 * s.kv_heads * s.kv_len)
-            check_fits(f"Q, K, V and the output of {s.label}", 2 * numbers)
+            what = "Q, K, V, the mask and the output" if s.mask else "Q, K, V and the output"
+            check_fits(f"{what} of {s.label}", 2 * numbers + s.mask_bytes)
     return found
 
 

@@ -29,7 +29,7 @@ class Fake(Provider):
     def not_available_reason(self):
         return self.reason
 
-    def prepare(self, shape, q, k, v):
+    def prepare(self, shape, q, k, v, mask=None):
         if isinstance(self.parts, Exception):
             raise self.parts
         return self.parts

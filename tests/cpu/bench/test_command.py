@@ -10,6 +10,7 @@ from bench_cases import TINY, rows
 from lowbit_attention.bench import results, run
 from lowbit_attention.cli import bench as cli
 from lowbit_attention.errors import InvalidArgumentError
+from lowbit_attention.evaluation import memory
 
 
 def lowbit(*arguments):
@@ -42,6 +43,24 @@ def test_the_command_on_a_cpu(capsys, tmp_path):
     assert files["png"].stat().st_size > 1000
     lowbit(*SMALL, "-p", "torch_default", "--csv", str(files["csv"]))
     assert len(results.read_csv(files["csv"])) == 5
+
+
+def test_the_command_with_masks(capsys, monkeypatch, tmp_path):
+    shapes = ("1x2x64x32", "1x2x64x32:padding", "1x2x64x32:causal:bias")
+    arguments = [word for shape in shapes for word in ("-s", shape)]
+    lowbit("--device", "cpu", "--seconds-per-shape", "0", *arguments, "-p", "torch_default", "-r", "sage2_8b", "--csv",
+           str(tmp_path / "a.csv"))  # fmt: skip
+    out = capsys.readouterr().out
+    assert all(shape in out for shape in shapes)
+    found = results.read_csv(tmp_path / "a.csv")
+    assert [r.shape for r in found] == [shape for shape in shapes for _ in range(2)]
+    assert {r.shape for r in found if r.is_causal} == {shapes[2]}
+
+    plain, masked = 2 * 4 * 2 * 64 * 32, 2 * 64 * 64
+    monkeypatch.setattr(memory, "host_bytes", lambda: plain + masked - 1)
+    lowbit("--device", "cpu", "--seconds-per-shape", "0", "-s", "1x2x64x32", "-p", "torch_default")
+    with pytest.raises(InvalidArgumentError, match="the mask and the output of 1x2x64x32:bias takes"):
+        lowbit("--device", "cpu", "--seconds-per-shape", "0", "-s", "1x2x64x32:bias", "-p", "torch_default")
 
 
 def test_the_command_with_nothing_to_time(capsys):
@@ -88,5 +107,6 @@ def test_wrong_input_is_refused_before_the_work(monkeypatch, arguments, words):
 def test_help_teaches(capsys):
     lowbit("--help")
     words = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for phrase in ("lowbit bench --set models --csv speed.csv", "ours:<recipe>", "take turns", "tiny shapes"):
+    for phrase in ("lowbit bench --set models --csv speed.csv", "ours:<recipe>", "take turns", "tiny shapes",
+                   "--set masks", "4x32x8192x128:padding", "as if the mask hid none of it"):  # fmt: skip
         assert phrase in words

@@ -115,6 +115,11 @@ def test_ours_on_a_gpu_offers_the_kernel_where_it_has_one(monkeypatch):
     assert list(parts) == ["whole", "kernel"]
     assert parts["kernel"]() == "ran"
     assert calls == [(q, q, q, ours.recipe, True)]
+    parts = ours.prepare(replace(TINY, mask="seen"), q, q, q, OnCuda())
+    assert list(parts) == ["whole", "kernel"]
+    with pytest.raises(Unsupported, match="kernel alone takes no mask"):
+        parts["kernel"]()
+    assert len(calls) == 1
 
     def refuse(*arguments):
         raise UnsupportedError("not this one")

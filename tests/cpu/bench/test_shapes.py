@@ -2,7 +2,7 @@
 
 import pytest
 
-from lowbit_attention.bench.shapes import SETS, Shape, parse_shape, shape_set
+from lowbit_attention.bench.shapes import MASKS, SETS, Shape, parse_shape, shape_set
 from lowbit_attention.errors import InvalidArgumentError
 
 
@@ -59,6 +59,10 @@ def test_the_sets():
         assert len({s.name for s in shapes}) == len({s.label for s in shapes}) == len(shapes)
         assert all(parse_shape(s.label).flops == s.flops for s in shapes)
     llama = next(s for s in shape_set("models") if s.name == "Llama-3.1-8B 8K")
+    plain, *masked = shape_set("masks")
+    assert plain.label == "4x32x8192x128"
+    assert [s.label for s in masked] == [f"{plain.label}:{mask}" for mask in MASKS]
+    assert all(s.name == s.label and s.flops == plain.flops for s in masked)
     assert llama.label == "1x32/8x8192x128:causal"
-    with pytest.raises(InvalidArgumentError, match="known: quick, grid, models"):
+    with pytest.raises(InvalidArgumentError, match="known: quick, grid, models, masks"):
         shape_set("slow")
