@@ -18,8 +18,8 @@ from packaging.metadata import Metadata
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lowbit_attention"
-LARGEST = 440 * 1024
-"""Bytes of the wheel. It is 430,000: source text alone, a seventh of it csrc, and a tenth the archive's own records."""
+LARGEST = 480 * 1024
+"""Bytes of the wheel. It is 470,000: source text alone, a seventh of it csrc, and a tenth the archive's own records."""
 NEEDED = (
     "py.typed", "backends/cuda/csrc/ptx/mma.cuh",
     "backends/cuda/csrc/hopper/attention.cu", "data/family_errors.json",

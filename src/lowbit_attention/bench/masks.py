@@ -33,7 +33,10 @@ def make_mask(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int)
             1 - HIDDEN[shape.mask], generator=generator
         )
     if shape.mask == "blocks":
-        rows, keys = (torch.arange(length, device=device) * BLOCKS // length for length in (shape.q_len, shape.kv_len))
+        rows, keys = (
+            torch.arange(length, dtype=torch.int64, device=device) * BLOCKS // length
+            for length in (shape.q_len, shape.kv_len)
+        )
         return (rows[:, None] == keys).reshape(size)
     mask = torch.ones(size, dtype=torch.bool, device=device)
     if shape.mask == "padding":
