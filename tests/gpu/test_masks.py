@@ -191,6 +191,24 @@ def test_what_no_query_sees_counts_for_nothing(name, kind, causal):
 
 
 @pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("q_len", [1, 100])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_rows_behind_the_last_see_nothing(name, q_len, kind):
+    """Top-left: a mask alike for all rows, with causality, in blocks of 64 rows."""
+    q, k, v = inputs(2, 3, 3, q_len, 200, 64)
+    mask = lengths(2, 200)
+    mask = mask if kind == "bool" else torch.where(mask, 0.0, -torch.inf).bfloat16()
+    options = {"attn_mask": mask, "is_causal": True, "causal_alignment": "top_left"}
+    want = run(q, k, v, name, **options)
+    for bad in (1e4, math.nan):
+        poisoned = [x.clone() for x in (k, v)]
+        for x in poisoned:
+            x[:, :, q_len:] = bad
+        for got, wanted in zip(run(q, *poisoned, name, **options), want, strict=True):
+            assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("options", [{"causal_alignment": "top_left"}, {}], ids=["unseen keys", "blind rows"])
 def test_nor_does_what_causality_hides(name, options):
     q_len, kv_len = (200, 500) if options else (500, 200)

@@ -203,7 +203,9 @@ class CudaKernel(Implementation):
         q, k, v = loadable(q), loadable(k), loadable(v)
         address, device, packing = memory.data_ptr(), q.device.index, plan.packing
         scratch, prepared = address + packing.plan.layout.size, None
-        if plan.mask is not None and mask is not None:
+        if plan.mask is not None:
+            if mask is None:
+                raise ValueError(f"{plan.request} has a mask, which was not given")
             prepared = plan.mask.prepare(mask, memory, plan.mask_offset, device)
         packing.packer(k, v, packing.plan, address, device, scratch, plan.zero_count, prepared)
         packed = PackedKV(packing.plan, memory, address, k, prepared)

@@ -92,9 +92,10 @@ __device__ u32 range_of_sixteen(i64 low, i64 high) {
   return from & to & 0xFFFF;
 }
 
-// Of sixteen keys, those that a row sees by where they stand. (Rows behind the last see none, unless all are alike.)
+// Of sixteen keys, those that a row sees by where they stand. (Rows behind the last see none. Where all rows are alike and
+// have one block, every row finds itself among the first.)
 __device__ u32 seen_by_place(const PrepareArgs& args, i64 row, i32 first_key) {
-  if (args.row != 0 && row >= args.q_len) return 0;
+  if (row >= args.q_len) return 0;
   const i64 high = min(row + args.causal_offset, i64(args.kv_len) - 1) - first_key;
   return range_of_sixteen(row + args.first_offset - first_key, high);
 }
