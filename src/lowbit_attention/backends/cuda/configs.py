@@ -704,6 +704,7 @@ class MmaConfig:
         """Its compilation."""
         lanes = "16864.S4.S4" if self.qk_lanes == 4 and self.arch in INT4_MMA_ARCHS else "16832.S8.S8"
         sums = "F16" if self.sums_f16 else "F32"
+        lists_tiles = self.mask in ("bits", "bias")
         pv = f"HMMA.16816.{sums}" if self.v_half else _FP8_MMA.get(self.arch, "HMMA.16816.{sums}").format(sums=sums)
         return Instance(
             "attention_mma",
@@ -723,7 +724,8 @@ class MmaConfig:
             self.header(),
             mma=(f"IMMA.{lanes}", pv),
             # sm_90 and sm_100 have no FP8 and INT4 MMAs: unpacking operands for others takes registers, and the kernel
-            # runs there to be tested, or where nothing else does
-            spill_limit=1024 if self.arch in ("sm_90", "sm_100") else 0,
-            spills_anywhere=self.arch in ("sm_90", "sm_100"),
+            # runs there to be tested, or where nothing else does. With bits and biases all tiles take the exact path,
+            # for which some instances lack some registers of 255.
+            spill_limit=1024 if self.arch in ("sm_90", "sm_100") else 256 if lists_tiles else 0,
+            spills_anywhere=self.arch in ("sm_90", "sm_100") or lists_tiles,
         )

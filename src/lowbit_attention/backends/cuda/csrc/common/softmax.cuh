@@ -247,8 +247,11 @@ __device__ __forceinline__ void exponentials(const i32 (&scores)[64], u32 (&p)[1
   const auto set_exponent = [&](float& to, i32 s, int half, bool by_polynomial) {
     if constexpr (kMasked) {  // 0 + log2 P_r, rounded down, at the maximum, however large that is
       const bool hidden = !MASK_BIAS && s == kHidden;
-      const float logit = MASK_BIAS ? __int_as_float(s) : __fmul_rn(float(s), factor);
-      to = hidden && !Path::kHidesLast ? -kInfinity : logit + base[half];
+#if MASK_BIAS  // (which has made it a logit)
+      to = __int_as_float(s) + base[half];
+#else
+      to = hidden && !Path::kHidesLast ? -kInfinity : __fmul_rn(float(s), factor) + base[half];
+#endif
       if (by_polynomial && MASK_BIAS) {
         to += kPowerBias;
       } else if (by_polynomial && !hidden) {
