@@ -80,12 +80,7 @@ template <class Args, class Tile>
 __device__ __forceinline__ i32 packed_keys(const Args& args, const Tile& work) {
 #if KEY_LIST
   const i32* from = args.mask.key_counts + args.mask.list(work.batch, work.kv_head);
-#if defined INPUT_DTYPE && INPUT_DTYPE != 1
-  // (Another load of the same: with FP16 inputs the assembler would serialise the MMAs of sage2_8b, with others it does else.)
-  return i32(ld_global_nc_u32(reinterpret_cast<const u32*>(from)));
-#else
   return *from;
-#endif
 #else
   return args.kv_len;
 #endif
