@@ -119,6 +119,10 @@ def take(call: ScoredCall, sample: Sample, tile: int, turn: int) -> Sampled:
     row = torch.arange(rows, dtype=torch.int64, device=device)
     if not whole:
         row = torch.cat([row[t * tile : (t + 1) * tile] for t in tiles])
+    # the last row, which sees every key: else those behind the sample's rows were nobody's, and counted in no mean
+    is_lent = call.is_causal and rows > 0 and bool(row[-1] != rows - 1)
+    if is_lent:
+        row = torch.cat([row, row.new_tensor([rows - 1])])
     mask = call.mask
     if mask is not None:
         m_b, m_h = (
@@ -130,6 +134,9 @@ def take(call: ScoredCall, sample: Sample, tile: int, turn: int) -> Sampled:
     if rows == k.shape[2]:  # self-attention: a token that no query may see is padding, and its own row is nothing
         valid = seen_keys(Masking(None, mask), call.q[b, h][None], k)
         counted = None if valid is None else valid[:, :, row]
+    if is_lent:
+        of_sample = row != rows - 1
+        counted = of_sample.expand(1, len(b), -1) if counted is None else counted & of_sample
     is_causal = call.is_causal
     if not whole:
         mask = None if mask is None else mask[:, :, row] if mask.shape[2] > 1 else mask
