@@ -15,6 +15,7 @@
 // small beside log2 P_r: larger factors (logits of thousands) take the exact path: a conversion and two roundings.
 constexpr i32 kMagicBits = 0x4B400000;
 constexpr float kMagic = 12582912.0f;            // 1.5 · 2^23
+// A score that is hidden, below all others. With bits, whose tiles take the fast path, it is −∞ once kMagicBits is added.
 constexpr i32 kHidden = MASK_BITS ? 0xFF800000 - kMagicBits : -2147483647 - 1;
 constexpr float kLargestFastFactor = 0.0625f;    // P is at most 8 % too small, and the lse sees it
 constexpr float kLargestFactor = 1.2676506e30f;  // 2^100, so that 2^21 · factor stays finite
