@@ -60,7 +60,7 @@ PROFILES = {
         dtypes=("bf16", "bf16", "fp16", "fp32"),
         masked=0.3,
         refused=0.01,
-        mask_kinds=("bool", "bool", "padding"),  # (no kernel takes float masks yet: they would be emulated)
+        mask_kinds=("bool", "bool", "padding"),  # (float masks on kernels: tests/gpu/test_masks.py)
         most_logits=16_000_000,
     ),
 }  # fmt: skip

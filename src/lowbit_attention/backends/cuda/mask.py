@@ -18,6 +18,7 @@ _ROWS = 64
 """Rows of a block of bits (kMaskRows)."""
 _PREPARED = {field[0] for field in MaskArgs._fields_}
 _LIST_THREADS, _BITS_THREADS, _TILES_A_BLOCK = 1024, 256, 16
+"""Of a thread block (kListThreads, kBitsThreads), and of one of ``pack_bits`` (kTilesABlock)."""
 
 
 def mask_form(request: Request) -> MaskForm:
