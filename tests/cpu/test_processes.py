@@ -94,8 +94,8 @@ def test_ctrl_c_in_bench_keeps_what_was_measured(tmp_path):  # T25
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     until = time.monotonic() + 100
-    while time.monotonic() < until and not (tmp_path / "a.csv").exists():
-        time.sleep(0.05)
+    while time.monotonic() < until and not ((tmp_path / "a.csv").exists() and (tmp_path / "a.csv").stat().st_size):
+        time.sleep(0.05)  # (until the first row is there: just opened, the file is empty for some microseconds)
     done.send_signal(signal.SIGINT)
     _, err = done.communicate(timeout=100)
     assert err == "lowbit: interrupted\n"
