@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 
 from . import ops
 from .backends.dispatch import Chosen, Explanation, check_possible, explain_request, run_request
+from .backends.varlen import on_a_kernel
 from .call import checks
 from .call.checks import for_scale
 from .call.mask_types import Mask, as_tensor, tensors_of
@@ -331,27 +332,31 @@ def attention_varlen(
         raise InvalidArgumentError(f"k and v must have the same tokens and heads: {shapes}")
     checks.check_heads(q.shape[1], k.shape[1], shapes)
     checks.check_head_dims(q.shape[2], k.shape[2], v.shape[2], shapes)
-    starts_q = checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0], q.device)
-    starts_k = checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], q.device)
-    if len(starts_q) != len(starts_k):
-        raise InvalidArgumentError(
-            f"cu_seqlens_q has {len(starts_q) - 1} sequences, cu_seqlens_k has {len(starts_k) - 1}"
-        )
-    checks.check_max_seqlen("max_seqlen_q", max_seqlen_q, starts_q)
-    checks.check_max_seqlen("max_seqlen_k", max_seqlen_k, starts_k)
     chosen, machine = _check_options(recipe, like, is_causal, causal_alignment, return_lse, on_emulation)
     scale = checks.resolve_scale("sm_scale", sm_scale, q.shape[2])
     chosen = for_scale("sm_scale", scale, chosen)
-
+    options = {
+        "is_causal": is_causal, "bottom_right": causal_alignment != "top_left", "return_lse": return_lse,
+        "on_emulation": on_emulation,
+    }  # fmt: skip
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        checks.check_cu_kind(name, cu, q.device)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise InvalidArgumentError(
+            f"cu_seqlens_q has {len(cu_seqlens_q) - 1} sequences, cu_seqlens_k has {len(cu_seqlens_k) - 1}"
+        )
+    answer = on_a_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, chosen, machine, **options)
+    if answer is not None:
+        return answer if return_lse else answer[0]
+    starts_q = checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    starts_k = checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    checks.check_max_seqlen("max_seqlen_q", max_seqlen_q, starts_q)
+    checks.check_max_seqlen("max_seqlen_k", max_seqlen_k, starts_k)
     outs = [q.new_empty(0, q.shape[1], v.shape[2])]
     lses = [torch.empty(q.shape[1], 0, dtype=torch.float32, device=q.device)]
     for (q0, q1), (k0, k1) in zip(pairwise(starts_q), pairwise(starts_k), strict=True):
         one_q, one_k, one_v = (t[None].transpose(1, 2) for t in (q[q0:q1], k[k0:k1], v[k0:k1]))
-        request = make_request(
-            one_q, one_k, one_v, None, chosen, machine,
-            is_causal=is_causal, bottom_right=causal_alignment != "top_left", return_lse=return_lse,
-            on_emulation=on_emulation,
-        )  # fmt: skip
+        request = make_request(one_q, one_k, one_v, None, chosen, machine, **options)
         (out, lse), choice = run_request(one_q, one_k, one_v, None, scale, request)
         outs.append(out[0].transpose(0, 1))
         lses += [_promised(lse, choice)[0]] if return_lse else []

@@ -174,8 +174,8 @@ def check_mask(mask: Any, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor
     return expanded[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in expanded.stride())]
 
 
-def check_cu_seqlens(name: str, cu: Any, total: int, device: torch.device) -> list[int]:
-    """Offsets ``0 = c₀ ≤ c₁ ≤ … ≤ c_B = total`` as Python integers."""
+def check_cu_kind(name: str, cu: Any, device: torch.device) -> None:
+    """Offsets of sequences, whatever they are."""
     if not isinstance(cu, Tensor) or cu.dim() != 1 or cu.numel() < 1 or cu.dtype not in (torch.int32, torch.int64):
         what = f"{cu.dtype} of shape {tuple(cu.shape)}" if isinstance(cu, Tensor) else type(cu).__name__
         fail(f"{name} must be a one-dimensional int32 or int64 tensor of offsets, got {what}")
@@ -185,6 +185,10 @@ def check_cu_seqlens(name: str, cu: Any, total: int, device: torch.device) -> li
         check_kind(name, cu)
         if cu.is_meta or isinstance(cu, FakeTensor):
             fail(f"{name} holds no numbers (a meta or fake tensor); attention takes padded sequences and a mask")
+
+
+def check_cu_seqlens(name: str, cu: Tensor, total: int) -> list[int]:
+    """Offsets ``0 = c₀ ≤ c₁ ≤ … ≤ c_B = total`` as Python integers."""
     offsets: list[int] = cu.tolist()
     if offsets[0] != 0 or offsets[-1] != total or any(a > b for a, b in itertools.pairwise(offsets)):
         fail(f"{name} must rise from 0 to {total}, the number of tokens, got {offsets}")

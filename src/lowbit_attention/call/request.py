@@ -25,7 +25,8 @@ class Request:
     ``recipe`` is ``None`` for "auto". ``causal_offset``: query i sees key j if ``j ≤ i + causal_offset``; it is the
     bottom-right alignment's ``Nk − Nq`` or the top-left's 0; ``bottom_right`` tells which. ``layout`` is the order in
     which the caller wants the output to lie in memory. ``needs_grad``: a derivative is asked for, with ``forward_ad``
-    by forward-mode AD. ``mask_shape``: 1 where the mask repeats. ``on_emulation``: what an emulation does that
+    by forward-mode AD. ``mask_shape``: 1 where the mask repeats. ``sequences``: if not 0, so many sequences of any lengths
+    lie one behind the other; then ``batch`` is their number, too, and lengths are those of all together. ``on_emulation``: what an emulation does that
     ``machine`` does not ask for.
     """
 
@@ -50,6 +51,7 @@ class Request:
     forward_ad: bool = False
     dropout_p: float = 0.0
     layout: Literal["HND", "NHD"] = "HND"
+    sequences: int = 0
     on_emulation: OnEmulation = "warn"
 
     @property
@@ -65,7 +67,7 @@ class Request:
 
     @property
     def causal_offset(self) -> int | None:
-        """How far past its own index a query sees, ``None`` without causality."""
+        """How far past its own index a query sees, ``None`` without causality (of sequences: each has its own)."""
         if not self.is_causal:
             return None
         return self.kv_len - self.q_len if self.bottom_right else 0
@@ -78,6 +80,7 @@ class Request:
         words.append(device_name(self.device))
         if self.is_causal:
             words.append("causal, bottom-right" if self.bottom_right else "causal, top-left")
+        words += [f"{self.sequences} sequences"] if self.sequences else []
         words += [f"{self.mask} mask"] if self.mask != "none" else []
         words += ["with lse"] if self.return_lse else []
         words += ["needs forward-mode gradients" if self.forward_ad else "needs gradients"] if self.needs_grad else []
@@ -154,6 +157,35 @@ def make_request(
     )
     if torch.compiler.is_compiling():  # (a traced memo is guarded: any new call would compile this again)
         return request
+    return _known.get(request) or _known.put(request, request)
+
+
+def of_sequences(
+    q: Tensor, k: Tensor, v: Tensor, count: int, packed: bool, recipe: Recipe | None, machine: Machine | None, **options: Any
+) -> Request:
+    """The request of ``count`` sequences in checked ``[tokens, heads, channels]`` tensors: as they lie (``packed``), or
+    as a batch of sequences of their mean length, by which to choose."""
+    if recipe is not None and machine is None:
+        recipe.check_geometry(resolve_machine(None).geometry)
+    q_len, kv_len = (len(t) if packed else -(-len(t) // count) for t in (q, k))
+    request = Request(
+        recipe=recipe,
+        machine=machine,
+        batch=count,
+        q_heads=q.shape[1],
+        kv_heads=k.shape[1],
+        q_len=q_len,
+        kv_len=kv_len,
+        head_dim=q.shape[2],
+        v_head_dim=v.shape[2],
+        dtype=q.dtype,
+        device=q.device,
+        needs_grad=wants_grad(q, k, v),
+        forward_ad=has_tangent(q, k, v),
+        layout="NHD",
+        sequences=count if packed else 0,
+        **options,
+    )
     return _known.get(request) or _known.put(request, request)
 
 

@@ -23,6 +23,7 @@ NESTED = {
     "WorkTile": "hopper/block.cuh",
     "Promoted": "common/softmax.cuh",
     "MaskArgs": "common/masks.cuh",
+    "SequenceArgs": "common/sequences.cuh",
 }
 
 

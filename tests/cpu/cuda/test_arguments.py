@@ -16,7 +16,9 @@ from lowbit_attention.backends.cuda.arguments import (
     MmaArgs,
     PackArgs,
     PrepareArgs,
+    PrepareSequencesArgs,
     Schedule,
+    SequenceArgs,
     SmoothArgs,
     Strided,
 )
@@ -41,6 +43,8 @@ STRUCTURES = {
     Schedule: ("common/work.cuh", MMA),
     MaskArgs: ("common/masks.cuh", MASK),
     PrepareArgs: ("mask/mask.cu", MASK),
+    SequenceArgs: ("common/sequences.cuh", MASK),
+    PrepareSequencesArgs: ("sequences/sequences.cu", MASK),
     PackArgs: ("pack/statistics.cuh", PACK),
     AttentionArgs: ("hopper/block.cuh", WGMMA),
     MmaArgs: ("mma/block.cuh", MMA),

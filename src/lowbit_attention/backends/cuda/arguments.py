@@ -111,6 +111,56 @@ class MaskArgs(Structure):
 
 
 @declared
+class SequenceArgs(Structure):
+    """csrc/common/sequences.cuh."""
+
+    __slots__ = ()
+    q_starts: Pointer
+    q_counts: Pointer
+    key_starts: Pointer
+    key_counts: Pointer
+    causal_offsets: Pointer
+    tile_starts: Pointer
+    pack_starts: Pointer
+    order: Pointer
+    item_starts: Pointer
+    count: I32
+    tokens: I32
+
+
+@declared
+class PrepareSequencesArgs(Structure):
+    """csrc/sequences/sequences.cu."""
+
+    __slots__ = ()
+    cu_q: Pointer
+    cu_k: Pointer
+    long_q: I32
+    long_k: I32
+    count: I32
+    q_tokens: I32
+    k_tokens: I32
+    is_causal: I32
+    bottom_right: I32
+    tile_keys: I32
+    tiles_a_block: I32
+    q_rows: I32
+    q_heads: I32
+    q_starts: Pointer
+    q_counts: Pointer
+    key_starts: Pointer
+    key_counts: Pointer
+    causal_offsets: Pointer
+    tile_starts: Pointer
+    pack_starts: Pointer
+    order: Pointer
+    item_starts: Pointer
+    out: Pointer
+    lse: Pointer
+    row_bytes: I32
+
+
+@declared
 class PrepareArgs(Structure):
     """csrc/mask/mask.cu."""
 
@@ -183,6 +233,7 @@ class PackArgs(Structure):
     v_power_of_two: I32
     zero_count: I32
     mask: MaskArgs
+    sequences: SequenceArgs
     v_tile_means: Pointer
 
 
@@ -227,6 +278,7 @@ class AttentionArgs(Structure):
     partials: Pointer
     arrivals: Pointer
     mask: MaskArgs
+    sequences: SequenceArgs
     v_tile_means: Pointer
     jump: F32
     jump_bits: F32

@@ -16,6 +16,7 @@ ENTRIES = {
     "pack": "pack/pack.cu",
     "smooth_q": "pack/smooth_q.cu",
     "mask": "mask/mask.cu",
+    "sequences": "sequences/sequences.cu",
 }
 """The source of a kernel, below `CSRC`."""
 

@@ -28,9 +28,10 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 TILE_KEYS = 128
 """Keys of a tile that is packed for wgmma."""
 
-MaskForm = Literal["none", "keys", "bits", "bias"]
+MaskForm = Literal["none", "keys", "bits", "bias", "sequences"]
 """What hides scores beside causality and the sequence's end (csrc/common/masks.cuh): nothing, or a list of the keys
-that are seen, the same for all rows, or a bit a score, or a bias a score. (Packed K and V know no bias: bits.)"""
+that are seen, the same for all rows, or a bit a score, or a bias a score (packed K and V know no bias: bits). Or
+nothing, and sequences of different lengths lie one behind the other (csrc/common/sequences.cuh)."""
 
 SHARED_KIB = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_90a": 228, "sm_100": 228, "sm_120": 100}
 """Shared memory of a multiprocessor (CUDA programming guide, table of compute capabilities). A thread block may have
@@ -205,6 +206,11 @@ def mask_instance(tile_keys: int, arch: str) -> Instance:
     return Instance("mask", arch, (("TILE_KEYS", tile_keys),), header("mask", {}, _mask_macros("none")))
 
 
+def sequences_instance(arch: str) -> Instance:
+    """The kernel that prepares sequences of different lengths."""
+    return Instance("sequences", arch, (), header("sequences", {}, {}))
+
+
 def _check_channels(who: str, head_dim: int) -> None:
     """Refuse more channels than threads: `pack`, `statistics` and `query_means` give a thread one channel."""
     if head_dim > _PACK_THREADS or head_dim % 32:
@@ -214,14 +220,18 @@ def _check_channels(who: str, head_dim: int) -> None:
 
 
 def _mask_defines(mask: MaskForm) -> tuple[tuple[str, int], ...]:
-    return {"none": (), "keys": (("KEY_LIST", 1),), "bits": (("MASK_BITS", 1),), "bias": (("MASK_BIAS", 1),)}[mask]
+    switches = {"keys": "KEY_LIST", "bits": "MASK_BITS", "bias": "MASK_BIAS", "sequences": "SEQUENCES"}
+    return () if mask == "none" else ((switches[mask], 1),)
 
 
 def _mask_macros(mask: MaskForm) -> dict[str, bool]:
     """Those of csrc/common/masks.cuh: ``KEYS_UNSEEN``, whether keys that no row sees are left out of statistics;
     ``LISTS_TILES``, whether work tiles have lists of the key tiles that they visit."""
-    absent = _absent(KEY_LIST=mask == "keys", MASK_BITS=mask == "bits", MASK_BIAS=mask == "bias")
-    return absent | {"KEYS_UNSEEN": mask != "none", "LISTS_TILES": mask in ("bits", "bias")}
+    absent = _absent(
+        KEY_LIST=mask == "keys", MASK_BITS=mask == "bits", MASK_BIAS=mask == "bias", SEQUENCES=mask == "sequences"
+    )
+    lists = {"LISTS_KEYS": mask in ("keys", "bits", "bias"), "LISTS_TILES": mask in ("bits", "bias")}
+    return absent | {"KEYS_UNSEEN": mask != "none"} | lists
 
 
 def _absent(**switches: bool) -> dict[str, bool]:
@@ -290,6 +300,8 @@ _WGMMA_TILES = {
 }
 """By where O lies and the padded head dimension."""
 
+_WORK_BYTES: dict[MaskForm, int] = {"none": 0, "keys": 4, "bits": 8, "bias": 8, "sequences": 8}
+"""What a work tile says besides (WorkTile of csrc/hopper/block.cuh)."""
 _WGMMA_ROWS = 64
 """Query rows of a warpgroup: wgmma's M."""
 _ONES = 8
@@ -423,7 +435,7 @@ class WgmmaConfig:
             Part("mean_logit", 2 * rows * 4, 4),
             Part("k_largest_scale", 8, 4),
             Part("key_tile", 2 * _TILE_SLOTS * 4 * (self.mask in ("bits", "bias")), 4),
-            Part("work", 2 * ((36 if takes_work else 20) + {"none": 0, "keys": 4, "bits": 8, "bias": 8}[self.mask]), 4),
+            Part("work", 2 * ((36 if takes_work else 20) + _WORK_BYTES[self.mask]), 4),
             Part("barriers", (2 * stages + 4) * 8 + 3 * 8 * takes_work, 8),
         )
         return SharedPlan(tuple(part for part in parts if part.size), 1024)

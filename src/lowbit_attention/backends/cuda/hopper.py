@@ -30,6 +30,7 @@ from .launch import Kernel, load
 from .mask import MaskPlan, mask_form, mask_remark
 from .packing import aligned
 from .schedule import WorkTiles, heads_side_by_side, log2_rounded_down, schedule, sm_count, work_tiles
+from .sequences import SequencesPlan
 from .speeds import speedup
 from .support import EXACT, number_reasons, option_reasons
 
@@ -38,6 +39,7 @@ class HopperAttention(CudaKernel):
     """INT8 Q·K and FP8 P·V by wgmma on a Hopper GPU."""
 
     name = "attention_wgmma"
+    takes_sequences = True
     auto_recipes = (RECIPES["fast_8b"], RECIPES["sage2pp_8b"], RECIPES["sage2_8b"])
 
     def remark(self, request: Request) -> str:
@@ -60,7 +62,11 @@ class HopperAttention(CudaKernel):
 
     def make_plan(self, request: Request, recipe: Recipe, packing: Packing) -> WgmmaPlan:
         config, pack, device = _config(request, recipe), packing.plan, request.device.index
-        tiles, q_blocks = work_tiles_of(request, config, sm_count(device))
+        if request.sequences:  # (how many work tiles there are, the device knows)
+            most = (request.q_len // config.q_rows + request.sequences) * request.q_heads
+            tiles, q_blocks = WorkTiles(most, 0, most), 1
+        else:
+            tiles, q_blocks = work_tiles_of(request, config, sm_count(device))
         warps = tiles.tail * config.consumers * 4 if tiles.key_splits > 1 else 0
         zero_count = 1 + warps  # work tiles taken, and the splits that have come for each warp
         section = heads_side_by_side(request, pack, device, equal=request.q_len % config.q_rows == 0)
@@ -89,6 +95,7 @@ class HopperAttention(CudaKernel):
             arguments=Arguments(arguments),
             partials=aligned(4 * zero_count),
             mask=MaskPlan.of(request, "sm_90a", TILE_KEYS, config.q_rows),
+            sequences=SequencesPlan.of(request, "sm_90a", pack, config.q_rows),
         )
 
 

@@ -26,6 +26,7 @@ from .configs import (
     mask_instance,
     pack_instance,
     packed_mask,
+    sequences_instance,
     smooth_q_instance,
 )
 
@@ -33,7 +34,7 @@ __all__ = [
     "CSRC", "DTYPE_CODES", "HEAD_DIMS", "INT4_MMA_ARCHS", "MANIFEST", "MMA_ARCHS", "MMA_GEOMETRY", "MMA_RECIPES",
     "TILE_KEYS", "WGMMA_FORMAT", "WGMMA_RECIPES", "Instance", "MaskForm", "MmaConfig", "PackFormat", "WgmmaConfig",
     "mask_instance", "mma_config", "mma_recipes", "pack_instance", "packed_mask", "padded_head_dim",
-    "smooth_q_instance", "wgmma_config", "wgmma_format",
+    "sequences_instance", "smooth_q_instance", "wgmma_config", "wgmma_format",
 ]  # fmt: skip
 
 
@@ -98,8 +99,9 @@ MASKS: tuple[MaskForm, ...] = ("none", "keys", "bits", "bias")
 
 def _manifest() -> Iterable[Instance]:
     yield mask_instance(TILE_KEYS, "sm_90a")
+    yield sequences_instance("sm_90a")
     for head_dim in HEAD_DIMS:
-        for dtype, mask in itertools.product(DTYPE_CODES, MASKS):
+        for dtype, mask in itertools.product(DTYPE_CODES, (*MASKS, "sequences")):
             forms = dict.fromkeys(wgmma_format(RECIPES[name], mask) for name in WGMMA_RECIPES)
             yield from (pack_instance(head_dim, dtype, "sm_90a", form) for form in forms)
             yield from (wgmma_config(RECIPES[name], head_dim, dtype, mask).instance() for name in WGMMA_RECIPES)

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +22,12 @@ from ...errors import UnsupportedError
 from ...recipes.definition import Recipe
 from ...recipes.named import recipe as find_recipe
 from ..base import Implementation, Output, inference_only
-from .arguments import AttentionArgs, MaskArgs, MmaArgs
-from .instances import Instance, MaskForm, PackFormat, mask_instance, pack_instance, padded_head_dim
+from .arguments import AttentionArgs, MaskArgs, MmaArgs, SequenceArgs
+from .instances import Instance, MaskForm, PackFormat, mask_instance, pack_instance, padded_head_dim, sequences_instance
 from .launch import cache
 from .mask import MaskPlan, mask_form
 from .packing import Packer, PackPlan, aligned, loadable, packer
+from .sequences import SequencesPlan
 from .support import request_reasons
 
 
@@ -72,7 +73,8 @@ class Packing(NamedTuple):
 class PackedKV:
     """K and V as a kernel's tiles at ``address``: the first ``plan.layout.size`` bytes of ``memory``.
 
-    ``k``: K itself, where Q is smoothed: ΔS is made of it, too. ``mask``: which keys it was packed for.
+    ``k``: K itself, where Q is smoothed: ΔS is made of it, too. ``mask``: which keys it was packed for; ``sequences``:
+    where they lie.
     """
 
     plan: PackPlan
@@ -80,6 +82,7 @@ class PackedKV:
     address: int
     k: Tensor | None
     mask: MaskArgs | None = None
+    sequences: SequenceArgs | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,15 +99,16 @@ class AttentionPlan(ABC):
     zero_count: int = 0
     scratch_size: int = 0
     mask: MaskPlan | None = None
+    sequences: SequencesPlan | None = None
 
     @cached_property
     def workspace_size(self) -> int:
-        """Bytes of packed K and V, of the scratch memory behind them, and of the mask behind that."""
-        return self.mask_offset + (0 if self.mask is None else self.mask.size)
+        """Bytes of packed K and V, of the scratch memory behind them, and of the mask or sequences behind that."""
+        return self.mask_offset + sum(plan.size for plan in (self.mask, self.sequences) if plan is not None)
 
     @cached_property
     def mask_offset(self) -> int:
-        """Where the prepared mask begins."""
+        """Where the prepared mask begins, or what is known of sequences."""
         return aligned(self.packing.plan.layout.size + self.scratch_size)
 
     @abstractmethod
@@ -130,6 +134,8 @@ class CudaKernel(Implementation):
     """An attention kernel of this package, with the kernels that pack K and V for it."""
 
     is_kernel = True
+    takes_sequences: ClassVar[bool] = False
+    """Whether it runs sequences of different lengths that only the device knows (`run_sequences`)."""
 
     def __init__(self) -> None:
         self._plans = IdentityMemo[AttentionPlan]()
@@ -170,6 +176,7 @@ class CudaKernel(Implementation):
             *self.recipe_reasons(recipe, request.device),
             *request_reasons(request),
             *self.call_reasons(request, recipe),
+            *(("it takes no sequences of different lengths",) if request.sequences and not self.takes_sequences else ()),
             *inference_only(request),
         )
 
@@ -210,6 +217,41 @@ class CudaKernel(Implementation):
         packing.packer(k, v, packing.plan, address, device, scratch, plan.zero_count, prepared)
         packed = PackedKV(packing.plan, memory, address, k, prepared)
         return _attend(q, packed, scratch, sm_scale, plan, device, after_packing=True)
+
+    def run_sequences(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        sm_scale: float,
+        request: Request,
+        recipe: Recipe,
+    ) -> Output:
+        """Attention of sequences ``[tokens, heads, channels]``: ``[Tq, Hq, Dv]``, and float32 ``[Hq, Tq]`` if asked for.
+
+        ``cu_q``, ``cu_k``: int32 or int64 ``[sequences + 1]`` on the device, not read by the host.
+        """
+        device = q.device.index
+        if device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.run_sequences(q, k, v, cu_q, cu_k, sm_scale, request, recipe)
+        plan = self.plan(request, recipe)
+        if plan.sequences is None:
+            raise ValueError(f"{request} has no sequences")
+        memory = torch.empty(plan.workspace_size, dtype=torch.uint8, device=q.device)
+        q, k, v = (loadable(t.transpose(0, 1)[None]) for t in (q, k, v))
+        address, packing, width = memory.data_ptr(), plan.packing, plan.packing.plan.v_head_dim
+        out = q.new_empty(request.q_len, request.q_heads, width)
+        lse = q.new_empty(request.q_heads, request.q_len, dtype=torch.float32) if request.return_lse else None
+        cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
+        lie = plan.sequences.prepare(cu_q, cu_k, address + plan.mask_offset, out, lse, device)
+        scratch = address + packing.plan.layout.size
+        packing.packer(k, v, packing.plan, address, device, scratch, plan.zero_count, sequences=lie)
+        packed = PackedKV(packing.plan, memory, address, k, sequences=lie)
+        plan.launch(q, packed, scratch, out, lse, sm_scale, device, after_packing=True)
+        return (out if width == request.v_head_dim else out[..., : request.v_head_dim]), lse
 
     def pack(self, k: Tensor, v: Tensor, recipe: Recipe) -> PackedKV:
         """Pack K and V ``[B, Hkv, N, D]``, to be attended by any number of Q on the same stream."""
@@ -283,7 +325,8 @@ class CudaKernel(Implementation):
             mask = mask_form(request)
             arch, form = self.pack_format(recipe, kind.dim, kind.device, mask)
             instances = [pack_instance(kind.dim, kind.dtype, arch, form), *self.instances(request, recipe)]
-            instances += [mask_instance(form.tile_keys, arch)] if mask != "none" else []
+            instances += [mask_instance(form.tile_keys, arch)] if mask in ("keys", "bits", "bias") else []
+            instances += [sequences_instance(arch)] if mask == "sequences" else []
             cache().get_all((i.source(), i.options()) for i in instances)  # (side by side, the first time)
             found = self._plans.put(self.make_plan(request, recipe, self._packing(kind, recipe, mask)), request, recipe)
         return found
@@ -369,6 +412,8 @@ def point_to_call(
     args.q.point_to(q)
     if packed.mask is not None:
         args.mask = packed.mask
+    if packed.sequences is not None:
+        args.sequences = packed.sequences
     args.out = out.data_ptr()
     args.lse = 0 if lse is None else lse.data_ptr()
     args.k_mean = address + layout.k_mean

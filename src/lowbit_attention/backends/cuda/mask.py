@@ -22,7 +22,9 @@ _LIST_THREADS, _BITS_THREADS, _TILES_A_BLOCK = 1024, 256, 16
 
 
 def mask_form(request: Request) -> MaskForm:
-    """How a request's mask reaches the kernels."""
+    """How a request's mask reaches the kernels (or that it is of sequences, which have none)."""
+    if request.sequences:
+        return "sequences"
     if request.mask_shape is None:
         return "none"
     if request.mask == "float":
@@ -32,6 +34,7 @@ def mask_form(request: Request) -> MaskForm:
 
 _REMARKS: dict[MaskForm, str] = {
     "none": "",
+    "sequences": "; statistics and tiles by sequence, whose lengths stay on the device",
     "keys": "; only the keys that the mask shows are packed",
     "bits": "; the mask as a bit a score, and only the key tiles that some of a block's queries see",
     "bias": "; the mask as FP16 biases, and only the key tiles that some of a block's queries see",
@@ -65,7 +68,7 @@ class MaskPlan:
     def of(cls, request: Request, arch: str, tile_keys: int, q_rows: int) -> MaskPlan | None:
         """The plan for a request with a mask, for key tiles and blocks of query rows of that size."""
         form = mask_form(request)
-        if form == "none" or request.mask_shape is None:
+        if form in ("none", "sequences") or request.mask_shape is None:
             return None
         batches, heads = request.mask_shape[:2]  # (of the mask: 1 where it is broadcast)
         group = request.q_heads // request.kv_heads if heads > 1 else 1

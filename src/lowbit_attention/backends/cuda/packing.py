@@ -12,7 +12,7 @@ from ...recipes.definition import Recipe
 from ...recipes.granularity import PerThread
 from ...recipes.options import SampledTokens
 from ...reference.quantize import Means
-from .arguments import Arguments, MaskArgs, PackArgs
+from .arguments import Arguments, MaskArgs, PackArgs, SequenceArgs
 from .instances import WGMMA_FORMAT, PackFormat, pack_instance, padded_head_dim, wgmma_format
 from .launch import Kernel, load
 from .layout import unpack_keys, unpack_values
@@ -56,16 +56,17 @@ class PackedLayout:
 
     @classmethod
     def of(cls, heads: int, tiles: int, splits: int, dim: int, form: PackFormat) -> PackedLayout:
-        """The layout for so many heads of K (in all batches) with so many tiles and splits of the statistics each."""
+        """The layout for so many heads of K (in all batches) with so many splits of the statistics each, and so many
+        tiles in all."""
         k_bytes, v_bytes, record = form.k_bytes(dim), form.v_bytes(dim), form.record_bytes(dim)
         of_tile = {"k_tiles": record} if form.is_record else {"k_tiles": k_bytes, "v_tiles": v_bytes, "k_scales": 4 * 4}
-        sizes = {name: heads * tiles * size for name, size in of_tile.items()} | {
+        sizes = {name: tiles * size for name, size in of_tile.items()} | {
             "k_mean": heads * dim * 4,
             "k_largest_scale": heads * 4,
             "v_scale": heads * dim * 4,
             "v_mean": heads * dim * 4,
             "v_inverse": heads * dim * 4 if form.has_clusters else 0,
-            "v_tile_means": heads * tiles * dim * 2 if form.v_tile_means else 0,
+            "v_tile_means": tiles * dim * 2 if form.v_tile_means else 0,
             "partials": 0 if form.has_clusters else 2 * heads * splits * 3 * dim * 4,
         }
         offsets, end = {}, 0
@@ -95,11 +96,14 @@ class StatisticsGrid:
     cluster: int
 
     @classmethod
-    def of(cls, heads: int, kv_len: int, dim: int, recipe: Recipe, form: PackFormat) -> StatisticsGrid:
-        """The grid for so many heads of K (in all batches)."""
+    def of(
+        cls, heads: int, kv_len: int, dim: int, recipe: Recipe, form: PackFormat, split_len: int | None = None
+    ) -> StatisticsGrid:
+        """The grid for so many heads of K (in all batches). ``split_len``: how long they are, where ``kv_len`` is how
+        many tokens all sequences have."""
         k_tokens = min(recipe.k_sample.count, kv_len) if isinstance(recipe.k_sample, SampledTokens) else kv_len
         full_reads = 2 * heads if k_tokens == kv_len else heads  # of V, and of K
-        splits, tokens_a_split = _splits(full_reads, kv_len, dim, form)
+        splits, tokens_a_split = _splits(full_reads, split_len or kv_len, dim, form)
         of_k = heads * splits if k_tokens == kv_len else -(-heads // splits) * splits  # (clusters are whole)
         cluster = splits if form.has_clusters else 1
         return cls(splits, tokens_a_split, k_tokens, blocks=heads * splits + of_k, cluster=cluster)
@@ -110,7 +114,8 @@ class PackPlan:
     """Everything about packing K ``[B, Hkv, Nk, D]`` and V ``[B, Hkv, Nk, Dv]`` that their addresses do not change.
 
     ``heads``: B · Hkv; ``dim``: the channels of a packed head; ``tiles``: of a head, ``tiles_a_block`` of which a
-    thread block of ``grid`` packs.
+    thread block of ``grid`` packs. Where B sequences of Nk tokens in all lie one behind the other (``form.mask``), a
+    head's tiles are those of all of them, as many as there can be.
     """
 
     heads: int
@@ -144,12 +149,15 @@ class PackPlan:
         if dim is None:
             raise ValueError(f"head_dim {max(head_dim, v_head_dim)} has no packed form")
         heads = batch * kv_heads
-        tiles = -(-kv_len // form.tile_keys)
+        packs_sequences = form.mask == "sequences"
+        tiles = kv_len // form.tile_keys + batch if packs_sequences else -(-kv_len // form.tile_keys)
         tiles_at_once = _PACK_THREADS * 16 * 8 // (dim * form.tile_keys)  # of V, that a block packs
         # Several tiles cost a few percent, but where each block adds up its head's splits, that is worse.
         most_tiles = tiles_at_once if form.has_clusters else min(8, heads * tiles // _BLOCKS)
         tiles_a_block = _power_of_two_below(max(tiles_at_once, most_tiles))
-        statistics = StatisticsGrid.of(heads, kv_len, dim, recipe, form)
+        blocks = tiles // tiles_a_block + batch if packs_sequences else -(-tiles // tiles_a_block)
+        split_len = -(-kv_len // batch) if packs_sequences else None
+        statistics = StatisticsGrid.of(heads, kv_len, dim, recipe, form, split_len)
         return cls(
             heads=heads,
             kv_heads=kv_heads,
@@ -159,9 +167,9 @@ class PackPlan:
             dim=dim,
             tiles=tiles,
             tiles_a_block=tiles_a_block,
-            grid=_pack_grid(-(-tiles // tiles_a_block), heads),
+            grid=(blocks, kv_heads, 2) if packs_sequences else _pack_grid(blocks, heads),
             statistics=statistics,
-            layout=PackedLayout.of(heads, tiles, statistics.splits, dim, form),
+            layout=PackedLayout.of(heads, (kv_heads if packs_sequences else heads) * tiles, statistics.splits, dim, form),
             recipe=recipe,
             form=form,
         )
@@ -260,11 +268,12 @@ class Packer:
         zeros: int = 0,
         zero_count: int = 0,
         mask: MaskArgs | None = None,
+        sequences: SequenceArgs | None = None,
     ) -> None:
         """Launch both kernels.
 
         ``address``: of ``plan.layout.size`` bytes; ``zeros``: of ``zero_count`` 32-bit words that attention wants to
-        be 0. ``mask``: which keys count, if ``plan.form`` has a mask.
+        be 0. ``mask``: which keys count, if ``plan.form`` has a mask; ``sequences``: where they lie, if it has them.
         """
         layout, arguments = plan.layout, plan.arguments
         args = arguments.values
@@ -281,6 +290,8 @@ class Packer:
         args.v_inverse = address + layout.v_inverse
         if mask is not None:
             args.mask = mask
+        if sequences is not None:
+            args.sequences = sequences
         args.zeros = zeros
         args.zero_count = zero_count
         args.v_tile_means = address + layout.v_tile_means

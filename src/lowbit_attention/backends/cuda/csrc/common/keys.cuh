@@ -2,16 +2,23 @@
 // Sequence says: with smooth Q its code would be scheduled otherwise.)
 #pragma once
 #include "common/masks.cuh"
+#include "common/sequences.cuh"
 #include "common/work.cuh"
 #include "tile/swizzle.cuh"
 
-// Dense: all sequences of a batch are equally long. (Packed ones would begin at cu_seqlens[batch].) Made of a kernel's
-// arguments, which hold q, out_batch, out_head, out_token, q_heads, kv_heads and q_len, and of a work tile.
+// All sequences of a batch are equally long; or they lie one behind the other (SEQUENCES). Made of a kernel's arguments,
+// which hold q, out_batch, out_head, out_token, q_heads, kv_heads and q_len, and of a work tile.
 template <class Args>
 struct Sequence {
   const Args& args;
   const Work& work;
 
+#if SEQUENCES
+  __device__ __forceinline__ i64 token(i32 row) const { return args.sequences.q_starts[work.batch] + i64(row); }
+  __device__ __forceinline__ i64 in_q(i32 row) const { return work.head * args.q.head + token(row) * args.q.token; }
+  __device__ __forceinline__ i64 in_output(i32 row) const { return work.head * args.out_head + token(row) * args.out_token; }
+  __device__ __forceinline__ i64 in_lse(i32 row) const { return i64(work.head) * args.sequences.tokens + token(row); }
+#else
   // The row's first element in Q and in the output, and its number in lse.
   __device__ __forceinline__ i64 in_q(i32 row) const {
     return i64(work.batch) * args.q.batch + i64(work.head) * args.q.head + i64(row) * args.q.token;
@@ -22,6 +29,7 @@ struct Sequence {
   __device__ __forceinline__ i64 in_lse(i32 row) const {
     return (i64(work.batch) * args.q_heads + work.head) * args.q_len + row;
   }
+#endif
   // The head of K and V, of all heads of the batch.
   __device__ __forceinline__ i64 kv_head() const { return i64(work.batch) * args.kv_heads + work.kv_head; }
 };

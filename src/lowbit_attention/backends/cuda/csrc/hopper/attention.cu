@@ -19,6 +19,7 @@
 //   RESTART          begin each interval with its own maximum (RestartedMax), else the running one
 //   JUMP             give tiles that jump intervals of their own
 //   SUM_IN_MMA       the row sum is a column of ones beside V, else the FP32 sum of P before rounding
+//   SEQUENCES        sequences of different lengths, one behind the other (common/sequences.cuh)
 //   TILE_MEANS       V lacks its means by tile: promotions put them back
 // backends/cuda/configs.py writes the numbers that follow, kDim to kSharedBytes, and says why.
 #include "hopper/block.cuh"
@@ -70,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attention_wgmma(const 
 #if TAKES_WORK
     while (consumer.has_work()) consumer.work_on();
 #else
-    for (i32 item = blockIdx.x; item < args.items; item += gridDim.x) {
+    for (i32 item = blockIdx.x; item < items_of(args); item += gridDim.x) {
       consumer.await_work();
       consumer.work_on();
     }

@@ -32,6 +32,7 @@ struct AttentionArgs {
   Vec16* partials;        // [key_splits][rest][kConsumers][4 warps][kDim / 8 + 1][32], where keys are split
   u32* arrivals;          // [rest][kConsumers][4 warps], zeros: the splits that have written theirs
   MaskArgs mask;
+  SequenceArgs sequences; // with SEQUENCES
 #if TILE_MEANS || JUMP
   const u16* v_tile_means;  // [B · Hkv][tiles][kDim], FP16: what was taken off V's codes
 #endif
@@ -54,7 +55,9 @@ enum NamedBarrier : u32 {  // 0 is __syncthreads'
 
 struct WorkTile : Work {
   i32 end_row;  // rows from here on are no part of it
-#if KEY_LIST
+#if SEQUENCES
+  i32 kv_len, causal_offset;  // of its sequence
+#elif KEY_LIST
   i32 kv_len;      // of its head's packed keys
 #elif LISTS_TILES
   i32 mask_block;  // the number of its first 64 rows' bits
@@ -129,6 +132,33 @@ __device__ inline const i32* tile_list(const AttentionArgs& args, const WorkTile
 }
 #endif
 
+#if SEQUENCES
+__device__ inline i32 items_of(const AttentionArgs& args) { return args.sequences.item_starts[args.sequences.count]; }
+// A sequence's heads follow each other, and of each the blocks of rows, the last first (which see the most keys). The host
+// does not know how many items there are: end_row < 0 says that this is none.
+__device__ inline WorkTile work_of(const AttentionArgs& args, i32 item) {
+  constexpr int kBlock = kConsumers * kRows;
+  const SequenceArgs& all = args.sequences;
+  WorkTile tile = {};
+  tile.end_row = -1;
+  if (item >= items_of(args)) return tile;
+  const i32 place = last_start(all.item_starts, all.count, item), rest = item - all.item_starts[place];
+  tile.batch = all.order[place];
+  const i32 rows = all.q_counts[tile.batch], blocks = (rows + kBlock - 1) / kBlock;
+  tile.head = rest / blocks;
+  tile.kv_head = divide(tile.head, args.schedule.by_group);
+  tile.first_row = (blocks - 1 - (rest - tile.head * blocks)) * kBlock;
+  tile.end_row = min(tile.first_row + kBlock, rows);
+  tile.kv_len = all.key_counts[tile.batch];
+  tile.causal_offset = all.causal_offsets[tile.batch];
+#if SPLITS_KEYS
+  tile.end_tile = (tile.kv_len + kTileKeys - 1) / kTileKeys;
+  tile.split = -1;
+#endif
+  return tile;
+}
+#else
+__device__ inline i32 items_of(const AttentionArgs& args) { return args.items; }
 // The blocks of the tail wave are too few for the card, so each is cut: between its warpgroups, into up to kConsumers
 // pieces, or along the keys, if there are many (SPLITS_KEYS). All first pieces, then all second ones.
 __device__ inline WorkTile work_of(const AttentionArgs& args, i32 item) {
@@ -168,12 +198,29 @@ __device__ inline WorkTile work_of(const AttentionArgs& args, i32 item) {
 #endif
   return tile;
 }
+#endif
+
+// The number of its head's first packed tile.
+__device__ inline i64 first_tile_of_head(const AttentionArgs& args, const WorkTile& work) {
+#if SEQUENCES
+  return i64(work.kv_head) * args.tiles + args.sequences.tile_starts[work.batch];
+#else
+  return (i64(work.batch) * args.kv_heads + work.kv_head) * args.tiles;
+#endif
+}
 
 __device__ inline i32 kv_len_of(const AttentionArgs& args, const WorkTile& work) {
-#if KEY_LIST
+#if KEY_LIST || SEQUENCES
   return work.kv_len;
 #else
   return args.kv_len;
+#endif
+}
+__device__ inline i32 causal_offset_of(const AttentionArgs& args, const WorkTile& work) {
+#if SEQUENCES
+  return work.causal_offset;
+#else
+  return args.causal_offset;
 #endif
 }
 
@@ -183,7 +230,7 @@ __device__ inline KeyTiles tiles_of(const AttentionArgs& args, i32 first_row, i3
   const i32 count = first_row < work.end_row ? work.tiles : 0;
   const KeyTiles tiles = {MASK_BIAS ? 0 : count, count};  // (with bits the fast path looks for hidden scores, too)
 #else
-  const KeyTiles tiles = KeyTiles::of(first_row, rows, work.end_row, Mask{args.causal_offset, kv_len_of(args, work)});
+  const KeyTiles tiles = KeyTiles::of(first_row, rows, work.end_row, Mask{causal_offset_of(args, work), kv_len_of(args, work)});
 #endif
 #if SPLITS_KEYS
   return tiles.within(work.first_tile, work.end_tile);
@@ -201,7 +248,7 @@ struct RowsSeen {  // whether a row of a work tile sees some key: else it does n
   __device__ bool operator()(int row) const { return mask.row_seen[first + mask.row_of(row)]; }
   // What its biases have lost, for lse.
   __device__ float bias(int row) const { return mask.row_bias[first + mask.row_of(row)]; }
-#else  // (the host leaves out those from which causality hides all keys)
+#else  // (the host, or sequences/sequences.cu, leaves out those from which causality hides all keys)
   __device__ RowsSeen(const AttentionArgs&, const WorkTile&) {}
   __device__ bool operator()(int) const { return true; }
 #endif

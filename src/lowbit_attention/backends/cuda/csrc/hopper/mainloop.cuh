@@ -350,8 +350,9 @@ struct Consumer {
 #else
     const i32 key = (first_tile(shared.work[q_ring.stage]) + tile) * kTileKeys + 2 * thread.lane_in_quad;
     const i32 kv_len = kv_len_of(args, shared.work[q_ring.stage]);
-    return {{Mask::last_key(first_row + thread.row(0), args.causal_offset, kv_len) - key,
-             Mask::last_key(first_row + thread.row(1), args.causal_offset, kv_len) - key}};
+    const i32 offset = causal_offset_of(args, shared.work[q_ring.stage]);
+    return {{Mask::last_key(first_row + thread.row(0), offset, kv_len) - key,
+             Mask::last_key(first_row + thread.row(1), offset, kv_len) - key}};
 #endif
   }
 #if LISTS_TILES

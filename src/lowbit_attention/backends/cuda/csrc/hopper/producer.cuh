@@ -14,9 +14,9 @@ constexpr i32 kTilesAhead = 8;
 
 __device__ inline WorkTile next_work(const AttentionArgs& args) {
   const u32 before = atom_inc_acq_rel_gpu(args.taken);
-  if (before == u32(args.items - 1)) *args.taken = 0;  // every block has asked in vain: for the next launch
+  if (before == u32(items_of(args) - 1)) *args.taken = 0;  // every block has asked in vain: for the next launch
   const u32 item = gridDim.x + before;
-  if (item < u32(args.items)) return work_of(args, item);
+  if (item < u32(items_of(args))) return work_of(args, item);
   WorkTile none = {};
   none.end_row = -1;
   return none;
@@ -33,15 +33,15 @@ __device__ void copy_tiles(const AttentionArgs& args, Shared& shared) {
     if (work.end_row < 0) return mbarrier_arrive(&shared.q_full[q_ring.stage]);
 #else
   Ring<2> q_ring;
-  for (i32 item = blockIdx.x; item < args.items; item += gridDim.x, q_ring.next()) {
+  for (i32 item = blockIdx.x; item < items_of(args); item += gridDim.x, q_ring.next()) {
     const WorkTile work = work_of(args, item);
 #endif
     const i32 count = tiles_of(args, work.first_row, kConsumers * kRows, work).count;
     const i64 head = i64(work.batch) * args.kv_heads + work.kv_head;
 #if LISTS_TILES
-    const i64 first = head * args.tiles;  // (the list says the rest)
+    const i64 first = first_tile_of_head(args, work);  // (the list says the rest)
 #else
-    const i64 first = head * args.tiles + first_tile(work);
+    const i64 first = first_tile_of_head(args, work) + first_tile(work);
 #endif
     constexpr u32 kChannelBytes = sizeof(shared.v_scale[0]);
 #if TILE_MEANS
@@ -150,7 +150,7 @@ __device__ void quantize_other_queries(const AttentionArgs& args, Shared& shared
 #else
 __device__ void quantize_other_queries(const AttentionArgs& args, Shared& shared) {
   Ring<2> ring;
-  for (i32 item = blockIdx.x; item < args.items; item += gridDim.x, ring.next()) {
+  for (i32 item = blockIdx.x; item < items_of(args); item += gridDim.x, ring.next()) {
     const WorkTile work = work_of(args, item);
     mbarrier_wait(&shared.q_empty[ring.stage], ring.parity ^ 1);
     if (item != blockIdx.x) quantize_queries<kQueryWarps>(args, shared, work, ring.stage, threadIdx.x / 32 - 1);

@@ -18,6 +18,7 @@
 //   ROTATE       K is rotated after smoothing
 //   V_TILE_MEANS V loses its mean over each tile, where that is large (E4M3 only)
 //   KEY_LIST, MASK_BITS  which keys count
+//   SEQUENCES    sequences of different lengths lie one behind the other (common/sequences.cuh)
 #include "common/rotate.cuh"
 #include "common/scale.cuh"
 #include "pack/statistics.cuh"
@@ -44,7 +45,7 @@ struct Channels {  // of a thread's chunk
 };
 
 #if CLUSTERS
-__device__ Channels finished_channels(const PackArgs& args, i64 head, bool is_v) {
+__device__ Channels finished_channels(const PackArgs& args, i64 head, bool is_v, int) {
   const i64 first = head * kDim + threadIdx.x % kChunks * kChunk;
   Channels out;
   load_eight(out.mean, (is_v ? args.v_mean : args.k_mean) + first);
@@ -76,11 +77,11 @@ __device__ Statistics gathered(const PackArgs& args, i64 head, bool is_v, int ch
   return all;
 }
 
-__device__ Channels finished_channels(const PackArgs& args, i64 head, bool is_v) {
+__device__ Channels finished_channels(const PackArgs& args, i64 head, bool is_v, int block) {
   __shared__ __align__(16) float mean[kDim], inverse[kDim];
   if (threadIdx.x < kDim) {
     const Statistics all = gathered(args, head, is_v, threadIdx.x);
-    const bool writes = blockIdx.x == 0;
+    const bool writes = block == 0;
     const Finished mine = is_v ? finish_values(args, head, all, writes) : finish_keys(args, head, all, writes);
     mean[threadIdx.x] = mine.mean, inverse[threadIdx.x] = mine.inverse;
   }
@@ -94,7 +95,7 @@ __device__ Channels finished_channels(const PackArgs& args, i64 head, bool is_v)
 
 // Behind the last key that counts nothing is packed, or read.
 __device__ int tiles_with_keys(const PackArgs& args, const Keys& keys) {
-#if KEY_LIST
+#if KEY_LIST || SEQUENCES
   return (keys.places + kTileKeys - 1) / kTileKeys;
 #else
   return args.tiles;
@@ -102,15 +103,15 @@ __device__ int tiles_with_keys(const PackArgs& args, const Keys& keys) {
 }
 
 template <Dtype kDtype>
-__device__ void pack_keys(const PackArgs& args, i64 head) {
+__device__ void pack_keys(const PackArgs& args, i64 head, int block) {
   constexpr int kRows = kPackThreads / kChunks;  // tokens that the block reads at once
   constexpr int kPasses = kTileKeys / kRows;
   static_assert(kRows % 8 == 0, "a thread's tokens must all be of one scale group: equal token mod 8");
   __shared__ float half_warp_max[kPackThreads / 16];
   const int chunk = threadIdx.x % kChunks, row = threadIdx.x / kChunks;
-  const i64 base = head / args.kv_heads * args.k.batch + head % args.kv_heads * args.k.head;
+  const i64 base = base_of(args, args.k, head);
   const Keys keys(args, head);
-  const int first = blockIdx.x * args.tiles_a_block, end = min(tiles_with_keys(args, keys), first + args.tiles_a_block);
+  const int first = block * args.tiles_a_block, end = min(tiles_with_keys(args, keys), first + args.tiles_a_block);
   static_assert(32 % kRows == 0, "a thread's tokens of a pass are in one word of bits");
   Raw<kDtype> raw[kPasses];
   const auto load = [&](const TileKeys& of_tile) {
@@ -124,7 +125,7 @@ __device__ void pack_keys(const PackArgs& args, i64 head) {
   };
   if (kLoadsEarly) load(TileKeys(keys, min(first, args.tiles - 1)));
   griddepcontrol_wait();  // the statistics are there
-  const Channels channels = finished_channels(args, head, false);
+  const Channels channels = finished_channels(args, head, false, block);
 
   for (int tile = first; tile < end; ++tile) {
     const TileKeys of_tile(keys, tile);
@@ -172,7 +173,7 @@ __device__ void pack_keys(const PackArgs& args, i64 head) {
       for (int i = 0; i < kPackThreads / 16; ++i) group_max = max_nan_f32(group_max, half_warp_max[i]);
     }
     const Scale scale = scale_of(group_max, float(args.k_max));
-    const i64 number = head * args.tiles + tile;
+    const i64 number = first_tile_of(args, head) + tile;
     if (chunk == 0 && row < 8 && row % 2 == 0) {
       const bool zero = scale.inverse == 0.0f && scale.delta == 1.0f;
       args.k_scales[number * args.k_scale_stride + group] = zero && args.zero_scale_is_zero ? 0.0f : scale.delta;
@@ -277,16 +278,16 @@ __device__ void take_tile_means(const PackArgs& args, i64 head, int tile, int pl
   // mean² > σ² / 4; and what is left stays within V_r (both are false of NaN)
   takes = takes && 5.0f * all[0] * all[0] > count * all[1] && all[3] - candidate <= args.v_max && candidate - all[2] <= args.v_max;
   shared.mean[channel] = takes ? candidate : 0.0f;
-  args.v_tile_means[(head * args.tiles + tile) * kDim + channel] = takes ? u16(half) : 0;
+  args.v_tile_means[(first_tile_of(args, head) + tile) * kDim + channel] = takes ? u16(half) : 0;
   bar_sync(1 + place, kTileThreads);
   load_eight(mean, &shared.mean[chunk * kChunk]);
 }
 #endif
 
 template <Dtype kDtype>
-__device__ void pack_values(const PackArgs& args, i64 head) {
+__device__ void pack_values(const PackArgs& args, i64 head, int block) {
   const int chunk = threadIdx.x % kChunks;
-  const i64 base = head / args.kv_heads * args.v.batch + head % args.kv_heads * args.v.head;
+  const i64 base = base_of(args, args.v, head);
 #if V_HALF
   constexpr int kTiles = 1;                      // that the block reads at once
   constexpr int kStep = kPackThreads / kChunks;  // tokens from one of a thread's to the next
@@ -300,8 +301,8 @@ __device__ void pack_values(const PackArgs& args, i64 head) {
   const int group = threadIdx.x % kThreads / kChunks, token_of_tile = group * kTokens;
 #endif
   const Keys keys(args, head);
-  const int end = min(tiles_with_keys(args, keys), int(blockIdx.x + 1) * args.tiles_a_block);
-  const int first = blockIdx.x * args.tiles_a_block + threadIdx.x / (kPackThreads / kTiles);
+  const int end = min(tiles_with_keys(args, keys), (block + 1) * args.tiles_a_block);
+  const int first = block * args.tiles_a_block + threadIdx.x / (kPackThreads / kTiles);
   // A bit for each of the thread's tokens that counts.
   const auto counting = [&](const TileKeys& of_tile) {
 #if MASK_BITS && !V_HALF
@@ -333,13 +334,13 @@ __device__ void pack_values(const PackArgs& args, i64 head) {
   };
   if (kLoadsEarly) load(TileKeys(keys, min(first, args.tiles - 1)));
   griddepcontrol_wait();  // the statistics are there
-  const Channels channels = finished_channels(args, head, true);
+  const Channels channels = finished_channels(args, head, true, block);
 
   for (int tile = first; tile < end; tile += kTiles) {
     const TileKeys of_tile(keys, tile);
     if (!kLoadsEarly || tile > first) load(of_tile);
     const u32 inside = counting(of_tile);
-    u8* out = args.v_tiles + (head * args.tiles + tile) * args.v_stride;
+    u8* out = args.v_tiles + (first_tile_of(args, head) + tile) * args.v_stride;
 #if V_HALF
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
@@ -411,8 +412,15 @@ extern "C" __global__ void __launch_bounds__(kStatisticsThreads, 4) statistics(c
 }
 extern "C" __global__ void __launch_bounds__(kPackThreads, kPackBlocks) pack(const __grid_constant__ PackArgs args) {
   griddepcontrol_launch_dependents();
-  const i32 head = args.heads - 1 - i32(blockIdx.y + blockIdx.z / 2 * gridDim.y);
+#if SEQUENCES  // (of one head of K: its sequences' blocks, one behind the other, and more than there are)
+  const SequenceArgs& all = args.sequences;
+  const i32 sequence = last_start(all.pack_starts, all.count, blockIdx.x);
+  if (i32(blockIdx.x) >= all.pack_starts[all.count]) return;
+  const i32 head = sequence * args.kv_heads + blockIdx.y, block = blockIdx.x - all.pack_starts[sequence];
+#else
+  const i32 head = args.heads - 1 - i32(blockIdx.y + blockIdx.z / 2 * gridDim.y), block = blockIdx.x;
   if (head < 0) return;  // (heads are more than a grid's second dimension: some come in its third)
-  if (blockIdx.z % 2 == 0) pack_values<Dtype(INPUT_DTYPE)>(args, head);
-  else pack_keys<Dtype(INPUT_DTYPE)>(args, head);
+#endif
+  if (blockIdx.z % 2 == 0) pack_values<Dtype(INPUT_DTYPE)>(args, head, block);
+  else pack_keys<Dtype(INPUT_DTYPE)>(args, head, block);
 }

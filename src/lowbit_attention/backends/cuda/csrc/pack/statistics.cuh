@@ -1,6 +1,7 @@
 // Statistics of K and V over the tokens, and what packing needs of them.
 #pragma once
 #include "common/masks.cuh"
+#include "common/sequences.cuh"
 #include "common/scale.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/cluster.cuh"
@@ -43,21 +44,40 @@ struct PackArgs {
   i32 v_power_of_two;     // V's scales are powers of two
   i32 zero_count;         // of `zeros`
   MaskArgs mask;          // which keys count
+  SequenceArgs sequences;  // with SEQUENCES
 #if V_TILE_MEANS
   u16* v_tile_means;      // [B · Hkv][tiles][kDim], FP16 in units of V's scales
 #endif
 };
 
+// The first element of a head of K or V, and the number of its first tile.
+__device__ i64 base_of(const PackArgs& args, const Strided& tensor, i64 head) {
+#if SEQUENCES
+  return i64(args.sequences.key_starts[head / args.kv_heads]) * tensor.token + head % args.kv_heads * tensor.head;
+#else
+  return head / args.kv_heads * tensor.batch + head % args.kv_heads * tensor.head;
+#endif
+}
+__device__ i64 first_tile_of(const PackArgs& args, i64 head) {
+#if SEQUENCES
+  return head % args.kv_heads * args.tiles + args.sequences.tile_starts[head / args.kv_heads];
+#else
+  return head * args.tiles;
+#endif
+}
+
 // The keys of a head that count, and their places in the tiles.
 struct Keys {
   i32 count;        // that count
   i32 places;       // of the tiles, to the last key's
-#if KEYS_UNSEEN
+#if LISTS_KEYS
   const i32* list;  // of those that count, ascending
   const u32* seen;  // a bit of each key's place
 #endif
   __device__ Keys(const PackArgs& args, i64 head) : count(args.kv_len), places(args.kv_len) {
-#if KEYS_UNSEEN
+#if SEQUENCES
+    count = places = args.sequences.key_counts[head / args.kv_heads];
+#elif LISTS_KEYS
     const i64 number = args.mask.list(head / args.kv_heads, head % args.kv_heads);
     count = args.mask.key_counts[number];
     list = args.mask.keys + number * args.kv_len;
@@ -70,7 +90,7 @@ struct Keys {
   }
   // The i-th that counts: its token.
   __device__ i32 counted(i32 i) const {
-#if KEYS_UNSEEN
+#if LISTS_KEYS
     return list[i];
 #else
     return i;
@@ -319,7 +339,7 @@ __device__ void gather_statistics(const PackArgs& args, StatisticsShared& shared
   if (head >= args.heads) return;  // (beside samples, to make a cluster whole)
   const Strided& tensor = is_v ? args.v : args.k;
   const int channels = is_v ? args.v_channels : args.k_channels;
-  const i64 base = i64(head / args.kv_heads) * tensor.batch + i64(head % args.kv_heads) * tensor.head;
+  const i64 base = base_of(args, tensor, head);
   if (tiles_find_largest(args) && !is_v && split == 0 && threadIdx.x == 0) {
     // no group that is scaled has less; a head of zeros keeps it (0 would not do: a factor of Q may be infinite)
     args.k_largest_scale[head] = __fdiv_rn(kTiny, float(args.k_max));
@@ -336,7 +356,7 @@ __device__ void gather_statistics(const PackArgs& args, StatisticsShared& shared
     tokens = (keys.count + args.splits * kLanes - 1) / (args.splits * kLanes) * kLanes;
 #endif
     const int first = split * tokens, end = min(first + tokens, keys.count);
-#if KEYS_UNSEEN
+#if LISTS_KEYS
     const i32 token = first < end ? keys.counted(first) : 0;
     const bool neighbours = first < end && keys.counted(end - 1) - token == end - 1 - first;  // (nearly always)
     gather_lane(shared, tensor, base, channels, first, end,
