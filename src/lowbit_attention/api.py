@@ -282,13 +282,13 @@ def explain(
 @overload
 def attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+    max_seqlen_q: int | Tensor | None = None, max_seqlen_k: int | Tensor | None = None,
     *, return_lse: Literal[False] = False, **options: Unpack[_Options],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+    max_seqlen_q: int | Tensor | None = None, max_seqlen_k: int | Tensor | None = None,
     *, return_lse: Literal[True], **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention_varlen(
@@ -297,8 +297,8 @@ def attention_varlen(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
     *,
     recipe: str | Recipe = "auto",
     is_causal: bool = False,
@@ -313,10 +313,16 @@ def attention_varlen(
     Args:
         q: ``[total_q, Hq, D]``; k, v: ``[total_k, Hkv, D]`` and ``[total_k, Hkv, Dv]``.
         cu_seqlens_q, cu_seqlens_k: int32 or int64 ``[B + 1]``; sequence b is tokens ``cu[b] … cu[b + 1] − 1``.
-        max_seqlen_q, max_seqlen_k: the longest sequences, or more; computed if None.
+        max_seqlen_q, max_seqlen_k: the longest sequences, or more. Not needed, and on a kernel not looked at.
         others: as in `attention`; a causal alignment holds within each sequence.
     Returns:
         ``[total_q, Hq, Dv]``; with ``return_lse`` also float32 ``[Hq, total_q]``.
+
+    On a GPU, where a kernel runs the recipe, nobody reads ``cu_seqlens`` but the GPU: the call never waits for it, and in
+    a captured CUDA graph lengths may change from replay to replay. Tokens may be left over before ``cu[0]`` and from
+    ``cu[B]`` on: their output is 0 and their lse −inf. Offsets that fall, or point outside of the tensors, are not found
+    there (they count as the nearest that do neither). Elsewhere each sequence is a call of its own, and offsets must rise
+    from 0 to the number of tokens.
 
     >>> q = k = v = torch.randn(10, 2, 16)
     >>> cu = torch.tensor([0, 3, 10])
@@ -326,6 +332,30 @@ def attention_varlen(
     Raises:
         InvalidArgumentError, InvalidRecipeError, UnsupportedError: as `attention`.
     """
+    arguments = recipe, is_causal, causal_alignment, sm_scale, return_lse, like, on_emulation
+    if torch.compiler.is_compiling() and not wants_grad(q, k, v):
+        out, lse = ops.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *arguments)
+        return (out, lse) if return_lse else out
+    return run_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *arguments)
+
+
+def run_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor | None,
+    max_seqlen_k: int | Tensor | None,
+    recipe: str | Recipe,
+    is_causal: bool,
+    causal_alignment: str | None,
+    sm_scale: float | None,
+    return_lse: bool,
+    like: str | Machine | None,
+    on_emulation: OnEmulation,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention_varlen` with every argument given; the operator of `ops` comes here, too."""
     checks.check_tensors(q, k, v, 3, "[tokens, heads, head_dim]")
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} (as [tokens, heads, head_dim])"
     if k.shape[:2] != v.shape[:2]:
@@ -339,8 +369,9 @@ def attention_varlen(
         "is_causal": is_causal, "bottom_right": causal_alignment != "top_left", "return_lse": return_lse,
         "on_emulation": on_emulation,
     }  # fmt: skip
-    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        checks.check_cu_kind(name, cu, q.device)
+    for name, cu, most in (("q", cu_seqlens_q, max_seqlen_q), ("k", cu_seqlens_k, max_seqlen_k)):
+        checks.check_cu_kind(f"cu_seqlens_{name}", cu, q.device)
+        checks.check_max_kind(f"max_seqlen_{name}", most)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise InvalidArgumentError(
             f"cu_seqlens_q has {len(cu_seqlens_q) - 1} sequences, cu_seqlens_k has {len(cu_seqlens_k) - 1}"
@@ -432,3 +463,4 @@ def _attention_request(
 
 
 ops.implement(run_attention)
+ops.implement_varlen(run_attention_varlen)

@@ -148,6 +148,75 @@ def implement(run: Run) -> None:
     operator(SCHEMA, implementation, _fake, refuse_tangents)
 
 
+VARLEN_SCHEMA = (
+    "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, str recipe, bool is_causal, "
+    "str? causal_alignment, float? sm_scale, bool return_lse, str? like, str on_emulation='warn') -> (Tensor, Tensor)"
+)
+
+
+def implement_varlen(run: Run) -> None:
+    """Let ``run`` (`api.run_attention_varlen`) be what the operator does on every device."""
+
+    def implementation(
+        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, recipe: str, *options: Any
+    ) -> tuple[Tensor, Tensor]:
+        options = (*options, "warn")[:6]
+        result = run(q, k, v, cu_q, cu_k, None, None, parse_recipe(recipe), *options)
+        return result if options[3] else (result, q.new_empty(0, dtype=torch.float32))
+
+    def fake(
+        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, recipe: str, *options: Any
+    ) -> tuple[Tensor, Tensor]:
+        del k, cu_q, cu_k
+        if recipe != "auto":
+            find_recipe(parse_recipe(recipe))
+        lse = (q.shape[1], q.shape[0]) if options[3] else (0,)
+        return q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(lse, dtype=torch.float32)
+
+    def check(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> None:
+        refuse_tangents(q, k, v, [], *options)
+
+    operator(VARLEN_SCHEMA, implementation, fake, check)
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    recipe: str | Recipe,
+    is_causal: bool,
+    causal_alignment: str | None,
+    sm_scale: float | None,
+    return_lse: bool,
+    like: str | Machine | None,
+    on_emulation: OnEmulation,
+) -> tuple[Tensor, Tensor]:
+    """Call the operator: output and lse (empty unless ``return_lse``).
+
+    Raises:
+        InvalidArgumentError: a `Machine` of the caller's own, which an operator cannot take.
+    """
+    text = recipe if isinstance(recipe, str) else recipe.to_json()
+    out, lse = torch.ops.lowbit_attention.attention_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, text, is_causal, causal_alignment, sm_scale, return_lse, _named(like),
+        on_emulation,
+    )  # fmt: skip
+    return out, lse
+
+
+def _named(like: str | Machine | None) -> str | None:
+    """A machine's name, which can cross into an operator."""
+    if isinstance(like, Machine) and MACHINES.get(like.name) is like:
+        return like.name
+    if isinstance(like, Machine):
+        raise InvalidArgumentError(
+            f"like={like.name!r}: inside torch.compile give one of the names {', '.join(MACHINES)}, no Machine object"
+        )
+    return like
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -167,12 +236,7 @@ def attention(
     Raises:
         InvalidArgumentError: a `Machine` of the caller's own, which an operator cannot take.
     """
-    if isinstance(like, Machine) and MACHINES.get(like.name) is like:
-        like = like.name
-    if isinstance(like, Machine):
-        raise InvalidArgumentError(
-            f"like={like.name!r}: inside torch.compile give one of the names {', '.join(MACHINES)}, no Machine object"
-        )
+    like = _named(like)
     text = recipe if isinstance(recipe, str) else recipe.to_json()
     out, lse = torch.ops.lowbit_attention.attention(
         q,

@@ -195,12 +195,19 @@ def check_cu_seqlens(name: str, cu: Tensor, total: int) -> list[int]:
     return offsets
 
 
-def check_max_seqlen(name: str, given: int | None, offsets: list[int]) -> int:
-    """The longest sequence; a given maximum must not be below it."""
+def check_max_kind(name: str, given: Any) -> None:
+    """A number, a tensor (which nobody reads) or nothing, as a longest sequence's length."""
+    if given is None or isinstance(given, Tensor):
+        return
+    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
+        fail(f"{name}={given!r} is not a number of tokens")
+
+
+def check_max_seqlen(name: str, given: int | Tensor | None, offsets: list[int]) -> None:
+    """A given maximum must not be below the longest sequence's length."""
     longest = max((b - a for a, b in itertools.pairwise(offsets)), default=0)
-    if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < longest):
+    if given is not None and not isinstance(given, Tensor) and given < longest:
         fail(f"{name}={given!r} is not an integer of at least {longest}, the longest sequence's length")
-    return longest
 
 
 def for_scale(name: str, scale: float, recipe: Recipe | None) -> Recipe | None:

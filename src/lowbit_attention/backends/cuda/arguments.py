@@ -320,6 +320,7 @@ class MmaArgs(Structure):
     q_granularity: I32
     schedule: Schedule
     mask: MaskArgs
+    sequences: SequenceArgs
 
 
 @declared

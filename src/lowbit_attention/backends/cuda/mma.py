@@ -38,6 +38,7 @@ from .launch import Kernel, load
 from .mask import MaskPlan, mask_form, mask_remark
 from .packing import has_dependent_launch
 from .schedule import heads_side_by_side, log2_rounded_down, schedule
+from .sequences import SequencesPlan
 from .smooth_q import SmoothQ
 from .support import EXACT, number_reasons, option_reasons
 
@@ -65,6 +66,7 @@ class MmaAttention(CudaKernel):
     """
 
     name = "attention_mma"
+    takes_sequences = True
 
     def __init__(self, int4_mma: bool | None = None) -> None:
         super().__init__()
@@ -97,6 +99,8 @@ class MmaAttention(CudaKernel):
         return _recipe_reasons(recipe, _arch(device))
 
     def call_reasons(self, request: Request, recipe: Recipe) -> tuple[str, ...]:
+        if request.sequences and recipe.smooth_q:
+            return ("of sequences of different lengths it smooths no Q",)
         padded = padded_head_dim(max(request.head_dim, request.v_head_dim))
         if recipe.rotation != "hadamard" or padded is None or (wanted := hadamard_size(request.head_dim)) == padded:
             return ()
@@ -124,7 +128,8 @@ class MmaAttention(CudaKernel):
     def make_plan(self, request: Request, recipe: Recipe, packing: Packing) -> MmaPlan:
         pack, device = packing.plan, request.device.index
         config = self._config(recipe, pack.dim, request.device, mask_form(request))
-        q_blocks = -(-request.q_len // config.q_rows)
+        # (of sequences, as many as they can have)
+        q_blocks = request.q_len // config.q_rows + request.sequences if request.sequences else -(-request.q_len // config.q_rows)
         smooth_q = SmoothQ.of(request, config, pack, q_blocks) if recipe.smooth_q else None
         section = 1 if smooth_q else heads_side_by_side(request, pack, device, equal=True)
         arguments = MmaArgs(
@@ -150,6 +155,7 @@ class MmaAttention(CudaKernel):
             arguments=Arguments(arguments),
             smooth_q=smooth_q,
             mask=MaskPlan.of(request, config.arch, MMA_GEOMETRY.b_k, config.q_rows),
+            sequences=SequencesPlan.of(request, config.arch, pack, config.q_rows),
         )
 
 
@@ -180,7 +186,8 @@ class MmaPlan(AttentionPlan):
         point_to_call(args, q, packed, out, lse, sm_scale)
         args.tiles = packed.address + packed.plan.layout.k_tiles
         if smooth_q is None:
-            blocks = self.request.batch * self.request.q_heads * self.q_blocks
+            batch = 1 if self.request.sequences else self.request.batch
+            blocks = batch * self.request.q_heads * self.q_blocks
             self.kernel((blocks, 1, 1), device, arguments.address, overlaps=after_packing and self.can_overlap)
             return
         args.q_mean = scratch

@@ -14,6 +14,7 @@
 //   SUM_IN_MMA   the row sum is taken over the rounded P by an MMA with ones (1), or over P before rounding (0)
 //   SMOOTH_Q     Q is smoothed, and its tile mean's logits come in `delta`
 //   ROTATE       Q is rotated (K was, when it was packed)
+//   SEQUENCES    sequences of different lengths, one behind the other (common/sequences.cuh)
 // backends/cuda/configs.py writes the numbers that follow, kDim to kSharedBytes, and says why.
 #include "mma/block.cuh"
 #include "mma/loader.cuh"
@@ -24,16 +25,17 @@
 // Returns whether some factor, or ΔS in a score's units, needs the exact path; the same for the whole warp.
 template <Dtype kDtype>
 __device__ __forceinline__ bool quantize_queries(const MmaArgs& args, Shared& shared, Warp& me, const Work& work) {
-  const i64 base = i64(work.batch) * args.q.batch + i64(work.head) * args.q.head;
-  const i64 kv_head = i64(work.batch) * args.kv_heads + work.kv_head, head = i64(work.batch) * args.q_heads + work.head;
+  const i64 base = q_base(args, work);
+  const i64 kv_head = i64(work.batch) * args.kv_heads + work.kv_head;
   const i32 first_row = work.first_row + me.warp * kWarpRows;
-  const QueryOptions options = {args.q_len, args.channels, args.q_max, args.q_granularity, args.sm_scale, args.logits_scale};
+  const QueryOptions options = {rows_of(args, work), args.channels, args.q_max, args.q_granularity, args.sm_scale, args.logits_scale};
   const float* mean = nullptr;
 #if SMOOTH_Q
+  const i64 head = i64(work.batch) * args.q_heads + work.head;
   const i32 query_tiles = (args.q_len + kScaleRows - 1) / kScaleRows;
   mean = args.q_mean + (head * query_tiles + min(first_row / kScaleRows, query_tiles - 1)) * kDim;
 #endif
-  float* mean_logit = args.lse == nullptr ? nullptr : args.lse + head * args.q_len + first_row;
+  float* mean_logit = args.lse == nullptr ? nullptr : args.lse + first_lse(args, work) + first_row;
   float unit;
   me.q_scale = quantize_32_rows<kDtype, kDim, QK_LANES, SMOOTH_Q, ROTATE>(
       args.q, base, first_row, options, RowsSeen(args, work), mean, args.k_mean + kv_head * kDim, mean_logit, shared.q[me.warp],
@@ -60,7 +62,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) attention_mma(co
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   griddepcontrol_wait();  // K and V are packed
   const i32 item = args.first_item + i32(blockIdx.x);
-  const Work work = work_item(item, args.schedule, kRows);
+  if (!is_item(args, item)) return;
+  const Work work = work_of(args, item);
   const KeyTiles tiles = tiles_of(args, work, work.first_row, kRows);
   Loader loader(args, shared, work);
   float k_scale = tiles.count > 0 ? loader.next(0) : 0.0f;
@@ -92,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) attention_mma(co
     me.stage = other_stage();
   }
   // the work is found again: the loop above has no registers to keep it
-  const Work again = work_item(pinned(item), args.schedule, kRows);
+  const Work again = work_of(args, pinned(item));
   const KeyTiles all = tiles_of(args, again, again.first_row, kRows);
   const i32 mine = tiles_of(args, again, again.first_row + me.warp * kWarpRows, kWarpRows).count;
   for (i32 tile = fast; tile < all.count; ++tile) {
@@ -101,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) attention_mma(co
     if (tile < mine) me.advance<true>(scale, again, tile);
     me.stage = other_stage();
   }
-  const Work done = work_item(pinned(item), args.schedule, kRows);
+  const Work done = work_of(args, pinned(item));
   if (args.dtype == kBFloat16) me.finish<kBFloat16>(done);
   else if (args.dtype == kFloat16) me.finish<kFloat16>(done);
   else me.finish<kFloat32>(done);

@@ -26,6 +26,7 @@ struct MmaArgs {
   i32 dtype, q_max, q_granularity;
   Schedule schedule;
   MaskArgs mask;
+  SequenceArgs sequences; // with SEQUENCES
 };
 
 // ---- tile numbers: those that are not here, kDim to kSharedBytes, come from configs.py, which says why
@@ -64,12 +65,56 @@ __device__ __forceinline__ const i32* tile_list(const MmaArgs& args, const Work&
 }
 #endif
 
+// A block's work, how many rows and keys its sequence has, how far they see, and where its head's first packed tile lies.
+// (It is found again rather than kept; of sequences by a search.)
+#if SEQUENCES
+__device__ __forceinline__ bool is_item(const MmaArgs& args, i32 item) {
+  return item < args.sequences.item_starts[args.sequences.count];
+}
+__device__ __forceinline__ Work work_of(const MmaArgs& args, i32 item) {
+  const SequenceArgs& all = args.sequences;
+  const i32 place = last_start(all.item_starts, all.count, item), rest = item - all.item_starts[place];
+  const i32 batch = all.order[place], blocks = (all.q_counts[batch] + kRows - 1) / kRows, head = rest / blocks;
+  return {batch, head, divide(head, args.schedule.by_group), (blocks - 1 - (rest - head * blocks)) * kRows};
+}
+__device__ __forceinline__ i32 rows_of(const MmaArgs& args, const Work& work) { return args.sequences.q_counts[work.batch]; }
+__device__ __forceinline__ i32 keys_of(const MmaArgs& args, const Work& work) { return args.sequences.key_counts[work.batch]; }
+__device__ __forceinline__ i32 causal_offset_of(const MmaArgs& args, const Work& work) {
+  return args.sequences.causal_offsets[work.batch];
+}
+// The first row's first element in Q and in the output, and its number in lse.
+__device__ __forceinline__ i64 q_base(const MmaArgs& args, const Work& work) { return Sequence{args, work}.in_q(0); }
+__device__ __forceinline__ i64 output_base(const MmaArgs& args, const Work& work) { return Sequence{args, work}.in_output(0); }
+__device__ __forceinline__ i64 first_lse(const MmaArgs& args, const Work& work) { return Sequence{args, work}.in_lse(0); }
+__device__ __forceinline__ i64 first_tile_of(const MmaArgs& args, const Work& work) {
+  return i64(work.kv_head) * args.tile_count + args.sequences.tile_starts[work.batch];
+}
+#else
+__device__ __forceinline__ bool is_item(const MmaArgs&, i32) { return true; }
+__device__ __forceinline__ Work work_of(const MmaArgs& args, i32 item) { return work_item(item, args.schedule, kRows); }
+__device__ __forceinline__ i32 rows_of(const MmaArgs& args, const Work&) { return args.q_len; }
+__device__ __forceinline__ i32 keys_of(const MmaArgs& args, const Work& work) { return packed_keys(args, work); }
+__device__ __forceinline__ i32 causal_offset_of(const MmaArgs& args, const Work&) { return args.causal_offset; }
+__device__ __forceinline__ i64 q_base(const MmaArgs& args, const Work& work) {
+  return i64(work.batch) * args.q.batch + i64(work.head) * args.q.head;
+}
+__device__ __forceinline__ i64 output_base(const MmaArgs& args, const Work& work) {
+  return work.batch * args.out_batch + work.head * args.out_head;
+}
+__device__ __forceinline__ i64 first_lse(const MmaArgs& args, const Work& work) {
+  return (i64(work.batch) * args.q_heads + work.head) * args.q_len;
+}
+__device__ __forceinline__ i64 first_tile_of(const MmaArgs& args, const Work& work) {
+  return (i64(work.batch) * args.kv_heads + work.kv_head) * args.tile_count;
+}
+#endif
+
 // Key tiles that some of these rows see. (With bits none is known to be seen whole.)
 __device__ __forceinline__ KeyTiles tiles_of(const MmaArgs& args, const Work& work, i32 first_row, i32 rows) {
 #if LISTS_TILES
   return {0, first_row < args.q_len ? tile_list(args, work)[0] : 0};
 #else
-  return KeyTiles::of(first_row, rows, args.q_len, Mask{args.causal_offset, packed_keys(args, work)});
+  return KeyTiles::of(first_row, rows, rows_of(args, work), Mask{causal_offset_of(args, work), keys_of(args, work)});
 #endif
 }
 
@@ -82,7 +127,7 @@ struct RowsSeen {  // whether a row sees some key: else it does not count in its
   __device__ __forceinline__ bool operator()(i32 row) const { return mask.row_seen[first + mask.row_of(row)]; }
   // What its biases have lost, for lse.
   __device__ __forceinline__ float bias(i32 row) const { return mask.row_bias[first + mask.row_of(row)]; }
-#else  // (the host leaves out those from which causality hides all keys)
+#else  // (the host, or sequences/sequences.cu, leaves out those from which causality hides all keys)
   __device__ __forceinline__ RowsSeen(const MmaArgs&, const Work&) {}
   __device__ __forceinline__ bool operator()(i32) const { return true; }
 #endif

@@ -21,7 +21,7 @@ struct Loader {
   static_assert(kWarpBytes - kMiddle > 31 * 16, "the scales lie behind every thread's place");
 
   __device__ __forceinline__ Loader(const MmaArgs& args, Shared& shared, const Work& work) {
-    const i64 first = (i64(work.batch) * args.kv_heads + work.kv_head) * args.tile_count;
+    const i64 first = first_tile_of(args, work);
     const u32 place = threadIdx.x / 32 * kWarpBytes + threadIdx.x % 32 * 16 + kMiddle;
     mine = args.tiles + first * sizeof(PackedTile) + place;
     to = shared_address(&shared.stages[0]) + place;

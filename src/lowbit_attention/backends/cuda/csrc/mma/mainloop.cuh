@@ -260,9 +260,9 @@ struct Warp {
     return {{args.mask.bits[word], args.mask.bits[word + 8 * 4]}};
 #endif
 #else
-    const i32 key = tile * kTileKeys + 2 * lane_in_quad, kv_len = packed_keys(args, work);
-    return {{Mask::last_key(work.first_row + row(block, 0), args.causal_offset, kv_len) - key,
-             Mask::last_key(work.first_row + row(block, 1), args.causal_offset, kv_len) - key}};
+    const i32 key = tile * kTileKeys + 2 * lane_in_quad, kv_len = keys_of(args, work), offset = causal_offset_of(args, work);
+    return {{Mask::last_key(work.first_row + row(block, 0), offset, kv_len) - key,
+             Mask::last_key(work.first_row + row(block, 1), offset, kv_len) - key}};
 #endif
   }
 
@@ -330,13 +330,13 @@ struct Warp {
         const bool blind = base[block][half] == kInfinity;
         seen[half] = blind ? 0.0f : 1.0f;
         inverse[half] = blind ? 0.0f : 1.0f / total;
-        if (args.lse != nullptr && lane_in_quad == 0 && token + 8 * half < args.q_len) {
-          float& lse = args.lse[(i64(work.batch) * args.q_heads + work.head) * args.q_len + token + 8 * half];
+        if (args.lse != nullptr && lane_in_quad == 0 && token + 8 * half < rows_of(args, work)) {
+          float& lse = args.lse[first_lse(args, work) + token + 8 * half];
           // Σ P = P_r · Σ 2^(x − m) = Σ 2^(x + base); lse already holds q · k̄
           lse = blind ? -kInfinity : (__log2f(total) - base[block][half]) * kLn2 + lse;
         }
       }
-      const i64 at = work.batch * args.out_batch + work.head * args.out_head + token * args.out_token + 2 * lane_in_quad;
+      const i64 at = output_base(args, work) + token * args.out_token + 2 * lane_in_quad;
 #pragma unroll
       for (int i = 0; i < kDim / 8; ++i) {
         const Vec8 v_scale = *reinterpret_cast<const Vec8*>(args.v_scale + channels + 8 * i);
@@ -350,7 +350,7 @@ struct Warp {
             y[c] = __fmaf_rn(__uint_as_float(v_mean.word[c]), seen[half], scaled);
             y[c] = max_nan_f32(min_nan_f32(y[c], kLargest<kDtype>), -kLargest<kDtype>);
           }
-          if (token + 8 * half < args.q_len && 8 * i < args.v_channels) {
+          if (token + 8 * half < rows_of(args, work) && 8 * i < args.v_channels) {
             store_pair<kDtype>(args.out, at + 8 * half * args.out_token + 8 * i, y[0], y[1]);
           }
         }
