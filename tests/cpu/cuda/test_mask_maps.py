@@ -115,7 +115,7 @@ def test_the_kernels_read_bits_where_these_models_do():
     wgmma, mma = (" ".join(read(f"{kernel}/mainloop.cuh", None).split()) for kernel in ("hopper", "mma"))
     assert "of_tile * (kMaskRows * 4) + thread.row(0) * 4 + thread.lane_in_quad" in wgmma
     assert "{{ld_global_nc_u32(from), ld_global_nc_u32(from + 8 * 4)}}" in wgmma
-    assert "kMaskRows * 4) + row(block, 0) % kMaskRows * 4 + lane_in_quad" in mma
+    assert "number * (kMaskRows * 4) + row(block, 0) % kMaskRows * 4 + lane_in_quad" in mma
     assert "{{args.mask.bits[word], args.mask.bits[word + 8 * 4]}}" in mma
     assert "bits[i / 2 % 2] >>" in MASKS
     assert f"kMaskRows = {ROWS};" in MASKS
@@ -173,7 +173,7 @@ def test_ranges_are_causality_and_the_end(causal_offset):
 # ---- lists
 
 BITS_ALONE = PREPARE.split("__launch_bounds__(kBitsThreads) pack_biases(")[0]
-WORD = expression(BITS_ALONE.replace("const u32 word = lane", ""), "const u32 word = ", ";")
+WORD = expression(BITS_ALONE.replace("const u32 word = word_of_lanes", ""), "const u32 word = ", ";")
 KEY_SEEN = expression(PREPARE, "sees = mask == nullptr ? ", " :")
 
 

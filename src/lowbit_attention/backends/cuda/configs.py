@@ -422,7 +422,7 @@ class WgmmaConfig:
             Part("q_scale", 2 * consumers * 4 * 32, 4),
             Part("mean_logit", 2 * rows * 4, 4),
             Part("k_largest_scale", 8, 4),
-            Part("key_tile", 2 * _TILE_SLOTS * 4 * (self.mask in ("bits", "bias")), 4),
+            Part("tile_block", 2 * _TILE_SLOTS * 4 * (self.mask in ("bits", "bias")), 4),
             Part("work", 2 * ((36 if takes_work else 20) + {"none": 0, "keys": 4, "bits": 8, "bias": 8}[self.mask]), 4),
             Part("barriers", (2 * stages + 4) * 8 + 3 * 8 * takes_work, 8),
         )

@@ -62,6 +62,7 @@ class HopperAttention(CudaKernel):
         config, pack, device = _config(request, recipe), packing.plan, request.device.index
         tiles, q_blocks = work_tiles_of(request, config, sm_count(device))
         warps = tiles.tail * config.consumers * 4 if tiles.key_splits > 1 else 0
+        mask = MaskPlan.of(request, "sm_90a", TILE_KEYS, config.q_rows)
         zero_count = 1 + warps  # work tiles taken, and the splits that have come for each warp
         section = heads_side_by_side(request, pack, device, equal=request.q_len % config.q_rows == 0)
         arguments = AttentionArgs(
@@ -70,7 +71,7 @@ class HopperAttention(CudaKernel):
             log2_p_max=log2_rounded_down(recipe.p_max),
             p_max=recipe.p_max,
             **_max_options(recipe),
-            tiles=pack.tiles,
+            tiles=mask.mask.row_step if mask is not None and mask.form != "keys" else pack.tiles,
             items=tiles.count,
             whole_items=tiles.whole,
             rest=tiles.tail,
@@ -88,7 +89,7 @@ class HopperAttention(CudaKernel):
             grid=(min(tiles.count, sm_count(device)), 1, 1),
             arguments=Arguments(arguments),
             partials=aligned(4 * zero_count),
-            mask=MaskPlan.of(request, "sm_90a", TILE_KEYS, config.q_rows),
+            mask=mask,
         )
 
 

@@ -24,6 +24,8 @@ struct AttentionArgs {
   float slack, headroom;  // of RestartedMax
   i32 q_heads, kv_heads, q_len, kv_len, channels, v_channels;
   i32 causal_offset;      // query i sees key j if j ≤ i + causal_offset; kv_len without causality
+  // With LISTS_TILES `tiles` is the mask's row_step, which it was before masks had diagonals: where the consumers multiplied
+  // with another field to find a block of bits, the assembler serialised sage2_8b's MMAs.
   i32 tiles, items;       // items: work tiles
   i32 whole_items, rest;  // the first are whole blocks of rows; then `rest` blocks, in as many pieces as fill the card
   Schedule schedule;
@@ -89,7 +91,7 @@ struct Shared {
   float mean_logit[2][kConsumers][kRows];   // sm_scale · q · k̄
   float k_largest_scale[2];                 // of the head's tiles
 #if LISTS_TILES
-  i32 key_tile[2][kTileSlots];              // which a work tile's are, tile mod kTileSlots
+  i32 tile_block[2][kTileSlots];            // a tile's part of the number of a block of bits, tile mod kTileSlots
 #endif
   WorkTile work[2];                           // end_row < 0: no work is left
   u64 full[kStages], empty[kStages], q_full[2], q_empty[2];
@@ -122,10 +124,7 @@ __device__ inline i32 mask_block(const AttentionArgs& args, const WorkTile& work
 }
 // How many key tiles a work tile visits, and which.
 __device__ inline const i32* tile_list(const AttentionArgs& args, const WorkTile& work) {
-  constexpr i32 kBlock = kConsumers * kRows;
-  const i64 blocks = args.schedule.q_blocks;
-  return args.mask.tile_lists +
-         (args.mask.plane(work.batch, work.head) * blocks + work.first_row / kBlock) * (1 + args.tiles);
+  return args.mask.tile_list(work.batch, work.head, args.schedule.q_blocks, work.first_row / (kConsumers * kRows));
 }
 #endif
 

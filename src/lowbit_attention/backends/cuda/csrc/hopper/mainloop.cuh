@@ -358,7 +358,7 @@ struct Consumer {
   // The words of 64 rows and a tile; where those of the thread's first row lie, those of its second 8 rows further.
   __device__ __forceinline__ i64 word_of(i32 tile) const {
     const i64 block = shared.work[q_ring.stage].mask_block + (args.mask.row_blocks == 1 ? 0 : thread.group);
-    const i64 of_tile = block * args.tiles + shared.key_tile[q_ring.stage][tile % kTileSlots];
+    const i64 of_tile = block * args.tiles + shared.tile_block[q_ring.stage][tile % kTileSlots];
     return of_tile * (kMaskRows * 4) + thread.row(0) * 4 + thread.lane_in_quad;
   }
   __device__ __forceinline__ const u32* bits_of(i32 tile) const {

@@ -252,8 +252,10 @@ struct Warp {
   // What the lane's rows of an m16 block see of a tile.
   __device__ __forceinline__ Visible visible(const Work& work, int block, i32 tile) const {
 #if LISTS_TILES
-    const i64 rows = args.mask.row_block(work.batch, work.head, work.first_row + row(block, 0)) * args.tile_count;
-    const i64 word = (rows + tile_list(args, work)[1 + tile]) * (kMaskRows * 4) + row(block, 0) % kMaskRows * 4 + lane_in_quad;
+    const i32 of_rows = i32(args.mask.row_block(work.batch, work.head, work.first_row + row(block, 0))) * args.mask.row_step;
+    const i32 of_tile = args.mask.block_of_tile(args.mask.tile_at(tile_list(args, work), tile));
+    const i64 number = of_rows + args.mask.block_of_plane(work.batch, work.head) + of_tile;
+    const i64 word = number * (kMaskRows * 4) + row(block, 0) % kMaskRows * 4 + lane_in_quad;
 #if MASK_BIAS
     return {{args.mask.bias + word * kWordKeys, args.mask.bias + (word + 8 * 4) * kWordKeys}};
 #else
