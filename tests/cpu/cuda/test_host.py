@@ -295,8 +295,10 @@ def test_a_mask_is_prepared_before_k_and_v_are_packed(launches, kind, name, mask
     assert args.lists_seen == (form == "bits")
     if form == "bits":
         prepared = of[host.name][1].mask
-        assert (prepared.row_step, prepared.tile_step, prepared.tile_list_size) == (args.tiles, 1, 1 + args.tiles)
-        assert (prepared.last_step, prepared.plane_step, prepared.first_block) == (0, 0, 0)
+        row_step = 0 if row_blocks == 1 else args.tiles
+        assert (prepared.row_step, prepared.tile_step, prepared.tile_list_size) == (row_step, 1, 1 + args.tiles)
+        plane_step = args.tiles - row_step if row_blocks == 1 else 0
+        assert (prepared.last_step, prepared.plane_step, prepared.first_block) == (0, plane_step, 0)
         assert getattr(of[host.name][1], "tiles" if kind is HopperAttention else "tile_count") == args.tiles
     assert (args.tiles, args.row_blocks) == (math.ceil(M / tile), row_blocks)
     assert (args.q_blocks, args.row_blocks_a_block * 64) == (math.ceil(N / q_rows), q_rows)
@@ -403,9 +405,7 @@ def test_few_numbers_are_read_as_they_are(launches, kind, name, masked):
         if form == "bias":
             sizes["row_bias"] = 4 * planes * row_blocks * 64
         assert plan.mask.mask.row_step == -1
-        assert getattr(of[host.name][1], "tiles" if kind is HopperAttention else "tile_count") == (
-            -1 if kind is HopperAttention else tiles
-        )
+        assert getattr(of[host.name][1], "tiles" if kind is HopperAttention else "tile_count") == tiles
     spans = sorted((getattr(args, part), getattr(args, part) + size) for part, size in sizes.items())
     assert plan.packing.plan.layout.size + plan.scratch_size <= spans[0][0] - memory.data_ptr()
     assert all(first[1] <= after[0] for first, after in itertools.pairwise(spans))

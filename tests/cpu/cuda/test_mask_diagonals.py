@@ -15,7 +15,7 @@ from c_structs import read
 from lowbit_attention import ALiBi, KeyPadding, Window
 from lowbit_attention.backends.cuda import mask as host
 from lowbit_attention.call.mask_types import as_tensor, checked_mask
-from lowbit_attention.call.masks import Masking
+from lowbit_attention.call.masks import LOG2E, Masking
 from lowbit_attention.call.request import make_request
 
 PREPARE = " ".join(read("mask/mask.cu", None).split())
@@ -67,7 +67,7 @@ def packed(plan, tile_keys, slope=None):
         return seen, None
     bias, largest = bias_at(slope, np.abs(args.shift - apart)), bias_at(slope, args.nearest)
     with np.errstate(invalid="ignore", over="ignore"):
-        less = np.where(seen & ~hides_at(bias, largest), bias - largest, -np.inf)
+        less = np.where(seen & ~hides_at(bias, largest), (bias - largest) * np.float32(LOG2E), -np.inf)
         return seen, less.astype(np.float32).astype(np.float16)
 
 
@@ -121,7 +121,18 @@ def test_the_kernels_do_what_is_played_here():
     ):
         assert text in PREPARE, text
     assert "return i32(plane(batch, head)) * plane_step + first_block;" in MASKS
-    assert "block * args.tiles + shared.tile_block" in " ".join(read("hopper/mainloop.cuh", None).split())
+    for file, text in (
+        (
+            "hopper/mainloop.cuh",
+            "shared.tile_block[q_ring.stage][tile % kTileSlots] + thread.group * args.mask.row_step;",
+        ),
+        (
+            "hopper/producer.cuh",
+            "of_rows = i32(mask_block(args, work)) * args.mask.row_step + args.mask.block_of_plane(",
+        ),
+        ("hopper/producer.cuh", "[tile % kTileSlots] = of_rows + args.mask.block_of_tile(of_keys);"),
+    ):
+        assert text in " ".join(read(file, None).split()), text
     assert "args.mask.row_block(work.batch, work.head, work.first_row + row(block, 0))) * args.mask.row_step;" in (
         " ".join(read("mma/mainloop.cuh", None).split())
     )
@@ -209,7 +220,8 @@ def test_slopes(plan_of, q_len, kv_len, causality):
                 if last >= first:
                     assert np.array_equal(reaches[head][2], largest[head, i], equal_nan=True)
             if math.isfinite(slope):
-                assert np.array_equal(found[:, :kv_len], wanted[head]), slope
+                in_natural_units = found[:, :kv_len].astype(np.float32) / np.float32(LOG2E)
+                assert np.array_equal(in_natural_units, wanted[head]), slope
         finite = [h for h, slope in enumerate(SLOPES) if math.isfinite(slope)]
         for one in range(0, len(finite) - 1, group):
             some = finite[one : one + group]

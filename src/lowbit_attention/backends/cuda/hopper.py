@@ -71,7 +71,7 @@ class HopperAttention(CudaKernel):
             log2_p_max=log2_rounded_down(recipe.p_max),
             p_max=recipe.p_max,
             **_max_options(recipe),
-            tiles=mask.mask.row_step if mask is not None and mask.form != "keys" else pack.tiles,
+            tiles=pack.tiles,
             items=tiles.count,
             whole_items=tiles.whole,
             rest=tiles.tail,

@@ -243,7 +243,7 @@ class _Blocks(NamedTuple):
     @classmethod
     def of(cls, row_blocks: int, tiles: int) -> _Blocks:
         """Each has its own."""
-        return cls(row_blocks * tiles, 0, 0, tiles, 1, 0)
+        return cls(row_blocks * tiles, 0, 0, tiles if row_blocks > 1 else 0, 1, 0)
 
     @classmethod
     def of_diagonals(cls, row_blocks: int, tiles: int, tile_keys: int, kv_len: int) -> _Blocks:

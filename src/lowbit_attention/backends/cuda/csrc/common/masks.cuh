@@ -30,8 +30,8 @@ struct MaskArgs {
   const u32* key_seen;    // [lists][tiles · TILE_KEYS / 32]: a bit a key, 1 if some row sees it
   const MaskWord* bits;   // [planes][blocks][64 rows][4 lanes]: a bit a score, 1 if it is seen
   const i32* tile_lists;  // [planes][⌈q_len / rows of a work tile⌉][tile_list_size]: how many are visited, and which
-  const u16* bias;        // [planes][blocks][64 rows][4 lanes][kWordKeys]: FP16, in natural units, less row_bias
-  const float* row_bias;  // [planes][row_blocks][64]: the largest of each row
+  const u16* bias;        // [planes][blocks][64 · TILE_KEYS], at bias_of_row: FP16, in base-2 logits, less row_bias
+  const float* row_bias;  // [planes][row_blocks][64]: the largest of each row, in natural units
   const u8* row_seen;     // [planes][row_blocks][64]: whether it sees some key
   i32 list_batch, list_head;    // list number: batch · list_batch + head of K · list_head
   i32 plane_batch, plane_head;  // plane number, likewise, of a query head
@@ -69,9 +69,16 @@ struct MaskArgs {
 
 [[maybe_unused]] constexpr u16 kHidingHalf = 0xFC00;  // −∞ in FP16
 
+// A warp reads a tile's biases four of a thread's word at a time, in places that follow each other: so lie those of a row
+// and a lane of its quad.
+constexpr int kBiasRun = 4, kNextRun = 32 * kBiasRun, kNextBiasRow = kWordKeys / kBiasRun * kNextRun;  // (of r + 8)
+__device__ __forceinline__ i32 bias_of_row(i32 row, i32 lane_in_quad) {
+  return row / 8 * kNextBiasRow + (row % 8 * 4 + lane_in_quad) * kBiasRun;
+}
+
 #if MASK_BIAS
-struct Visible {  // of a thread's two rows the biases of its keys
-  const u16* bias[2];
+struct Visible {  // the biases of a thread's keys, of its first row; those of its second lie kNextBiasRow further
+  const u16* bias;
 };
 #elif MASK_BITS
 struct Visible {  // which keys a thread's two rows see

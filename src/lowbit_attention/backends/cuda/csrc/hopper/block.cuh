@@ -24,8 +24,6 @@ struct AttentionArgs {
   float slack, headroom;  // of RestartedMax
   i32 q_heads, kv_heads, q_len, kv_len, channels, v_channels;
   i32 causal_offset;      // query i sees key j if j ≤ i + causal_offset; kv_len without causality
-  // With LISTS_TILES `tiles` is the mask's row_step, which it was before masks had diagonals: where the consumers multiplied
-  // with another field to find a block of bits, the assembler serialised sage2_8b's MMAs.
   i32 tiles, items;       // items: work tiles
   i32 whole_items, rest;  // the first are whole blocks of rows; then `rest` blocks, in as many pieces as fill the card
   Schedule schedule;
@@ -59,7 +57,6 @@ struct WorkTile : Work {
 #if KEY_LIST
   i32 kv_len;      // of its head's packed keys
 #elif LISTS_TILES
-  i32 mask_block;  // the number of its first 64 rows' bits
   i32 tiles;       // that it visits
 #endif
 #if SPLITS_KEYS
@@ -91,7 +88,7 @@ struct Shared {
   float mean_logit[2][kConsumers][kRows];   // sm_scale · q · k̄
   float k_largest_scale[2];                 // of the head's tiles
 #if LISTS_TILES
-  i32 tile_block[2][kTileSlots];            // a tile's part of the number of a block of bits, tile mod kTileSlots
+  i32 tile_block[2][kTileSlots];            // the block of bits of the first 64 rows and a tile, tile mod kTileSlots
 #endif
   WorkTile work[2];                           // end_row < 0: no work is left
   u64 full[kStages], empty[kStages], q_full[2], q_empty[2];
@@ -156,7 +153,6 @@ __device__ inline WorkTile work_of(const AttentionArgs& args, i32 item) {
   tile.kv_len = packed_keys(args, work);
   tiles = (tile.kv_len + kTileKeys - 1) / kTileKeys;
 #elif LISTS_TILES
-  tile.mask_block = mask_block(args, tile);
   tile.tiles = tiles = tile_list(args, tile)[0];
 #endif
 #if SPLITS_KEYS
@@ -180,7 +176,7 @@ __device__ inline i32 kv_len_of(const AttentionArgs& args, const WorkTile& work)
 __device__ inline KeyTiles tiles_of(const AttentionArgs& args, i32 first_row, i32 rows, const WorkTile& work) {
 #if LISTS_TILES
   const i32 count = first_row < work.end_row ? work.tiles : 0;
-  const KeyTiles tiles = {MASK_BIAS ? 0 : count, count};  // (with bits the fast path looks for hidden scores, too)
+  const KeyTiles tiles = {MASK_BIAS ? 0 : count, count};  // (with bits the fast path hides scores, too)
 #else
   const KeyTiles tiles = KeyTiles::of(first_row, rows, work.end_row, Mask{args.causal_offset, kv_len_of(args, work)});
 #endif

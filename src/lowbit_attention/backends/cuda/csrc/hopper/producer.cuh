@@ -39,7 +39,7 @@ __device__ void copy_tiles(const AttentionArgs& args, Shared& shared) {
     const i32 count = tiles_of(args, work.first_row, kConsumers * kRows, work).count;
     const i64 head = i64(work.batch) * args.kv_heads + work.kv_head;
 #if LISTS_TILES
-    const i64 first = head * (args.mask.last_tile + 1);  // (the list says the rest)
+    const i64 first = head * args.tiles;  // (the list says the rest)
 #else
     const i64 first = head * args.tiles + first_tile(work);
 #endif
@@ -64,7 +64,7 @@ __device__ void copy_tiles(const AttentionArgs& args, Shared& shared) {
 #endif
 #if LISTS_TILES
     const i32* list = tile_list(args, work);
-    const i32 of_plane = args.mask.block_of_plane(work.batch, work.head);
+    const i32 of_rows = i32(mask_block(args, work)) * args.mask.row_step + args.mask.block_of_plane(work.batch, work.head);
     i32 before = 0;  // the tile whose V comes
 #endif
     for (i32 tile = 0; count > 0 && tile <= count; ++tile, ring.next()) {
@@ -81,7 +81,7 @@ __device__ void copy_tiles(const AttentionArgs& args, Shared& shared) {
       const u32 k_bytes = tile < count ? kTileBytes + sizeof(shared.k_scale[s]) : 0;
       mbarrier_wait(&shared.empty[s], ring.parity ^ 1);
 #if LISTS_TILES
-      shared.tile_block[q_ring.stage][tile % kTileSlots] = of_plane + args.mask.block_of_tile(of_keys);
+      shared.tile_block[q_ring.stage][tile % kTileSlots] = of_rows + args.mask.block_of_tile(of_keys);
 #endif
       mbarrier_arrive_expect_tx(&shared.full[s], k_bytes + (tile > 0 ? kValueBytes : 0));
       if (tile < count) {

@@ -171,6 +171,7 @@ extern "C" __global__ void __launch_bounds__(kBitsThreads) pack_bits(const __gri
 
 // ---- a block packs the biases of 64 rows, of all keys: first each row's largest, then what they are less that
 
+constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kHidingBias = 9000.0f;  // below the row's largest: e^−9000 is 0 in every format
 
 // Key first + k of a row, in `out[k]`; −∞ where it is hidden by its place.
@@ -241,12 +242,12 @@ extern "C" __global__ void __launch_bounds__(kBitsThreads) pack_biases(const __g
 #pragma unroll
       for (int k = 0; k < kKeysALane; ++k) {
         const bool hides = x[k] == -kInfinity || x[k] - largest < -kHidingBias;
-        x[k] = hides ? -kInfinity : x[k] - largest;
+        x[k] = hides ? -kInfinity : __fmul_rn(x[k] - largest, kLog2e);
         of_mine |= u32(!hides) << k;
       }
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
-        u16* to = args.bias + ((block * kMaskRows + of_block) * 4 + q) * kWordKeys + 4 * lane;
+        u16* to = args.bias + block * (kMaskRows * TILE_KEYS) + bias_of_row(of_block, q) + lane * kNextRun;
         *reinterpret_cast<Vec8*>(to) = {cvt_f16x2_f32(x[2 * q + 1], x[2 * q]), cvt_f16x2_f32(x[8 + 2 * q + 1], x[8 + 2 * q])};
       }
     }
@@ -399,11 +400,11 @@ extern "C" __global__ void __launch_bounds__(kBitsThreads) pack_diagonals(const 
     for (int k = 0; k < kKeysALane; ++k) {
       const i32 distance = i32(args.shift - apart - k);
       const float bias = bias_at(slope, max(distance, -distance));
-      x[k] = seen >> k & 1 && !hides_at(bias, largest) ? __fsub_rn(bias, largest) : -kInfinity;
+      x[k] = seen >> k & 1 && !hides_at(bias, largest) ? __fmul_rn(__fsub_rn(bias, largest), kLog2e) : -kInfinity;
     }
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      u16* to = args.bias + (place + q) * kWordKeys + 4 * lane;
+      u16* to = args.bias + i64(blockIdx.x) * (kMaskRows * TILE_KEYS) + bias_of_row(row, q) + lane * kNextRun;
       *reinterpret_cast<Vec8*>(to) = {cvt_f16x2_f32(x[2 * q + 1], x[2 * q]), cvt_f16x2_f32(x[8 + 2 * q + 1], x[8 + 2 * q])};
     }
   }
