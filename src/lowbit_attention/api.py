@@ -15,7 +15,7 @@ from .backends.dispatch import Chosen, Explanation, check_possible, explain_requ
 from .backends.varlen import on_a_kernel
 from .call import checks
 from .call.checks import for_scale
-from .call.mask_types import Mask, as_tensor, tensors_of
+from .call.mask_types import Mask, checked_mask, tensors_of
 from .call.memo import Memo
 from .call.request import OnEmulation, Request, make_request, wants_grad
 from .errors import InvalidArgumentError, UnsupportedError
@@ -443,8 +443,8 @@ def _attention_request(
     return_lse: bool,
     like: str | Machine | None,
     on_emulation: OnEmulation,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float, Request]:
-    """Checked tensors as ``[B, H, N, D]`` views, the mask with four dimensions, the scale, and the request."""
+) -> tuple[Tensor, Tensor, Tensor, Mask | None, float, Request]:
+    """Checked tensors as ``[B, H, N, D]`` views, the checked mask, the scale, and the request."""
     checks.check_choice("layout", layout, checks.LAYOUTS)
     chosen, machine = _check_options(recipe, like, is_causal, causal_alignment, return_lse, on_emulation)
     checks.check_tensors(q, k, v, 4, "[B, H, N, D]" if layout == "HND" else "[B, N, H, D]")
@@ -453,7 +453,7 @@ def _attention_request(
     checks.check_hnd(q, k, v)
     scale = checks.resolve_scale("sm_scale", sm_scale, q.shape[3])
     chosen = for_scale("sm_scale", scale, chosen)
-    mask = checks.check_mask(as_tensor(attn_mask, q, k), q, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+    mask = checked_mask(attn_mask, q, k)
     request = make_request(
         q, k, v, mask, chosen, machine,
         is_causal=is_causal, bottom_right=causal_alignment != "top_left", return_lse=return_lse, layout=layout,

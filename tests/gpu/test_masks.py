@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowbit_attention import attention, explain, recipe
+from lowbit_attention import ALiBi, KeyPadding, Window, attention, explain, recipe
 from lowbit_attention.backends.cuda.instances import mma_config, padded_head_dim, wgmma_config
+from lowbit_attention.call.mask_types import as_tensor
 from lowbit_attention.call.masks import Masking
 from lowbit_attention.recipes.machine import MACHINES
 from lowbit_attention.reference.attention import emulate
@@ -131,22 +132,10 @@ def run(q, k, v, name, **options):
     return attention(q, k, v, recipe=name, return_lse=True, **options)
 
 
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
-def test_it_is_the_reference(name, shape, kind, causal):
-    if causal and kind not in ("lengths", "random", "blind rows and unseen keys", "everything", "biases", "distances"):
-        pytest.skip("the other masks are seen without causality")
-    batch, q_heads, kv_heads, q_len, kv_len, dim = SHAPES[shape]
-    q, k, v = inputs(batch, q_heads, kv_heads, q_len, kv_len, dim)
-    mask = MASKS[kind](batch, q_heads, q_len, kv_len)
-    r = recipe(name)
-    out, lse = run(q, k, v, name, attn_mask=mask, is_causal=causal)
+def check_reference(r, q, k, v, masking, out, lse):
+    """A kernel's answer beside the emulation's and the exact one."""
+    dim, kv_len = k.shape[3], k.shape[2]
     machine, rows = machine_and_rows(r, q, v)
-    offset = kv_len - q_len if causal and q_len > 1 else None
-    mask = mask if mask.dim() == 4 else mask[None, None]
-    masking = Masking(offset, mask)
     machine = replace(machine, fidelity="instruction")
     want = emulate(q, k, v, r, sm_scale=1 / math.sqrt(dim), masking=masking, machine=machine, work_rows=rows)
     true, true_lse = exact(q, k, v, sm_scale=1 / math.sqrt(dim), masking=masking)
@@ -161,10 +150,26 @@ def test_it_is_the_reference(name, shape, kind, causal):
     # The output's rounding to bf16 is .0014 of it, on average. Beside it: flips of single roundings where the base of
     # the exponentials is rounded by 1.75 units of a score (with 4 bits a unit is up to half a logit, and ΔS is rounded
     # to it); and fast_8b's keys are split here and there, so that other tiles are promoted together.
-    bits, is_split = r.qk_bits, name == "fast_8b" and kv_len >= 900
+    bits, is_split = r.qk_bits, r.name == "fast_8b" and kv_len >= 900
     assert relative(out[seen], want.out[seen]) < 0.0016 + (0.25 if is_split else 0.1 if bits == 4 else 0.03) * method
     assert relative(out[seen], true[seen]) < 1.05 * method + 2.0**-9
     assert (lse[seen] - want.lse[seen]).abs().max() < (0.12 if bits == 4 else 0.04)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+def test_it_is_the_reference(name, shape, kind, causal):
+    if causal and kind not in ("lengths", "random", "blind rows and unseen keys", "everything", "biases", "distances"):
+        pytest.skip("the other masks are seen without causality")
+    batch, q_heads, kv_heads, q_len, kv_len, dim = SHAPES[shape]
+    q, k, v = inputs(batch, q_heads, kv_heads, q_len, kv_len, dim)
+    mask = MASKS[kind](batch, q_heads, q_len, kv_len)
+    r = recipe(name)
+    out, lse = run(q, k, v, name, attn_mask=mask, is_causal=causal)
+    offset = kv_len - q_len if causal and q_len > 1 else None
+    check_reference(r, q, k, v, Masking(offset, mask if mask.dim() == 4 else mask[None, None]), out, lse)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -252,3 +257,102 @@ def test_large_grids(name, batch, heads, length):
     for some in (slice(0, 3), slice(-3, None)):
         want, _ = run(q[some, some].contiguous(), k[some, some].contiguous(), v[some, some].contiguous(), name)
         torch.testing.assert_close(out[some, some], want, rtol=2.0**-7, atol=2.0**-7)
+
+
+# ---- masks that are said in a few numbers
+
+
+def slopes(*shape):
+    """Of several heads; the last one's far keys are below what counts."""
+    steps = 2.0 ** -torch.arange(1, shape[-1] + 1, device="cuda", dtype=torch.float32)
+    steps[-1] = 40.0
+    return steps.expand(*shape).contiguous()
+
+
+FEW = {
+    "window": lambda b, h, m: Window(130, 70),
+    "a causal window": lambda b, h, m: Window(200, 0),
+    "to the left": lambda b, h, m: Window(64, None),
+    "to the right": lambda b, h, m: Window(None, 100),
+    "one key": lambda b, h, m: Window(0, 0),
+    "slopes": lambda b, h, m: ALiBi(slopes(h)),
+    "slopes by batch": lambda b, h, m: ALiBi(slopes(b, h)),
+    "lengths": lambda b, h, m: KeyPadding(torch.tensor([m, m // 3, 5, 0][:b], device="cuda")),
+    "short lengths": lambda b, h, m: KeyPadding(torch.tensor([m + 9, 70, -3, 1][:b], device="cuda", dtype=torch.int32)),
+}
+MORE_SHAPES = SHAPES | {
+    "whole tiles": (2, 4, 2, 512, 1024, 128),
+    "more queries": (2, 4, 4, 700, 300, 64),
+    "few of both": (3, 2, 1, 33, 65, 64),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("shape", MORE_SHAPES)
+@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("alignment", [None, "bottom_right", "top_left"])
+def test_few_numbers_are_their_tensor(name, shape, kind, alignment):
+    """Bit for bit, but for one thing; and the reference's, where all shapes and kinds would take too long for it."""
+    batch, q_heads, kv_heads, q_len, kv_len, dim = MORE_SHAPES[shape]
+    q, k, v = inputs(batch, q_heads, kv_heads, q_len, kv_len, dim)
+    given, options = FEW[kind](batch, q_heads, kv_len), {"is_causal": alignment is not None}
+    if alignment is not None:
+        options["causal_alignment"] = alignment
+    tensor = as_tensor(given, q, k)
+    out, lse = run(q, k, v, name, attn_mask=given, **options)
+    want, want_lse = run(q, k, v, name, attn_mask=tensor, **options)
+    assert torch.equal(lse == -torch.inf, want_lse == -torch.inf)
+    if name == "fast_8b" and q_len % 16:
+        # (rows behind the last see something here, and have a say in whether their warp's interval jumps)
+        assert relative(out, want) < 2.0**-6
+        seen = want_lse > -torch.inf
+        assert not bool(seen.any()) or (lse[seen] - want_lse[seen]).abs().max() < 0.04
+    else:
+        assert torch.equal(out, want)
+        assert torch.equal(lse, want_lse)
+    if shape in ("self", "grouped", "more queries") and alignment != "top_left":
+        offset = kv_len - q_len if alignment else None
+        check_reference(recipe(name), q, k, v, Masking(offset, tensor), out, lse)
+
+
+@pytest.mark.parametrize("name", ["fast_8b", "sage2_8b", "sage2_4b"])
+@pytest.mark.parametrize("few", [Window(256, 0), Window(100, 100), "slopes"], ids=str)
+def test_memory_grows_with_the_length_alone(name, few):
+    """64K tokens: a tensor of every pair would be 4 GB or more. Some rows against exact attention."""
+    length, dim = 1 << 16, 64
+    q, k, v = inputs(1, 1, 1, length, length, dim)
+    mask = ALiBi(torch.full((1,), 0.25, device="cuda")) if few == "slopes" else few
+    run(q[:, :, :300], k[:, :, :300], v[:, :, :300], name, attn_mask=mask)  # (compiled)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out, _ = run(q, k, v, name, attn_mask=mask)
+    # (q, K, V and the output are 8 MB each, the diagonals at most 40; besides packed K and V, and ΔS of a chunk)
+    assert torch.cuda.max_memory_allocated() - before < 400 << 20
+    first, last = 40_000, 40_064
+    keys = slice(first - 1000, last + 1000)
+    if few == "slopes":
+        row, key = torch.arange(first, last, device="cuda"), torch.arange(keys.start, keys.stop, device="cuda")
+        here = -0.25 * (row[:, None] - key).abs().float()[None, None]
+    else:
+        apart = torch.arange(keys.start, keys.stop, device="cuda") - torch.arange(first, last, device="cuda")[:, None]
+        here = ((apart >= -mask.left) & (apart <= mask.right))[None, None]
+    true, _ = exact(q[:, :, first:last], k[:, :, keys], v[:, :, keys], sm_scale=dim**-0.5, masking=Masking(None, here))
+    assert relative(out[:, :, first:last], true) < (0.25 if name == "sage2_4b" else 0.1)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_few_numbers_on_the_device_are_read_when_it_runs(name):
+    """A captured call reads slopes and lengths as they are then; a slope below 0 shows."""
+    q, k, v = inputs(2, 3, 3, 300, 500, 64)
+    lens, steps = torch.tensor([500, 20], device="cuda"), slopes(3)
+    for mask, numbers in ((KeyPadding(torch.full_like(lens, 7)), lens), (ALiBi(torch.ones_like(steps)), steps)):
+        want = attention(q, k, v, recipe=name, attn_mask=type(mask)(numbers))
+        attention(q, k, v, recipe=name, attn_mask=mask)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = attention(q, k, v, recipe=name, attn_mask=mask)
+        (mask.kv_lens if isinstance(mask, KeyPadding) else mask.slopes).copy_(numbers)
+        graph.replay()
+        assert torch.equal(out, want)
+    assert attention(q, k, v, recipe=name, attn_mask=ALiBi(-steps)).isnan().all()

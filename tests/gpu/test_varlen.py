@@ -18,7 +18,11 @@ RECIPES = {
 SELF = ([300, 17, 1, 700, 128],) * 2
 CROSS = [5, 0, 64, 200, 33], [129, 40, 0, 77, 1000]
 ONE_ROW = [1] * 40, [257] * 40
-CAUSAL = {"no": {}, "bottom_right": {"is_causal": True}, "top_left": {"is_causal": True, "causal_alignment": "top_left"}}
+CAUSAL = {
+    "no": {},
+    "bottom_right": {"is_causal": True},
+    "top_left": {"is_causal": True, "causal_alignment": "top_left"},
+}
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="wants a Hopper GPU"
@@ -164,7 +168,9 @@ def test_offsets_that_are_wrong_read_and_write_nothing_else(name):
 
 def test_compiled_once_for_all_lengths():
     compiled = torch.compile(
-        lambda q, k, v, c: attention_varlen(q, k, v, c, c, recipe="fast_8b", is_causal=True), fullgraph=True, backend="aot_eager"
+        lambda q, k, v, c: attention_varlen(q, k, v, c, c, recipe="fast_8b", is_causal=True),
+        fullgraph=True,
+        backend="aot_eager",
     )
     q, k, v = packed(*SELF)
     for lengths in (SELF[0], [1, 1, 1, 1, sum(SELF[0]) - 4]):

@@ -61,6 +61,11 @@ class Implementation(ABC):
         ``mask`` has four dimensions that broadcast to ``[B, Hq, Nq, Nk]``.
         """
 
+    def reads(self, request: Request) -> bool:
+        """Whether `run` takes the request's mask as it is given: a type of `call.mask_types`, not written out."""
+        del request
+        return False
+
     def auto_recipes_for(self, request: Request) -> tuple[Recipe, ...]:
         """The recipes ``auto`` may run for ``request``, the fastest first."""
         del request

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..call.mask_types import Mask, as_tensor, size_reasons
 from ..call.memo import IdentityMemo
 from ..call.request import Request, device_name
 from ..errors import EmulationRefusedError, UnsupportedError
@@ -47,12 +48,13 @@ class Chosen:
     implementation: Implementation
     recipe: Recipe
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sm_scale: float, request: Request) -> Output:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, sm_scale: float, request: Request) -> Output:
         """Run it, with autocast off: it would round what an implementation computes on purpose."""
+        given: Any = mask if mask is None or self.implementation.reads(request) else as_tensor(mask, q, k)
         if torch.is_autocast_enabled(q.device.type):
             with torch.autocast(q.device.type, enabled=False):
-                return self.implementation.run(q, k, v, mask, sm_scale, request, self.recipe)
-        return self.implementation.run(q, k, v, mask, sm_scale, request, self.recipe)
+                return self.implementation.run(q, k, v, given, sm_scale, request, self.recipe)
+        return self.implementation.run(q, k, v, given, sm_scale, request, self.recipe)
 
 
 Answer = TypeVar("Answer")
@@ -74,7 +76,7 @@ def attempt(choice: Chosen, request: Request, run: Callable[..., Answer], *argum
         return failures.note(name, choice.recipe, request, error)
 
 
-def run_request(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sm_scale: float, request: Request) -> Ran:
+def run_request(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, sm_scale: float, request: Request) -> Ran:
     """Run a request by what `choose` says; with ``auto`` a kernel that fails is gone round, with one warning.
 
     Returns:
@@ -97,7 +99,7 @@ def run_request(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sm_scale: 
 
 def _without_kernels(request: Request, failed: Chosen, why: str) -> Chosen:
     for implementation in IMPLEMENTATIONS:
-        if not implementation.is_kernel and not implementation.not_supported_reasons(request, EXACT):
+        if not implementation.is_kernel and not _reasons(implementation, request, EXACT):
             return Chosen(implementation, EXACT)
     raise UnsupportedError(
         f"{failed.implementation.name} failed ({why}), and nothing else can run the call ({request})"
@@ -206,6 +208,14 @@ def explain_request(request: Request) -> Explanation:
     )
 
 
+def _reasons(implementation: Implementation, request: Request, recipe: Recipe) -> tuple[str, ...]:
+    """Every reason why it cannot run ``request``, also for want of the memory that its mask would take as a tensor."""
+    reasons = implementation.not_supported_reasons(request, recipe)
+    if implementation.reads(request):
+        return reasons
+    return (*reasons, *size_reasons(request.mask_text, request.mask_shape))
+
+
 def _decide(request: Request) -> tuple[Chosen | None, list[Verdict]]:
     """The choice, if any, and a verdict on every implementation."""
     found: Chosen | None = None
@@ -216,7 +226,7 @@ def _decide(request: Request) -> tuple[Chosen | None, list[Verdict]]:
     for implementation in IMPLEMENTATIONS:
         if request.recipe is None and implementation.is_kernel:
             continue  # already judged
-        reasons = implementation.not_supported_reasons(request, recipe)
+        reasons = _reasons(implementation, request, recipe)
         chosen = False
         if not reasons:
             if found is not None:
@@ -237,7 +247,7 @@ def _fastest_kernel(request: Request) -> tuple[Chosen | None, list[Verdict]]:
         slower = ""  # a recipe of the kernel's that was timed and lost: those after it are no faster
         for recipe in kernel.auto_recipes_for(request) if kernel.is_kernel else ():
             if reasons := (
-                *kernel.not_supported_reasons(request, recipe),
+                *_reasons(kernel, request, recipe),
                 *((failed,) if (failed := failures.known(kernel.name, recipe, request)) is not None else ()),
                 *kernel.not_worth_reasons(request),
                 *outside_reasons(recipe, request.kv_len),

@@ -1,6 +1,6 @@
 """Masks that are said in a few numbers instead of a tensor of every pair: ``attn_mask`` takes them, too.
 
-Kernels will read them as they are (`docs/api.md` says which do). What runs a call today takes tensors, so `as_tensor`
+Kernels read most of them as they are (`docs/api.md` says which). Others who run a call take tensors, so `as_tensor`
 writes them out, and refuses to where that would be gigabytes.
 """
 
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError, shown
-from .checks import check_kind, fail
+from .checks import check_kind, check_mask, fail
 
 _MOST_BYTES = 1 << 30
-"""Of what writing a mask out takes: 32K × 32K pairs of a `BlockMask`, 11K × 11K distances (int64) of a `Window`."""
+"""Of what writing a mask out takes: 32K × 32K pairs of a `Window`, 11K × 11K distances (int64) of an `ALiBi`."""
+_DISTANCE = 8
+"""Bytes of a distance."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +69,7 @@ class Window:
 class ALiBi:
     """Logits fall with the distance: ``− slope · |i + Nk − Nq − j|`` is added (Press et al., 2022).
 
-    slopes: float32 ``[Hq]`` or ``[B, Hq]`` on q's device.
+    slopes: float32 ``[Hq]`` or ``[B, Hq]`` on q's device, none below 0 (which a kernel answers with NaN).
 
     Raises:
         InvalidArgumentError: no such tensor.
@@ -166,25 +168,62 @@ def from_text(text: str, tensors: Sequence[Tensor]) -> Mask | None:
     return ALiBi(tensor) if kind == "alibi" else tensor
 
 
-def as_tensor(mask: Mask | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """A mask of ``[B, H, N, D]`` tensors written out, broadcastable to ``[B, Hq, Nq, Nk]``.
+def checked_mask(mask: Mask | None, q: Tensor, k: Tensor) -> Mask | None:
+    """A mask of ``[B, H, N, D]`` tensors as requests have it: a tensor with four dimensions, or a type but `BlockMask`.
 
     Raises:
-        InvalidArgumentError: its tensors do not fit q and k.
-        UnsupportedError: it would take more than 1 GB.
+        InvalidArgumentError: it does not fit q and k.
+        UnsupportedError: blocks that written out would take more than 1 GB.
     """
+    batch, heads, rows, keys = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     if mask is None or isinstance(mask, Tensor):
-        return mask
+        return check_mask(mask, q, (batch, heads, rows, keys))
     if not isinstance(mask, (KeyPadding, Window, ALiBi, BlockMask)):
         fail(f"attn_mask must be a torch.Tensor, KeyPadding, Window, ALiBi, BlockMask or None, got {_what(mask)}")
-    batch, heads, rows, keys = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     for t in tensors_of(mask):
         check_kind("attn_mask", t)
         if t.device != q.device:
             fail(f"attn_mask is on {t.device}, q on {q.device}")
+    if isinstance(mask, BlockMask):
+        return check_mask(_blocks(mask, (batch, heads, rows, keys)), q, (batch, heads, rows, keys))
+    if isinstance(mask, KeyPadding) and mask.kv_lens.shape[0] != batch:
+        fail(f"kv_lens has {mask.kv_lens.shape[0]} lengths, and q has a batch of {batch}")
+    if isinstance(mask, ALiBi):
+        *batches, of_heads = mask.slopes.shape
+        if of_heads != heads or any(size not in (1, batch) for size in batches):
+            fail(f"slopes of shape {tuple(mask.slopes.shape)}, and q has a batch of {batch} and {heads} heads")
+    return mask
+
+
+def shape_and_dtype(
+    mask: Mask | None, q: Tensor, k: Tensor
+) -> tuple[tuple[int, int, int, int] | None, torch.dtype | None]:
+    """Of a `checked_mask`, as it would be written out: its shape, 1 where it repeats, and its dtype."""
+    if mask is None:
+        return None, None
+    rows, keys = q.shape[2], k.shape[2]
     if isinstance(mask, KeyPadding):
-        if mask.kv_lens.shape[0] != batch:
-            fail(f"kv_lens has {mask.kv_lens.shape[0]} lengths, and q has a batch of {batch}")
+        return (mask.kv_lens.shape[0], 1, 1, keys), torch.bool
+    if isinstance(mask, Window):
+        return (1, 1, rows, keys), torch.bool
+    if isinstance(mask, ALiBi):
+        batches = 1 if mask.slopes.dim() == 1 else mask.slopes.shape[0]
+        return (batches, mask.slopes.shape[-1], rows, keys), mask.slopes.dtype
+    tensor = mask.blocks if isinstance(mask, BlockMask) else mask
+    batch, heads, rows, keys = tensor.shape
+    return (batch, heads, rows, keys), tensor.dtype
+
+
+def as_tensor(mask: Mask | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """A `checked_mask` written out, broadcastable to ``[B, Hq, Nq, Nk]``.
+
+    Raises:
+        UnsupportedError: it would take more than 1 GB.
+    """
+    if mask is None or isinstance(mask, Tensor):
+        return mask
+    batch, heads, rows, keys = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    if isinstance(mask, KeyPadding):
         return (_positions(keys, q) < mask.kv_lens[:, None])[:, None, None]
     if isinstance(mask, BlockMask):
         return _blocks(mask, (batch, heads, rows, keys))
@@ -196,11 +235,9 @@ def as_tensor(mask: Mask | None, q: Tensor, k: Tensor) -> Tensor | None:
         if mask.right is not None:
             visible = visible.tril_(keys - rows + mask.right)
         return visible[None, None]
-    _check_size(mask.slopes.numel() * rows * keys * 8, mask)  # (distances are int64)
+    _check_size(mask.slopes.numel() * rows * keys * _DISTANCE, mask)
     distance = _positions(keys, q) - _positions(rows, q)[:, None] - (keys - rows)
     slopes = mask.slopes if mask.slopes.dim() == 2 else mask.slopes[None]
-    if slopes.shape[1] != heads or slopes.shape[0] not in (1, batch):
-        fail(f"slopes of shape {tuple(mask.slopes.shape)}, and q has a batch of {batch} and {heads} heads")
     return -slopes[:, :, None, None] * distance.abs()
 
 
@@ -221,7 +258,18 @@ def _blocks(mask: BlockMask, shape: tuple[int, int, int, int]) -> Tensor:
 
 def _check_size(size: int, mask: MaskType) -> None:
     if size > _MOST_BYTES:
-        raise UnsupportedError(
-            f"{type(mask).__name__}: no kernel reads it yet, and written out as a tensor it takes {size / 2**30:.1f} "
-            f"GB (more than {_MOST_BYTES >> 30} GB is refused)"
-        )
+        raise UnsupportedError(f"{type(mask).__name__}: {_too_large(size)}")
+
+
+def _too_large(size: int) -> str:
+    return f"written out as a tensor it takes {size / 2**30:.1f} GB (more than {_MOST_BYTES >> 30} GB is refused)"
+
+
+def size_reasons(said: str, shape: tuple[int, int, int, int] | None) -> list[str]:
+    """Why a mask of this text (`to_text`) and shape is not written out."""
+    size = 0 if shape is None else shape[0] * shape[1] * shape[2] * shape[3]
+    if said.startswith("window"):
+        return [f"the window: {_too_large(size)}"] if size > _MOST_BYTES else []
+    if said == "alibi":
+        return [f"ALiBi: {_too_large(size * _DISTANCE)}"] if size * _DISTANCE > _MOST_BYTES else []
+    return []

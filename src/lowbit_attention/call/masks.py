@@ -47,7 +47,9 @@ class Masking:
         return visible & sees if visible.dtype == torch.bool else visible.masked_fill(~sees, -math.inf)
 
     def relative(self, rows: int, keys: int) -> tuple[Masking, Tensor]:
-        """A float mask as kernels read it: FP16 biases less each row's largest; and that, ``[B or 1, Hq or 1, rows]``.
+        """A float mask as kernels read it, less each row's largest; and that, ``[B or 1, Hq or 1, rows]``.
+
+        In base-2 logits it is FP16 numbers; here they are in natural units.
 
         What is far below a row's largest (−10000, or a dtype's lowest number, as some models mark padding) hides a key
         from softmax as −∞ does. A row of such numbers alone sees all of them.
@@ -55,8 +57,8 @@ class Masking:
         bias = self.written_out(rows, keys).float()
         largest = bias.amax(dim=-1, keepdim=True)
         less = torch.where(largest == -math.inf, -math.inf, bias - largest)
-        less = torch.where(less < -_HIDING_BIAS, -math.inf, less).half()
-        return replace(self, mask=less), largest[..., 0].expand(-1, -1, rows)
+        less = torch.where(less < -_HIDING_BIAS, -math.inf, less * LOG2E).half()
+        return replace(self, mask=less.float() / LOG2E), largest[..., 0].expand(-1, -1, rows)
 
     def first_row(self, first_key: int, tile: int) -> int:
         """The first query row, rounded down to its tile, that causality lets see ``first_key`` or a later key."""

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from ..recipes.definition import Recipe
 from ..recipes.machine import Machine, resolve_machine
+from .mask_types import Mask, shape_and_dtype, tensors_of, to_text
 from .memo import Memo
 
 MaskKind = Literal["none", "bool", "float"]
@@ -25,9 +26,10 @@ class Request:
     ``recipe`` is ``None`` for "auto". ``causal_offset``: query i sees key j if ``j ≤ i + causal_offset``; it is the
     bottom-right alignment's ``Nk − Nq`` or the top-left's 0; ``bottom_right`` tells which. ``layout`` is the order in
     which the caller wants the output to lie in memory. ``needs_grad``: a derivative is asked for, with ``forward_ad``
-    by forward-mode AD. ``mask_shape``: 1 where the mask repeats. ``sequences``: if not 0, so many sequences of any lengths
-    lie one behind the other; then ``batch`` is their number, too, and lengths are those of all together. ``on_emulation``: what an emulation does that
-    ``machine`` does not ask for.
+    by forward-mode AD. ``mask_shape``: 1 where the mask repeats. ``mask_text``: how it is given (`to_text`); its kind,
+    dtype and shape are those of the tensor that it says. ``sequences``: if not 0, so many sequences of any lengths lie
+    one behind the other; then ``batch`` is their number, too, and lengths are those of all together.
+    ``on_emulation``: what an emulation does that ``machine`` does not ask for.
     """
 
     recipe: Recipe | None
@@ -46,6 +48,7 @@ class Request:
     mask: MaskKind = "none"
     mask_dtype: torch.dtype | None = None
     mask_shape: tuple[int, int, int, int] | None = None
+    mask_text: str = "tensor"
     return_lse: bool = False
     needs_grad: bool = False
     forward_ad: bool = False
@@ -81,7 +84,8 @@ class Request:
         if self.is_causal:
             words.append("causal, bottom-right" if self.bottom_right else "causal, top-left")
         words += [f"{self.sequences} sequences"] if self.sequences else []
-        words += [f"{self.mask} mask"] if self.mask != "none" else []
+        if self.mask != "none":
+            words.append(f"{self.mask if self.mask_text == 'tensor' else self.mask_text} mask")
         words += ["with lse"] if self.return_lse else []
         words += ["needs forward-mode gradients" if self.forward_ad else "needs gradients"] if self.needs_grad else []
         words += [f"dropout {self.dropout_p}"] if self.dropout_p else []
@@ -119,15 +123,10 @@ def _tangent(t: Tensor) -> Tensor | None:
     return tangent
 
 
-def _four(mask: Tensor) -> tuple[int, int, int, int]:
-    batch, heads, rows, keys = mask.shape
-    return batch, heads, rows, keys
-
-
 def make_request(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, recipe: Recipe | None, machine: Machine | None, **options: Any
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, recipe: Recipe | None, machine: Machine | None, **options: Any
 ) -> Request:
-    """The request of checked ``[B, H, N, D]`` tensors, with the mask's four dimensions if there is one.
+    """The request of checked ``[B, H, N, D]`` tensors and of a `checked_mask`.
 
     Calls that are alike get the same object.
     """
@@ -135,7 +134,8 @@ def make_request(
         recipe.check_geometry(resolve_machine(None).geometry)
     if options["is_causal"] and (k.shape[2] - q.shape[2] if options["bottom_right"] else 0) >= k.shape[2] - 1:
         options["is_causal"] = False  # every query sees every key: a single one, as in decoding
-    kind: Literal["none", "bool", "float"] = "none" if mask is None else "bool" if mask.dtype == torch.bool else "float"
+    shape, mask_dtype = shape_and_dtype(mask, q, k)
+    kind: Literal["none", "bool", "float"] = "none" if mask is None else "bool" if mask_dtype == torch.bool else "float"
     request = Request(
         recipe=recipe,
         machine=machine,
@@ -149,10 +149,11 @@ def make_request(
         dtype=q.dtype,
         device=q.device,
         mask=kind,
-        mask_dtype=None if mask is None else mask.dtype,
-        mask_shape=None if mask is None else _four(mask),
-        needs_grad=wants_grad(q, k, v, mask),
-        forward_ad=has_tangent(q, k, v, mask),
+        mask_dtype=mask_dtype,
+        mask_shape=shape,
+        mask_text="tensor" if mask is None else to_text(mask),
+        needs_grad=wants_grad(q, k, v, *tensors_of(mask)),
+        forward_ad=has_tangent(q, k, v, *tensors_of(mask)),
         **options,
     )
     if torch.compiler.is_compiling():  # (a traced memo is guarded: any new call would compile this again)
@@ -161,7 +162,14 @@ def make_request(
 
 
 def of_sequences(
-    q: Tensor, k: Tensor, v: Tensor, count: int, packed: bool, recipe: Recipe | None, machine: Machine | None, **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    count: int,
+    packed: bool,
+    recipe: Recipe | None,
+    machine: Machine | None,
+    **options: Any,
 ) -> Request:
     """The request of ``count`` sequences in checked ``[tokens, heads, channels]`` tensors: as they lie (``packed``), or
     as a batch of sequences of their mean length, by which to choose."""

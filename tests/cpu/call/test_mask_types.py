@@ -131,10 +131,31 @@ def test_what_does_not_fit_the_call(mask, says):
         la.attention(*tensors(), attn_mask=mask)
 
 
-def test_what_would_take_gigabytes_is_refused():
+@pytest.mark.parametrize(
+    ("mask", "says"),
+    [
+        (
+            Window(128, 0),
+            r"tiled_exact: the window: written out as a tensor it takes 1.5 GB \(more than 1 GB is refused",
+        ),
+        (ALiBi(torch.ones(1)), r"tiled_exact: ALiBi: written out as a tensor it takes 11.9 GB"),
+        (BlockMask(torch.ones(1, 1, 1, 1, dtype=torch.bool), 40_000, 40_000), r"BlockMask: written out .* 1.5 GB"),
+    ],
+)
+@pytest.mark.parametrize("recipe", ["exact", "auto"])
+def test_what_would_take_gigabytes_is_refused_by_who_would_write_it_out(mask, says, recipe):
     q = torch.empty(1, 1, 1, 16).expand(1, 1, 40_000, 16)
-    with pytest.raises(UnsupportedError, match=r"Window: no kernel reads it yet, .* takes 1.5 GB"):
-        la.attention(q, q, q, attn_mask=Window(128, 0))
+    with pytest.raises(UnsupportedError, match=says):
+        la.attention(q, q, q, recipe=recipe, attn_mask=mask)
+
+
+def test_compiled_code_asks_the_machine_that_runs_it():
+    """Traced on fake tensors, a kernel may read what would take gigabytes written out."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        q = torch.empty(1, 1, 40_000, 64, dtype=torch.bfloat16, device="meta")
+        assert la.attention(q, q, q, recipe="sage2_8b", attn_mask=Window(128, 0)).shape == q.shape
 
 
 def test_slopes_that_want_a_gradient_are_refused_as_masks_are():

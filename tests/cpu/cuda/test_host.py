@@ -10,17 +10,21 @@ import pytest
 import torch
 from c_structs import CTYPES, fields
 
-from lowbit_attention import UnsupportedError, recipe
+from lowbit_attention import ALiBi, KeyPadding, UnsupportedError, Window, recipe
 from lowbit_attention.backends.cuda import hopper, kernel, mask, mma, packing, smooth_q
 from lowbit_attention.backends.cuda.arguments import AttentionArgs, MmaArgs, PackArgs, PrepareArgs, SmoothArgs
 from lowbit_attention.backends.cuda.hopper import HopperAttention
 from lowbit_attention.backends.cuda.mma import MmaAttention
+from lowbit_attention.call.mask_types import as_tensor
 from lowbit_attention.call.request import make_request
 
 STRUCTURES = {
     "list_keys": PrepareArgs,
     "pack_bits": PrepareArgs,
     "list_tiles": PrepareArgs,
+    "list_by_place": PrepareArgs,
+    "pack_biases": PrepareArgs,
+    "pack_diagonals": PrepareArgs,
     "statistics": PackArgs,
     "pack": PackArgs,
     "attention_wgmma": AttentionArgs,
@@ -289,6 +293,13 @@ def test_a_mask_is_prepared_before_k_and_v_are_packed(launches, kind, name, mask
     assert (args.q_len, args.kv_len, args.group) == (N, M, 2 if grouped and heads > 1 else 1)
     assert args.causal_offset == (M - N if plan.request.is_causal else M)
     assert args.lists_seen == (form == "bits")
+    if form == "bits":
+        prepared = of[host.name][1].mask
+        row_step = 0 if row_blocks == 1 else args.tiles
+        assert (prepared.row_step, prepared.tile_step, prepared.tile_list_size) == (row_step, 1, 1 + args.tiles)
+        plane_step = args.tiles - row_step if row_blocks == 1 else 0
+        assert (prepared.last_step, prepared.plane_step, prepared.first_block) == (0, plane_step, 0)
+        assert getattr(of[host.name][1], "tiles" if kind is HopperAttention else "tile_count") == args.tiles
     assert (args.tiles, args.row_blocks) == (math.ceil(M / tile), row_blocks)
     assert (args.q_blocks, args.row_blocks_a_block * 64) == (math.ceil(N / q_rows), q_rows)
 
@@ -342,6 +353,97 @@ def test_lists_and_planes_are_those_of_the_mask(launches, kind, name, masked):
         planes.add(plane)
     assert lists == set(range(plan.mask.lists))
     assert planes == set(range(plan.mask.planes))
+
+
+SLOPES = torch.ones(2 * B, H, dtype=torch.float32)
+BY_PLACE = {  # a mask of few numbers, whether causality holds besides; form, lists and planes
+    "window": (Window(100, 7), False, "bits", 1, 1),
+    "window, causal": (Window(100, 7), True, "bits", 1, 1),
+    "slopes": (ALiBi(SLOPES[0]), False, "bias", H // 2, H),
+    "slopes by batch": (ALiBi(SLOPES[::2]), True, "bias", B * H // 2, B * H),
+    "lengths": (KeyPadding(torch.ones(2 * B, dtype=torch.int64)[::2]), False, "keys", B, B),
+    "short lengths": (KeyPadding(torch.ones(B, dtype=torch.int32)), False, "keys", B, B),
+}
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("masked", BY_PLACE)
+def test_few_numbers_are_read_as_they_are(launches, kind, name, masked):
+    """No tensor of every pair, nothing zeroed, nothing overlapping; and every kernel is told where it lies."""
+    given, is_causal, form, lists, planes = BY_PLACE[masked]
+    host, r = kind(), recipe(name)
+    q, k, v = tensors(batch=B, lengths=(N, M), heads=(H, H // 2))
+    request = request_of(q, k, v, r, attn_mask=given, is_causal=is_causal)
+    assert host.reads(request)
+    assert "from its numbers alone" in host.remark(request)
+    plan = host.plan(request, r)
+    memory = torch.full((plan.workspace_size,), 0xAA, dtype=torch.uint8)
+    launches.clear()
+    host.run_in(memory, q, k, v, 0.1, plan, given)
+    before = ["list_by_place"] if form == "keys" else ["list_by_place", "pack_diagonals"]
+    assert launches.names()[: len(before) + 1] == [*before, "statistics"]
+    assert bool((memory == 0xAA).all())
+    of = {kernel_name: (grid, args) for kernel_name, grid, _, args in reversed(launches)}
+    tile = 128 if kind is HopperAttention else 64
+    tiles, row_blocks = math.ceil(M / tile), math.ceil(N / 64)
+    blocks = 2 * row_blocks + (tiles - 1) * (tile // 64)  # (1000 keys: the last tile is not full)
+    grid, args = of["list_by_place"]
+    assert (plan.mask.form, plan.mask.lists, plan.mask.planes, grid[0]) == (form, lists, planes, planes)
+    assert planes == lists * args.group
+    sizes = {"key_counts": 4 * lists, "keys": 4 * lists * M}
+    if form != "keys":
+        assert of["pack_diagonals"][0] == (planes * blocks, 1, 1)
+        assert args.blocks == blocks
+        q_rows = q_rows_of(host, name, plan.request)
+        assert (args.q_blocks, args.row_blocks_a_block * 64) == (math.ceil(N / q_rows), q_rows)
+        sizes |= {
+            "key_seen": lists * tiles * tile // 8,
+            "row_seen": planes * row_blocks * 64,
+            "tile_lists": planes * args.q_blocks * 2 * 4,
+            "bits" if form == "bits" else "bias": planes * blocks * 64 * tile // 8 * (1 if form == "bits" else 16),
+        }
+        if form == "bias":
+            sizes["row_bias"] = 4 * planes * row_blocks * 64
+        assert plan.mask.mask.row_step == -1
+        assert getattr(of[host.name][1], "tiles" if kind is HopperAttention else "tile_count") == tiles
+    spans = sorted((getattr(args, part), getattr(args, part) + size) for part, size in sizes.items())
+    assert plan.packing.plan.layout.size + plan.scratch_size <= spans[0][0] - memory.data_ptr()
+    assert all(first[1] <= after[0] for first, after in itertools.pairwise(spans))
+    assert spans[-1][1] <= memory.data_ptr() + plan.workspace_size
+    for kernel_name in set(of) - set(before):
+        for part, _, code in fields(type(plan.mask.mask)):
+            if code == "P":
+                found = getattr(of[kernel_name][1].mask, part)
+                assert found == (getattr(args, part) if part in sizes else None), (kernel_name, part)
+    if isinstance(given, ALiBi):
+        assert args.slopes == given.slopes.data_ptr()
+        for b, h in itertools.product(range(B), range(H)):
+            batch, head = divmod(b * plan.mask.mask.plane_batch + h * plan.mask.mask.plane_head, args.planes_a_batch)
+            whole = given.slopes.expand(B, H)
+            assert whole[b, h].data_ptr() - args.slopes == 4 * (batch * args.batch + head * args.head)
+    elif isinstance(given, KeyPadding):
+        assert (args.kv_lens, args.batch) == (given.kv_lens.data_ptr(), given.kv_lens.stride(0))
+        assert args.long_lens == (given.kv_lens.dtype == torch.int64)
+
+
+@EVERY_KERNEL
+def test_what_is_no_matter_of_places_is_written_out(launches, kind, name):
+    """Lengths with causality; slopes whose rows lie before the first key."""
+    host, r = kind(), recipe(name)
+    q, k, v = tensors(batch=B, lengths=(M, N), heads=(H, H))
+    for given, is_causal in ((KeyPadding(torch.ones(B, dtype=torch.int64)), True), (ALiBi(SLOPES[0]), False)):
+        request = request_of(q, k, v, r, attn_mask=given, is_causal=is_causal)
+        assert not host.reads(request)
+        assert "written out as a tensor first" in host.remark(request)
+        launches.clear()
+        host.run(q, k, v, as_tensor(given, q, k), 0.1, request, r)
+        assert "list_by_place" not in launches.names()
+        assert launches.names()[0] in ("pack_bits", "pack_biases")
+        with pytest.raises(ValueError, match="for a mask written out"):
+            host.run(q, k, v, given, 0.1, request, r)
+    window = request_of(q, k, v, r, attn_mask=Window(9, 9))
+    with pytest.raises(ValueError, match="for a mask of few numbers"):
+        host.run(q, k, v, as_tensor(Window(9, 9), q, k), 0.1, window, r)
 
 
 @EVERY_KERNEL

@@ -113,12 +113,51 @@ def test_mma_lanes_find_their_scores_bits(q_len, kv_len):
 def test_the_kernels_read_bits_where_these_models_do():
     """The addresses above, in the kernels' own words."""
     wgmma, mma = (" ".join(read(f"{kernel}/mainloop.cuh", None).split()) for kernel in ("hopper", "mma"))
-    assert "of_tile * (kMaskRows * 4) + thread.row(0) * 4 + thread.lane_in_quad" in wgmma
+    assert "mask_block(tile) * (kMaskRows * 4) + thread.row(0) * 4 + thread.lane_in_quad" in wgmma
     assert "{{ld_global_nc_u32(from), ld_global_nc_u32(from + 8 * 4)}}" in wgmma
-    assert "kMaskRows * 4) + row(block, 0) % kMaskRows * 4 + lane_in_quad" in mma
+    assert "number * (kMaskRows * 4) + row(block, 0) % kMaskRows * 4 + lane_in_quad" in mma
     assert "{{args.mask.bits[word], args.mask.bits[word + 8 * 4]}}" in mma
     assert "bits[i / 2 % 2] >>" in MASKS
     assert f"kMaskRows = {ROWS};" in MASKS
+
+
+# ---- where biases lie
+
+
+@pytest.mark.parametrize("tile_keys", [64, 128])
+def test_a_warps_biases_follow_each_other(tile_keys):
+    """Every row and key of a block has a place of its own, that pack_biases writes and the kernels read."""
+    word, run = tile_keys // 4, 4
+    next_run, next_row = 32 * run, word // run * 32 * run
+    for text in (
+        "kBiasRun = 4, kNextRun = 32 * kBiasRun, kNextBiasRow = kWordKeys / kBiasRun * kNextRun;",
+        "return row / 8 * kNextBiasRow + (row % 8 * 4 + lane_in_quad) * kBiasRun;",
+    ):
+        assert text in MASKS
+    assert (
+        PREPARE.count("bias_of_row(of_block, q) + lane * kNextRun;")
+        == PREPARE.count("bias_of_row(row, q) + lane * kNextRun;")
+        == 1
+    )
+    at = lambda row, quad_lane: row // 8 * next_row + (row % 8 * 4 + quad_lane) * run  # noqa: E731
+    place = {}
+    for row, sixteen, q, i in itertools.product(range(ROWS), range(tile_keys // 16), range(4), range(4)):
+        key = 16 * sixteen + (2 * q + i if i < 2 else 8 + 2 * q + i - 2)  # (the order in which a lane writes its four)
+        place[row, key] = at(row, q) + sixteen * next_run + i
+    assert sorted(place.values()) == list(range(ROWS * tile_keys))
+
+    wgmma, softmax, mma = (
+        " ".join(read(file, None).split()) for file in ("hopper/mainloop.cuh", "common/softmax.cuh", "mma/mainloop.cuh")
+    )
+    assert "mask_block(tile) * (kMaskRows * kTileKeys) + bias_of_row(thread.row(0), thread.lane_in_quad)" in wgmma
+    assert "visible.bias + half * kNextBiasRow + part * kNextRun" in softmax
+    assert "scores[2 * kBiasRun * part + j / 2 * 4 + 2 * half + j % 2]" in softmax
+    assert "visible.bias[i / 2 % 2 * kNextBiasRow + i / 8 * kNextRun + i / 4 % 2 * 2 + i % 2]" in mma
+    for warp, quad, q, i in itertools.product(range(4), range(8), range(4), range(tile_keys // 2)):
+        row, key = 16 * warp + quad, 8 * (i // 4) + 2 * q + i % 2
+        half = i // 2 % 2  # of score number i, as the MMA gives it
+        read_at = at(row, q) + half * next_row + i // 8 * next_run + i // 4 % 2 * 2 + i % 2
+        assert read_at == place[row + 8 * half, key]
 
 
 # ---- causality and the end: a range of sixteen keys
@@ -173,7 +212,7 @@ def test_ranges_are_causality_and_the_end(causal_offset):
 # ---- lists
 
 BITS_ALONE = PREPARE.split("__launch_bounds__(kBitsThreads) pack_biases(")[0]
-WORD = expression(BITS_ALONE.replace("const u32 word = lane", ""), "const u32 word = ", ";")
+WORD = expression(BITS_ALONE.replace("const u32 word = word_of_lanes", ""), "const u32 word = ", ";")
 KEY_SEEN = expression(PREPARE, "sees = mask == nullptr ? ", " :")
 
 

@@ -86,7 +86,7 @@ def test_shared_memory_is_what_the_kernels_struct_takes(name, head_dim, dtype, m
     for member in ("k_scale", "v_scale", "v_mean", "tile_means"):
         assert offsets.get(member, 0) % 16 == 0  # a bulk copy's destination
     assert ("tile_means" in offsets) == config.tile_means
-    assert ("key_tile" in offsets) == (mask == "bits")
+    assert ("tile_block" in offsets) == (mask == "bits")
     assert config.q_rows == constants["kConsumers"] * constants["kRows"]
     assert config.threads == constants["kThreads"]
     assert config.geometry.b_q == constants["kRows"]

@@ -108,6 +108,13 @@ class MaskArgs(Structure):
     plane_batch: I32
     plane_head: I32
     row_blocks: I32
+    tile_list_size: I32
+    row_step: I32
+    tile_step: I32
+    last_step: I32
+    plane_step: I32
+    first_block: I32
+    last_tile: I32
 
 
 @declared
@@ -192,6 +199,13 @@ class PrepareArgs(Structure):
     tile_lists: Pointer
     row_seen: Pointer
     tile_seen: Pointer
+    slopes: Pointer
+    kv_lens: Pointer
+    long_lens: I32
+    shift: I32
+    nearest: I32
+    diagonals: I32
+    blocks: I32
 
 
 @declared

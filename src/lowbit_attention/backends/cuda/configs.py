@@ -300,7 +300,7 @@ _WGMMA_TILES = {
 }
 """By where O lies and the padded head dimension."""
 
-_WORK_BYTES: dict[MaskForm, int] = {"none": 0, "keys": 4, "bits": 8, "bias": 8, "sequences": 8}
+_WORK_BYTES: dict[MaskForm, int] = {"none": 0, "keys": 4, "bits": 4, "bias": 4, "sequences": 8}
 """What a work tile says besides (WorkTile of csrc/hopper/block.cuh)."""
 _WGMMA_ROWS = 64
 """Query rows of a warpgroup: wgmma's M."""
@@ -434,7 +434,7 @@ class WgmmaConfig:
             Part("q_scale", 2 * consumers * 4 * 32, 4),
             Part("mean_logit", 2 * rows * 4, 4),
             Part("k_largest_scale", 8, 4),
-            Part("key_tile", 2 * _TILE_SLOTS * 4 * (self.mask in ("bits", "bias")), 4),
+            Part("tile_block", 2 * _TILE_SLOTS * 4 * (self.mask in ("bits", "bias")), 4),
             Part("work", 2 * ((36 if takes_work else 20) + _WORK_BYTES[self.mask]), 4),
             Part("barriers", (2 * stages + 4) * 8 + 3 * 8 * takes_work, 8),
         )
@@ -466,7 +466,9 @@ class WgmmaConfig:
     def header(self) -> str:
         """What follows from it, as the device reads it."""
         tile, in_shared, in_two = self.tile, self.output_in_shared, self.splits_channels
-        makes_bound = tile.halves_scores or self.tile_means
+        # (Channels in two parts and a mask: for want of a register the assembler serialised one instance or the other.
+        # Q's scale is read anew for each tile.)
+        reads_scale = tile.halves_scores or (in_two and self.mask in ("bits", "bias"))
         macros = {
             "OUTPUT_IN_SHARED": in_shared,
             # FP32's rows do not fit. (From registers through shared memory they would take registers for addresses, and
@@ -479,7 +481,8 @@ class WgmmaConfig:
             "HALVES_SCORES": tile.halves_scores,
             # Promotions that put means back take registers from three warpgroups: the bound of the tiles' factors is
             # made anew for each tile.
-            "MAKES_BOUND": makes_bound,
+            "MAKES_BOUND": reads_scale or self.tile_means,
+            "READS_SCALE": reads_scale,
             "MAKES_MORE": self.makes_more,
             "SEEN_IN_SHARED": self.seen_in_shared,
         } | _absent(TILE_MEANS=self.tile_means, JUMP=self.jump)
@@ -506,8 +509,8 @@ class WgmmaConfig:
             "kHidesLast": tile.consumers == 2 and (not in_two or self.restart),
             # where the unit for exponentials is what a tile waits for, some are a polynomial of the FMA units
             "kPolynomial": tile.halves_scores and self.sum_in_mma,
-            # (To ask whether a tile hides any, channels in two parts lack a register: the assembler would serialise.)
-            **({"kTileSlots": _TILE_SLOTS, "kHidesAlways": in_two} if self.mask in ("bits", "bias") else {}),
+            # (Channels in two parts: to ask whether a tile hides any, and to fetch its bits ahead, there is none left.)
+            **({"kTileSlots": _TILE_SLOTS, "kLacksRegisters": in_two} if self.mask in ("bits", "bias") else {}),
             **({"kMeanSlots": _MEAN_SLOTS, "kMeanPitch": self.mean_pitch} if self.tile_means else {}),
             "kSharedBytes": self.shared_bytes,
         }

@@ -15,6 +15,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ...call.mask_types import Mask
 from ...call.masks import LOG2E
 from ...call.memo import IdentityMemo, Memo
 from ...call.request import Request, make_request
@@ -25,7 +26,7 @@ from ..base import Implementation, Output, inference_only
 from .arguments import AttentionArgs, MaskArgs, MmaArgs, SequenceArgs
 from .instances import Instance, MaskForm, PackFormat, mask_instance, pack_instance, padded_head_dim, sequences_instance
 from .launch import cache
-from .mask import MaskPlan, mask_form
+from .mask import MaskPlan, is_by_place, mask_form
 from .packing import Packer, PackPlan, aligned, loadable, packer
 from .sequences import SequencesPlan
 from .support import request_reasons
@@ -170,18 +171,25 @@ class CudaKernel(Implementation):
 
     # ---- what follows from it
 
+    def reads(self, request: Request) -> bool:
+        return request.mask_text == "tensor" or is_by_place(request)
+
     def not_supported_reasons(self, request: Request, recipe: Recipe) -> tuple[str, ...]:
         return (
             *self.device_reasons(request.device),
             *self.recipe_reasons(recipe, request.device),
             *request_reasons(request),
             *self.call_reasons(request, recipe),
-            *(("it takes no sequences of different lengths",) if request.sequences and not self.takes_sequences else ()),
+            *(
+                ("it takes no sequences of different lengths",)
+                if request.sequences and not self.takes_sequences
+                else ()
+            ),
             *inference_only(request),
         )
 
     def run(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sm_scale: float, request: Request, recipe: Recipe
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, sm_scale: float, request: Request, recipe: Recipe
     ) -> Output:
         device = q.device.index
         if device != torch.cuda.current_device():
@@ -204,7 +212,7 @@ class CudaKernel(Implementation):
         v: Tensor,
         sm_scale: float,
         plan: AttentionPlan,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
     ) -> Output:
         """A whole call on the current device, in ``plan.workspace_size`` bytes of ``memory``, whatever they hold."""
         q, k, v = loadable(q), loadable(k), loadable(v)

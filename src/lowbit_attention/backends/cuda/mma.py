@@ -129,7 +129,11 @@ class MmaAttention(CudaKernel):
         pack, device = packing.plan, request.device.index
         config = self._config(recipe, pack.dim, request.device, mask_form(request))
         # (of sequences, as many as they can have)
-        q_blocks = request.q_len // config.q_rows + request.sequences if request.sequences else -(-request.q_len // config.q_rows)
+        q_blocks = (
+            request.q_len // config.q_rows + request.sequences
+            if request.sequences
+            else -(-request.q_len // config.q_rows)
+        )
         smooth_q = SmoothQ.of(request, config, pack, q_blocks) if recipe.smooth_q else None
         section = 1 if smooth_q else heads_side_by_side(request, pack, device, equal=True)
         arguments = MmaArgs(

@@ -169,7 +169,9 @@ class PackPlan:
             tiles_a_block=tiles_a_block,
             grid=(blocks, kv_heads, 2) if packs_sequences else _pack_grid(blocks, heads),
             statistics=statistics,
-            layout=PackedLayout.of(heads, (kv_heads if packs_sequences else heads) * tiles, statistics.splits, dim, form),
+            layout=PackedLayout.of(
+                heads, (kv_heads if packs_sequences else heads) * tiles, statistics.splits, dim, form
+            ),
             recipe=recipe,
             form=form,
         )

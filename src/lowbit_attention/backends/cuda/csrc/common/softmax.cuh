@@ -18,6 +18,7 @@ constexpr float kMagic = 12582912.0f;            // 1.5 · 2^23
 // A score that is hidden, below all others. With bits, whose tiles take the fast path, it is −∞ once kMagicBits is added.
 constexpr i32 kHidden = MASK_BITS ? 0xFF800000 - kMagicBits : -2147483647 - 1;
 constexpr float kLargestFastFactor = 0.0625f;    // P is at most 8 % too small, and the lse sees it
+[[maybe_unused]] constexpr float kSmallestFactor = 0x1p-90f;
 constexpr float kLargestFactor = 1.2676506e30f;  // 2^100, so that 2^21 · factor stays finite
 
 // Which tiles look for hidden scores: those on the exact path and, with bits, all.
@@ -25,28 +26,33 @@ template <bool kMasked>
 constexpr bool kHides = kMasked || MASK_BITS;
 
 // This thread's largest logit of each row, −∞ if all are hidden; hidden scores become kHidden.
-#if MASK_BIAS  // which turns the scores into logits
+// The factor of keys one of which is NaN is NaN, and so is the maximum of a row that sees one of these keys. That of a row
+// from which all of them are hidden is not: their exponentials may not be NaN either. (Nor 0 · −∞.)
+__device__ __forceinline__ float without_nan(float factor) { return LISTS_TILES ? fmaxf(factor, kSmallestFactor) : factor; }
+
+#if MASK_BIAS  // Scores become logits. (The fast path's arithmetic saves little here, and takes registers.)
 template <bool kMasked>
 __device__ __forceinline__ void largest_logit(i32 (&scores)[64], float factor, const Visible& visible, float (&m)[2]) {
-  constexpr float kLog2e = 1.4426950408889634f;
+  const float clean = without_nan(factor);
   m[0] = m[1] = -kInfinity;
 #pragma unroll
-  for (int part = 0; part < 4; ++part) {
+  for (int part = 0; part < kWordKeys / kBiasRun; ++part) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Vec16 eight = ld_global_nc_v4(visible.bias[half] + 8 * part);
+      const Vec8 four = *reinterpret_cast<const Vec8*>(visible.bias + half * kNextBiasRow + part * kNextRun);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        i32& s = scores[16 * part + j / 2 * 4 + 2 * half + j % 2];
-        const u32 pair = eight.word[j / 2];
-        const u16 bias = u16(j % 2 ? pair >> 16 : pair);
-        const float biased = __fmaf_rn(cvt_f32_f16(bias), kLog2e, __fmul_rn(float(s), factor));
-        // (Hidden, whatever the score: NaN, if another key of its scale is. Where there is a register for it.)
-        const float x = !kHidesAlways && bias == kHidingHalf ? -kInfinity : biased;
+      for (int j = 0; j < kBiasRun; ++j) {
+        i32& s = scores[2 * kBiasRun * part + j / 2 * 4 + 2 * half + j % 2];
+        const u32 pair = four.word[j / 2];
+        const float x = __fmaf_rn(float(s), clean, cvt_f32_f16(u16(j % 2 ? pair >> 16 : pair)));
         s = __float_as_int(x);
-        m[half] = max_nan_f32(m[half], x);
+        m[half] = fmaxf(m[half], x);
       }
     }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (factor != factor && m[half] != -kInfinity) m[half] = factor;  // (NaN goes on)
   }
 }
 #else
@@ -54,10 +60,14 @@ template <bool kMasked>
 __device__ __forceinline__ void largest_logit(i32 (&scores)[64], float factor, const Visible& visible, float (&m)[2]) {
   i32 top[2] = {kHidden, kHidden};
 #if MASK_BITS  // (most masks leave most tiles alone)
-  if (kHidesAlways || __any_sync(0xFFFFFFFF, (visible.bits[0] & visible.bits[1]) != 0xFFFFFFFF)) {
+  if (kLacksRegisters || __any_sync(0xFFFFFFFF, (visible.bits[0] & visible.bits[1]) != 0xFFFFFFFF)) {
 #pragma unroll
-    for (int i = 0; i < 64; ++i) {
-      if (visible.hides(i)) scores[i] = kHidden;
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int key = 0; key < 32; ++key) {
+        i32& s = scores[key / 2 * 4 + half * 2 + key % 2];
+        s = visible.bits[half] & 1u << key ? s : kHidden;
+      }
     }
   }
 #endif
@@ -204,7 +214,6 @@ constexpr float kPowerBias = kPowerMagic + 15.0f;  // 15: FP16's exponent's
 // factors from kSmallestFactor to kLargestFastFactor, |m| ≤ 2^20 / 16, so that score is finite, and its product with the
 // factor and m, 2^16 and rounded to 24 bits each, cancel but for less than .02. Logits of smaller factors are below 2^−70.)
 constexpr float kLowestExponent = -14.0f;
-constexpr float kSmallestFactor = 0x1p-90f;
 __device__ __forceinline__ u32 polynomial_exp2(float y0, float y1) {
   constexpr u32 kFraction = 0x03FF03FF;
   constexpr u32 kScale = 0x6FC86FC8, kShift = 0xB376B376, kRest = 0x3B883B88;  // 7968, −0.23315, 0.94141
@@ -246,16 +255,15 @@ __device__ __forceinline__ void exponentials(const i32 (&scores)[64], u32 (&p)[1
   const auto polynomial = [](int group) { return Path::kPolynomial && is_polynomial(group); };
 
   const auto set_exponent = [&](float& to, i32 s, int half, bool by_polynomial) {
-    if constexpr (kMasked) {  // 0 + log2 P_r, rounded down, at the maximum, however large that is
-      const bool hidden = !MASK_BIAS && s == kHidden;
-#if MASK_BIAS  // (which has made it a logit)
-      to = __int_as_float(s) + base[half];
+#if MASK_BIAS  // (whose scores are logits by now)
+    to = __int_as_float(s) + base[half];
+    if (by_polynomial) to += kPowerBias;
+    if (by_polynomial) to = __int_as_float(max(__float_as_int(to), kPowerMagicBits));  // (−∞ too; NaN stays)
 #else
+    if constexpr (kMasked) {  // 0 + log2 P_r, rounded down, at the maximum, however large that is
+      const bool hidden = s == kHidden;
       to = hidden && !Path::kHidesLast ? -kInfinity : __fmul_rn(float(s), factor) + base[half];
-#endif
-      if (by_polynomial && MASK_BIAS) {
-        to += kPowerBias;
-      } else if (by_polynomial && !hidden) {
+      if (by_polynomial && !hidden) {
         const float fast = __fmaf_rn(__int_as_float(s + kMagicBits), factor, polynomial_base[half]);
         to = factor <= kLargestFastFactor ? fast : to + kPowerBias;
       }
@@ -265,6 +273,7 @@ __device__ __forceinline__ void exponentials(const i32 (&scores)[64], u32 (&p)[1
       const i32 with_magic = by_polynomial ? max(s + kMagicBits, lowest[half]) : s + kMagicBits;
       to = __fmaf_rn(__int_as_float(with_magic), factor, by_polynomial ? polynomial_base[half] : base[half]);
     }
+#endif
   };
   const auto scale = [&](int group) {  // scores to exponents
 #pragma unroll

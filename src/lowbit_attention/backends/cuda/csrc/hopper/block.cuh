@@ -60,7 +60,6 @@ struct WorkTile : Work {
 #elif KEY_LIST
   i32 kv_len;      // of its head's packed keys
 #elif LISTS_TILES
-  i32 mask_block;  // the number of its first 64 rows' bits
   i32 tiles;       // that it visits
 #endif
 #if SPLITS_KEYS
@@ -92,7 +91,7 @@ struct Shared {
   float mean_logit[2][kConsumers][kRows];   // sm_scale · q · k̄
   float k_largest_scale[2];                 // of the head's tiles
 #if LISTS_TILES
-  i32 key_tile[2][kTileSlots];              // which a work tile's are, tile mod kTileSlots
+  i32 tile_block[2][kTileSlots];            // the block of bits of the first 64 rows and a tile, tile mod kTileSlots
 #endif
   WorkTile work[2];                           // end_row < 0: no work is left
   u64 full[kStages], empty[kStages], q_full[2], q_empty[2];
@@ -125,10 +124,7 @@ __device__ inline i32 mask_block(const AttentionArgs& args, const WorkTile& work
 }
 // How many key tiles a work tile visits, and which.
 __device__ inline const i32* tile_list(const AttentionArgs& args, const WorkTile& work) {
-  constexpr i32 kBlock = kConsumers * kRows;
-  const i64 blocks = args.schedule.q_blocks;
-  return args.mask.tile_lists +
-         (args.mask.plane(work.batch, work.head) * blocks + work.first_row / kBlock) * (1 + args.tiles);
+  return args.mask.tile_list(work.batch, work.head, args.schedule.q_blocks, work.first_row / (kConsumers * kRows));
 }
 #endif
 
@@ -187,7 +183,6 @@ __device__ inline WorkTile work_of(const AttentionArgs& args, i32 item) {
   tile.kv_len = packed_keys(args, work);
   tiles = (tile.kv_len + kTileKeys - 1) / kTileKeys;
 #elif LISTS_TILES
-  tile.mask_block = mask_block(args, tile);
   tile.tiles = tiles = tile_list(args, tile)[0];
 #endif
 #if SPLITS_KEYS
@@ -200,14 +195,12 @@ __device__ inline WorkTile work_of(const AttentionArgs& args, i32 item) {
 }
 #endif
 
-// The number of its head's first packed tile.
-__device__ inline i64 first_tile_of_head(const AttentionArgs& args, const WorkTile& work) {
 #if SEQUENCES
+// The number of its head's first packed tile.
+__device__ inline i64 first_tile_of_sequence(const AttentionArgs& args, const WorkTile& work) {
   return i64(work.kv_head) * args.tiles + args.sequences.tile_starts[work.batch];
-#else
-  return (i64(work.batch) * args.kv_heads + work.kv_head) * args.tiles;
-#endif
 }
+#endif
 
 __device__ inline i32 kv_len_of(const AttentionArgs& args, const WorkTile& work) {
 #if KEY_LIST || SEQUENCES
@@ -228,7 +221,7 @@ __device__ inline i32 causal_offset_of(const AttentionArgs& args, const WorkTile
 __device__ inline KeyTiles tiles_of(const AttentionArgs& args, i32 first_row, i32 rows, const WorkTile& work) {
 #if LISTS_TILES
   const i32 count = first_row < work.end_row ? work.tiles : 0;
-  const KeyTiles tiles = {MASK_BIAS ? 0 : count, count};  // (with bits the fast path looks for hidden scores, too)
+  const KeyTiles tiles = {MASK_BIAS ? 0 : count, count};  // (with bits the fast path hides scores, too)
 #else
   const KeyTiles tiles = KeyTiles::of(first_row, rows, work.end_row, Mask{causal_offset_of(args, work), kv_len_of(args, work)});
 #endif

@@ -26,7 +26,7 @@ struct Consumer {
   const u32 k_at = shared_address(shared.k[0]) / 16, v_at = shared_address(shared.v[0]) / 16;
 
   // of the work tile
-  float q_scale;             // read anew for each tile if HALVES_SCORES
+  float q_scale;             // read anew for each tile if READS_SCALE
   Promoted promoted_before;  // in shared memory if HALVES_SCORES
   float largest_factor;      // made anew for each tile if MAKES_BOUND
   Rows rows;
@@ -92,11 +92,11 @@ struct Consumer {
   // The factor of the tile whose scores are under way. A group of zeros in K has the scale 1, which may be far larger
   // than any other; its scores are 0 whatever the factor. (NaN stays.)
   __device__ __forceinline__ void set_factor() {
-    if constexpr (HALVES_SCORES) read_q_scale();
+    if constexpr (READS_SCALE) read_q_scale();
     if constexpr (MAKES_BOUND) make_bound();
     factor = q_scale * shared.k_scale[ring.stage][thread.lane_in_quad];
     factor = factor > largest_factor ? largest_factor : factor;
-    if constexpr (HALVES_SCORES || LISTS_TILES) factor = max_nan_f32(factor, kSmallestFactor);  // (0 · −∞ is NaN)
+    if constexpr (HALVES_SCORES) factor = max_nan_f32(factor, kSmallestFactor);  // (0 · −∞ is NaN)
   }
   // Whether some factor of the work tile needs the exact path; the same for the whole warpgroup.
   __device__ __forceinline__ bool needs_exact_path() const {
@@ -233,7 +233,7 @@ struct Consumer {
     }
     if constexpr (!SUM_IN_MMA) before().sum[0] *= rescale[0], before().sum[1] *= rescale[1];
     ready = !MAKES_MORE && mbarrier_test_wait_parity(&shared.full[ring.stage], ring.parity);  // (the answer takes 90 clocks)
-    exponentials<TilePath<kMasked>>(scores, p, rows, before().sum, factor, args.log2_p_max);
+    exponentials<TilePath<kMasked>>(scores, p, rows, before().sum, without_nan(factor), args.log2_p_max);
     if constexpr (kInterval > 1) {
       if (tile > 0 && begins) {
         float scale[2];
@@ -342,36 +342,44 @@ struct Consumer {
   // What the rows see of a tile.
   __device__ __forceinline__ Visible visible(i32 first_row, i32 tile) const {
 #if MASK_BIAS
-    const u16* from = bias_of(tile);
-    return {{from, from + 8 * 4 * kWordKeys}};
+    return {bias_of(tile)};
 #elif MASK_BITS
     const u32* from = bits_of(tile);
     return {{ld_global_nc_u32(from), ld_global_nc_u32(from + 8 * 4)}};
 #else
     const i32 key = (first_tile(shared.work[q_ring.stage]) + tile) * kTileKeys + 2 * thread.lane_in_quad;
     const i32 kv_len = kv_len_of(args, shared.work[q_ring.stage]);
-    const i32 offset = causal_offset_of(args, shared.work[q_ring.stage]);
-    return {{Mask::last_key(first_row + thread.row(0), offset, kv_len) - key,
-             Mask::last_key(first_row + thread.row(1), offset, kv_len) - key}};
+#if SEQUENCES
+    const i32 causal_offset = shared.work[q_ring.stage].causal_offset;
+#else
+    const i32& causal_offset = args.causal_offset;  // (in a register the assembler would lack it)
+#endif
+    return {{Mask::last_key(first_row + thread.row(0), causal_offset, kv_len) - key,
+             Mask::last_key(first_row + thread.row(1), causal_offset, kv_len) - key}};
 #endif
   }
 #if LISTS_TILES
-  // The words of 64 rows and a tile; where those of the thread's first row lie, those of its second 8 rows further.
-  __device__ __forceinline__ i64 word_of(i32 tile) const {
-    const i64 block = shared.work[q_ring.stage].mask_block + (args.mask.row_blocks == 1 ? 0 : thread.group);
-    const i64 of_tile = block * args.tiles + shared.key_tile[q_ring.stage][tile % kTileSlots];
-    return of_tile * (kMaskRows * 4) + thread.row(0) * 4 + thread.lane_in_quad;
+  // The number of the warpgroup's rows' block of a tile.
+  __device__ __forceinline__ i64 mask_block(i32 tile) const {
+    return shared.tile_block[q_ring.stage][tile % kTileSlots] + thread.group * args.mask.row_step;
   }
   __device__ __forceinline__ const u32* bits_of(i32 tile) const {
-    return args.mask.bits + word_of(tile);
+    return args.mask.bits + mask_block(tile) * (kMaskRows * 4) + thread.row(0) * 4 + thread.lane_in_quad;
   }
-  __device__ __forceinline__ const u16* bias_of(i32 tile) const { return args.mask.bias + word_of(tile) * kWordKeys; }
+  __device__ __forceinline__ const u16* bias_of(i32 tile) const {
+    return args.mask.bias + mask_block(tile) * (kMaskRows * kTileKeys) + bias_of_row(thread.row(0), thread.lane_in_quad);
+  }
 #endif
-  // A tile's bits come to L1 while its scores are under way.
+  // A tile's bits come to L1 while its scores are under way. (Where there is a register for that.)
   __device__ __forceinline__ void prefetch_bits(i32 tile) const {
+#if LISTS_TILES
+    if (kLacksRegisters) return;
+#endif
 #if MASK_BIAS
-    prefetch_global_l1(bias_of(tile));
-    prefetch_global_l1(bias_of(tile) + 8 * 4 * kWordKeys);
+    constexpr i32 kWarpBiases = 16 * kTileKeys, kLine = kWarpBiases / 32;  // a lane's
+    static_assert(kLine * sizeof(u16) <= 128, "of L1");
+    const i32 place = thread.warp * kWarpBiases + laneid() * kLine;
+    prefetch_global_l1(args.mask.bias + mask_block(tile) * (kMaskRows * kTileKeys) + place);
 #elif MASK_BITS
     prefetch_global_l1(bits_of(tile));
     prefetch_global_l1(bits_of(tile) + 8 * 4);
@@ -459,7 +467,7 @@ struct Consumer {
 
   // Tiles up to `last` but for its P·V: the first `fast` on the fast path, the others on the exact one.
   __device__ __forceinline__ void mainloop(i32 first_row, u32 fast, u32 last) {
-    if (fast > 0) {
+    if (!MASK_BIAS && fast > 0) {
       softmax<false>(visible_on_fast_path(first_row));
       while (tile + 1 < fast) {
         multiply<true, false>();
@@ -478,7 +486,7 @@ struct Consumer {
   // Here P does not go from one loop to the other, which would take registers of its own: the last tile always takes the
   // exact path.
   __device__ __forceinline__ void mainloop_by_halves(i32 first_row, u32 fast, u32 last) {
-    while (tile < fast && tile < last) {
+    while (!MASK_BIAS && tile < fast && tile < last) {
       softmax<false>(visible_on_fast_path(first_row));
       multiply<true, true>();
     }

@@ -38,10 +38,12 @@ __device__ void copy_tiles(const AttentionArgs& args, Shared& shared) {
 #endif
     const i32 count = tiles_of(args, work.first_row, kConsumers * kRows, work).count;
     const i64 head = i64(work.batch) * args.kv_heads + work.kv_head;
-#if LISTS_TILES
-    const i64 first = first_tile_of_head(args, work);  // (the list says the rest)
+#if SEQUENCES
+    const i64 first = first_tile_of_sequence(args, work);
+#elif LISTS_TILES
+    const i64 first = head * args.tiles;  // (the list says the rest)
 #else
-    const i64 first = first_tile_of_head(args, work) + first_tile(work);
+    const i64 first = head * args.tiles + first_tile(work);
 #endif
     constexpr u32 kChannelBytes = sizeof(shared.v_scale[0]);
 #if TILE_MEANS
@@ -63,13 +65,14 @@ __device__ void copy_tiles(const AttentionArgs& args, Shared& shared) {
     if (count == 0) mbarrier_arrive(&shared.next_wanted);
 #endif
 #if LISTS_TILES
-    const i32* list = tile_list(args, work) + 1 + first_tile(work);
+    const i32* list = tile_list(args, work);
+    const i32 of_rows = i32(mask_block(args, work)) * args.mask.row_step + args.mask.block_of_plane(work.batch, work.head);
     i32 before = 0;  // the tile whose V comes
 #endif
     for (i32 tile = 0; count > 0 && tile <= count; ++tile, ring.next()) {
       const int s = ring.stage;
 #if LISTS_TILES
-      const i32 of_keys = tile < count ? list[tile] : 0, of_values = before;
+      const i32 of_keys = tile < count ? args.mask.tile_at(list, first_tile(work) + tile) : 0, of_values = before;
       before = of_keys;
 #else
       const i32 of_keys = tile, of_values = tile - 1;
@@ -80,7 +83,7 @@ __device__ void copy_tiles(const AttentionArgs& args, Shared& shared) {
       const u32 k_bytes = tile < count ? kTileBytes + sizeof(shared.k_scale[s]) : 0;
       mbarrier_wait(&shared.empty[s], ring.parity ^ 1);
 #if LISTS_TILES
-      shared.key_tile[q_ring.stage][tile % kTileSlots] = of_keys;
+      shared.tile_block[q_ring.stage][tile % kTileSlots] = of_rows + args.mask.block_of_tile(of_keys);
 #endif
       mbarrier_arrive_expect_tx(&shared.full[s], k_bytes + (tile > 0 ? kValueBytes : 0));
       if (tile < count) {

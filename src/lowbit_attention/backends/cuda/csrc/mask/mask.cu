@@ -3,6 +3,7 @@
 //   a mask that is the same for all rows:  list_keys
 //   any other:                             pack_bits, list_tiles, list_keys (of what pack_bits has seen)
 //   biases:                                pack_biases, and the same
+//   said in a few numbers:                 list_by_place, pack_diagonals
 //
 // Compiled for: TILE_KEYS 128 (wgmma) or 64 (mma.sync).
 #include "common/masks.cuh"
@@ -31,6 +32,12 @@ struct PrepareArgs {
   i32* tile_lists;
   u8* row_seen;                   // 0 before pack_bits
   u8* tile_seen;                  // [planes][row_blocks][tiles]
+  // Of list_by_place and pack_diagonals:
+  const float* slopes;            // [B, Hq] by `batch` and `head`: adds −slope · |row + shift − key|; or null
+  const void* kv_lens;            // [B] by `batch`: keys from there on are hidden; or null
+  i32 long_lens;                  // these are of 64 bits, else of 32
+  i32 shift, nearest;             // of slopes; the distance of the nearest key that a row sees, of those that see some
+  i32 diagonals, blocks;          // of a plane: below
 };
 
 // ---- a block lists the keys of one head (or of several that see alike)
@@ -100,6 +107,19 @@ __device__ u32 seen_by_place(const PrepareArgs& args, i64 row, i32 first_key) {
   return range_of_sixteen(row + args.first_offset - first_key, high);
 }
 
+// Of a row's keys, sixteen a lane: in lanes 0 to 3 the words of a quad's threads (common/masks.cuh).
+__device__ u32 word_of_lanes(u32 seen, i32 lane) {
+  u32 words[4];
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    const u32 low = seen >> 2 * q & 3, high = seen >> (8 + 2 * q) & 3;
+    words[q] = (low | high << 2) << 4 * lane;
+#pragma unroll
+    for (int lanes = 1; lanes < kRowLanes; lanes *= 2) words[q] |= __shfl_xor_sync(0xFFFFFFFF, words[q], lanes);
+  }
+  return lane < 2 ? (lane == 0 ? words[0] : words[1]) : (lane == 2 ? words[2] : words[3]);
+}
+
 extern "C" __global__ void __launch_bounds__(kBitsThreads) pack_bits(const __grid_constant__ PrepareArgs args) {
   __shared__ u32 of_keys[2][kRowLanes];
   const i64 plane = blockIdx.x / args.row_blocks;
@@ -125,16 +145,8 @@ extern "C" __global__ void __launch_bounds__(kBitsThreads) pack_bits(const __gri
         if (seen) seen &= sixteen_keys(args, mask + row * args.row, first_key);
       }
       of_mine |= seen, row_any[step] |= seen;
-      u32 words[4];
-#pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        const u32 low = seen >> 2 * q & 3, high = seen >> (8 + 2 * q) & 3;
-        words[q] = (low | high << 2) << 4 * lane;
-#pragma unroll
-        for (int lanes = 1; lanes < kRowLanes; lanes *= 2) words[q] |= __shfl_xor_sync(0xFFFFFFFF, words[q], lanes);
-      }
+      const u32 word = word_of_lanes(seen, lane);
       if (lane < 4) {
-        const u32 word = lane < 2 ? (lane == 0 ? words[0] : words[1]) : (lane == 2 ? words[2] : words[3]);
         const i64 block = plane * args.row_blocks + row_block;
         args.bits[((block * args.tiles + tile) * kMaskRows + of_block) * 4 + lane] = MaskWord(word);
       }
@@ -159,6 +171,7 @@ extern "C" __global__ void __launch_bounds__(kBitsThreads) pack_bits(const __gri
 
 // ---- a block packs the biases of 64 rows, of all keys: first each row's largest, then what they are less that
 
+constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kHidingBias = 9000.0f;  // below the row's largest: e^−9000 is 0 in every format
 
 // Key first + k of a row, in `out[k]`; −∞ where it is hidden by its place.
@@ -229,12 +242,12 @@ extern "C" __global__ void __launch_bounds__(kBitsThreads) pack_biases(const __g
 #pragma unroll
       for (int k = 0; k < kKeysALane; ++k) {
         const bool hides = x[k] == -kInfinity || x[k] - largest < -kHidingBias;
-        x[k] = hides ? -kInfinity : x[k] - largest;
+        x[k] = hides ? -kInfinity : __fmul_rn(x[k] - largest, kLog2e);
         of_mine |= u32(!hides) << k;
       }
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
-        u16* to = args.bias + ((block * kMaskRows + of_block) * 4 + q) * kWordKeys + 4 * lane;
+        u16* to = args.bias + block * (kMaskRows * TILE_KEYS) + bias_of_row(of_block, q) + lane * kNextRun;
         *reinterpret_cast<Vec8*>(to) = {cvt_f16x2_f32(x[2 * q + 1], x[2 * q]), cvt_f16x2_f32(x[8 + 2 * q + 1], x[8 + 2 * q])};
       }
     }
@@ -267,4 +280,132 @@ extern "C" __global__ void __launch_bounds__(32) list_tiles(const __grid_constan
     count += __popc(votes);
   }
   if (lane == 0) out[0] = count;
+}
+
+// ---- masks that are said in a few numbers: row i sees keys i + first_offset to i + causal_offset, before kv_len and its
+// sequence's length, with a bias that is the slope's share of the distance. Nothing is read but slopes and lengths.
+//
+// What a block of bits or biases holds follows from how far its first key is from its first row, and these 64s are its
+// diagonal: tile · (TILE_KEYS / 64) − row block. A plane's blocks are its diagonals, the lowest first; then, if the last
+// tile is not full, that tile for each row block, the last one first. (Rows behind the last see something in a block, and
+// count nowhere: row_seen knows them.)
+
+constexpr int kPlaceThreads = 256;
+
+// −slope · distance, rounded as the tensor of biases would be. Slopes below 0 have no nearest key: NaN says so.
+__device__ float bias_at(float slope, i32 distance) {
+  return __fmul_rn(slope < 0 ? __uint_as_float(0x7FFFFFFF) : -slope, float(distance));
+}
+// Whether it hides, less the row's largest.
+__device__ bool hides_at(float bias, float largest) {
+  return bias == -kInfinity || __fsub_rn(bias, largest) < -kHidingBias;
+}
+
+struct Reach {  // row i sees keys i + low to i + high, as far as they count in softmax
+  i64 low, high;
+  float largest;  // of its biases, if it sees any
+  __device__ Reach(const PrepareArgs& args, i64 batch, i64 head)
+      : low(args.first_offset), high(args.causal_offset), largest(0.0f) {
+    if (args.slopes == nullptr) return;
+    const float slope = args.slopes[batch * args.batch + head * args.head];
+    largest = bias_at(slope, args.nearest);
+    i32 seen = -1, hidden = args.q_len + args.kv_len;  // the largest distance that is not hidden lies between
+    while (hidden - seen > 1) {
+      const i32 middle = seen + (hidden - seen) / 2;
+      if (hides_at(bias_at(slope, middle), largest)) hidden = middle;
+      else seen = middle;
+    }
+    low = max(low, i64(args.shift) - seen), high = min(high, i64(args.shift) + seen);
+  }
+  __device__ bool is_empty() const { return low > high; }
+};
+
+struct Range {  // of keys
+  i64 first, last;
+  // What rows [first_row, last_row] see.
+  __device__ Range(const Reach& reach, i64 first_row, i64 last_row, i64 kv_len)
+      : first(max(first_row + reach.low, i64(0))), last(min(last_row + reach.high, kv_len - 1)) {
+    if (reach.is_empty() || last < first) last = first - 1;
+  }
+  __device__ i64 count() const { return last + 1 - first; }
+};
+
+// Everything but the bits and biases: blocks (plane, part of its rows and of its list's keys).
+extern "C" __global__ void __launch_bounds__(kPlaceThreads) list_by_place(const __grid_constant__ PrepareArgs args) {
+  const i64 plane = blockIdx.x, batch = plane / args.planes_a_batch, head = plane % args.planes_a_batch;
+  const i64 list = batch * args.lists_a_batch + head / args.group;
+  const Reach mine(args, batch, head);
+  Reach any = mine;  // of the planes that share the list: each sees less than another, or the same
+  const bool has_list = head % args.group == 0;
+  for (i32 i = 1; i < args.group && has_list; ++i) {
+    const Reach other(args, batch, head + i);
+    if (any.is_empty() || other.low < any.low || other.high > any.high) any = other.is_empty() ? any : other;
+  }
+  i64 end = args.kv_len;
+  if (args.kv_lens != nullptr) {
+    const i64 length = args.long_lens ? static_cast<const i64*>(args.kv_lens)[batch * args.batch]
+                                      : static_cast<const i32*>(args.kv_lens)[batch * args.batch];
+    end = max(min(length, end), i64(0));
+  }
+  const Range keys(any, 0, args.q_len - 1, end);
+  const i32 rows = args.row_seen == nullptr ? 0 : args.row_blocks * kMaskRows, q_rows = args.row_blocks_a_block * kMaskRows;
+  const i64 count = max(rows, args.tiles * TILE_KEYS);
+  for (i64 i = blockIdx.y * i64(kPlaceThreads) + threadIdx.x; i < count; i += gridDim.y * i64(kPlaceThreads)) {
+    if (i < rows) {
+      const bool sees = i < args.q_len && Range(mine, i, i, args.kv_len).count() > 0;
+      args.row_seen[plane * rows + i] = sees;
+      if (args.row_bias != nullptr) args.row_bias[plane * rows + i] = sees ? mine.largest : -kInfinity;
+      if (i % q_rows == 0) {
+        const Range seen(mine, i, min(i + q_rows, i64(args.q_len)) - 1, args.kv_len);
+        i32* out = args.tile_lists + (plane * args.q_blocks + i / q_rows) * 2;
+        out[1] = i32(seen.first / TILE_KEYS);
+        out[0] = seen.count() > 0 ? i32(seen.last / TILE_KEYS) + 1 - out[1] : 0;
+      }
+    }
+    if (!has_list) continue;
+    if (i == 0) args.key_counts[list] = i32(keys.count());
+    if (i < keys.count()) args.keys[list * args.kv_len + i] = i32(keys.first + i);
+    if (rows > 0 && i < args.tiles * (TILE_KEYS / 32)) {
+      const i64 low = keys.first - 32 * i, high = keys.last - 32 * i;
+      args.key_seen[list * args.tiles * (TILE_KEYS / 32) + i] = range_of_sixteen(low, high) | range_of_sixteen(low - 16, high - 16) << 16;
+    }
+  }
+}
+
+// A block packs one of a plane's.
+extern "C" __global__ void __launch_bounds__(kBitsThreads) pack_diagonals(const __grid_constant__ PrepareArgs args) {
+  const i64 plane = blockIdx.x / args.blocks;
+  const i32 block = blockIdx.x % args.blocks;
+  const bool is_last = block >= args.diagonals;  // of the last tile, with its end
+  const i32 keys = is_last ? args.kv_len - (args.tiles - 1) * TILE_KEYS : TILE_KEYS;
+  const i64 diagonal = (is_last ? block - args.row_blocks : block) - (args.row_blocks - 1);
+  const i32 lane = threadIdx.x % kRowLanes, first_key = lane * kKeysALane;
+  float slope = 0.0f, largest = 0.0f;
+  if (args.slopes != nullptr) {
+    slope = args.slopes[plane / args.planes_a_batch * args.batch + plane % args.planes_a_batch * args.head];
+    largest = bias_at(slope, args.nearest);
+  }
+  for (int step = 0; step < kMaskRows / kRowsAtOnce; ++step) {
+    const i32 row = step * kRowsAtOnce + threadIdx.x / kRowLanes;
+    const i64 apart = diagonal * kMaskRows + first_key - row;  // the first key from the row
+    const u32 seen = range_of_sixteen(args.first_offset - apart, min(args.causal_offset - apart, i64(keys) - 1 - first_key));
+    const i64 place = (i64(blockIdx.x) * kMaskRows + row) * 4;
+    if (args.slopes == nullptr) {
+      const u32 word = word_of_lanes(seen, lane);
+      if (lane < 4) *(args.bits + place + lane) = MaskWord(word);
+      continue;
+    }
+    float x[kKeysALane];
+#pragma unroll
+    for (int k = 0; k < kKeysALane; ++k) {
+      const i32 distance = i32(args.shift - apart - k);
+      const float bias = bias_at(slope, max(distance, -distance));
+      x[k] = seen >> k & 1 && !hides_at(bias, largest) ? __fmul_rn(__fsub_rn(bias, largest), kLog2e) : -kInfinity;
+    }
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      u16* to = args.bias + i64(blockIdx.x) * (kMaskRows * TILE_KEYS) + bias_of_row(row, q) + lane * kNextRun;
+      *reinterpret_cast<Vec8*>(to) = {cvt_f16x2_f32(x[2 * q + 1], x[2 * q]), cvt_f16x2_f32(x[8 + 2 * q + 1], x[8 + 2 * q])};
+    }
+  }
 }

@@ -60,8 +60,7 @@ static_assert(sizeof(Shared) == kSharedBytes, "the host plans another size");
 #if LISTS_TILES
 // How many key tiles a block visits, and which.
 __device__ __forceinline__ const i32* tile_list(const MmaArgs& args, const Work& work) {
-  const i64 blocks = args.schedule.q_blocks;
-  return args.mask.tile_lists + (args.mask.plane(work.batch, work.head) * blocks + work.first_row / kRows) * (1 + args.tile_count);
+  return args.mask.tile_list(work.batch, work.head, args.schedule.q_blocks, work.first_row / kRows);
 }
 #endif
 

@@ -9,7 +9,9 @@ struct Loader {
   u32 to_scale;            // from there to the thread's scale of K: a second pointer would take two additions more
   u32 to;                  // in shared memory, in the first stage
 #if LISTS_TILES
+  const MaskArgs& mask;
   const i32* list;         // of the tiles that come
+  i32 come = 0;            // how many have
 #endif
 #if SMOOTH_Q
   const u8* delta;
@@ -20,13 +22,17 @@ struct Loader {
   static_assert(kWarpBytes <= 4096 && kWarpBytes % 512 == 0, "what an instruction's offset reaches");
   static_assert(kWarpBytes - kMiddle > 31 * 16, "the scales lie behind every thread's place");
 
-  __device__ __forceinline__ Loader(const MmaArgs& args, Shared& shared, const Work& work) {
+  __device__ __forceinline__ Loader(const MmaArgs& args, Shared& shared, const Work& work)
+#if LISTS_TILES
+      : mask(args.mask)
+#endif
+  {
     const i64 first = first_tile_of(args, work);
     const u32 place = threadIdx.x / 32 * kWarpBytes + threadIdx.x % 32 * 16 + kMiddle;
     mine = args.tiles + first * sizeof(PackedTile) + place;
     to = shared_address(&shared.stages[0]) + place;
 #if LISTS_TILES
-    list = tile_list(args, work) + 1;
+    list = tile_list(args, work);
 #endif
     to_scale = u32(u64(kKTileBytes + kVTileBytes) + threadIdx.x % 4 * sizeof(float)) - place;  // they follow K and V
     pin_register(to);
@@ -41,7 +47,7 @@ struct Loader {
   __device__ __forceinline__ float next(u32 stage) {
     pin_register(mine), pin_register(to_scale);  // (here, so that to_scale is not kept as 64 bits)
 #if LISTS_TILES
-    const i64 tile = *list++;
+    const i64 tile = mask.tile_at(list, come++);
     const u8* mine = this->mine + tile * sizeof(PackedTile);
 #endif
 #pragma unroll

@@ -110,9 +110,8 @@ struct Warp {
 #endif
       x = max_nan_f32(min_nan_f32(x, kLargestLogit), -kLargestLogit);
 #if MASK_BIAS
-      constexpr float kLog2e = 1.4426950408889634f;
-      const u16 bias = visible.bias[i / 2 % 2][i / 4 * 2 + i % 2];
-      s[i] = __float_as_int(bias == kHidingHalf ? -kInfinity : __fmaf_rn(cvt_f32_f16(bias), kLog2e, x));
+      const u16 bias = visible.bias[i / 2 % 2 * kNextBiasRow + i / 8 * kNextRun + i / 4 % 2 * 2 + i % 2];
+      s[i] = __float_as_int(bias == kHidingHalf ? -kInfinity : x + cvt_f32_f16(bias));
 #else
       s[i] = visible.hides(i) ? __float_as_int(-kInfinity) : __float_as_int(x);
 #endif
@@ -252,11 +251,13 @@ struct Warp {
   // What the lane's rows of an m16 block see of a tile.
   __device__ __forceinline__ Visible visible(const Work& work, int block, i32 tile) const {
 #if LISTS_TILES
-    const i64 rows = args.mask.row_block(work.batch, work.head, work.first_row + row(block, 0)) * args.tile_count;
-    const i64 word = (rows + tile_list(args, work)[1 + tile]) * (kMaskRows * 4) + row(block, 0) % kMaskRows * 4 + lane_in_quad;
+    const i32 of_rows = i32(args.mask.row_block(work.batch, work.head, work.first_row + row(block, 0))) * args.mask.row_step;
+    const i32 of_tile = args.mask.block_of_tile(args.mask.tile_at(tile_list(args, work), tile));
+    const i64 number = of_rows + args.mask.block_of_plane(work.batch, work.head) + of_tile;
 #if MASK_BIAS
-    return {{args.mask.bias + word * kWordKeys, args.mask.bias + (word + 8 * 4) * kWordKeys}};
+    return {args.mask.bias + number * (kMaskRows * TILE_KEYS) + bias_of_row(row(block, 0) % kMaskRows, lane_in_quad)};
 #else
+    const i64 word = number * (kMaskRows * 4) + row(block, 0) % kMaskRows * 4 + lane_in_quad;
     return {{args.mask.bits[word], args.mask.bits[word + 8 * 4]}};
 #endif
 #else
