@@ -151,8 +151,10 @@ def make_case(profile: str, seed: int, number: int) -> Case:
         enable_gqa=gqa,
         needs_grad=needs_grad,
     )
-    if profile == "gpu" and case.needs_grad and masked:  # torch runs these, too, and its kernel with a mask reads so
-        return replace(case, layouts=("plain", "plain", "plain"))
+    if profile == "gpu" and case.needs_grad and case.mask_shape:
+        # (torch runs these, too, and its kernel with a mask reads so, and one that repeats along the keys: torch 2.11)
+        whole = (*case.mask_shape[:-1], kv_len)
+        return replace(case, layouts=("plain", "plain", "plain"), mask_shape=whole)
     return case
 
 

@@ -318,11 +318,11 @@ def attention_varlen(
     Returns:
         ``[total_q, Hq, Dv]``; with ``return_lse`` also float32 ``[Hq, total_q]``.
 
-    On a GPU, where a kernel runs the recipe, nobody reads ``cu_seqlens`` but the GPU: the call never waits for it, and in
-    a captured CUDA graph lengths may change from replay to replay. Tokens may be left over before ``cu[0]`` and from
-    ``cu[B]`` on: their output is 0 and their lse −inf. Offsets that fall, or point outside of the tensors, are not found
-    there (they count as the nearest that do neither). Elsewhere each sequence is a call of its own, and offsets must rise
-    from 0 to the number of tokens.
+    On a GPU, where a kernel runs the recipe, nobody reads ``cu_seqlens`` but the GPU: the call never waits for it, and
+    in a captured CUDA graph lengths may change from replay to replay. Tokens may be left over before ``cu[0]`` and from
+    ``cu[B]`` on: their output is 0 and their lse −inf. Offsets that fall, or point outside of the tensors, are not
+    found there (they count as the nearest that do neither). Elsewhere each sequence is a call of its own, and offsets
+    must rise from 0 to the number of tokens.
 
     >>> q = k = v = torch.randn(10, 2, 16)
     >>> cu = torch.tensor([0, 3, 10])
@@ -376,9 +376,9 @@ def run_attention_varlen(
         raise InvalidArgumentError(
             f"cu_seqlens_q has {len(cu_seqlens_q) - 1} sequences, cu_seqlens_k has {len(cu_seqlens_k) - 1}"
         )
-    answer = on_a_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, chosen, machine, **options)
-    if answer is not None:
-        return answer if return_lse else answer[0]
+    if (answer := on_a_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, chosen, machine, **options)) is not None:
+        (out, lse), choice = answer
+        return (out, _promised(lse, choice)) if return_lse else out
     starts_q = checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0])
     starts_k = checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0])
     checks.check_max_seqlen("max_seqlen_q", max_seqlen_q, starts_q)

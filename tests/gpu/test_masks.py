@@ -356,3 +356,21 @@ def test_few_numbers_on_the_device_are_read_when_it_runs(name):
         graph.replay()
         assert torch.equal(out, want)
     assert attention(q, k, v, recipe=name, attn_mask=ALiBi(-steps)).isnan().all()
+
+
+@pytest.mark.parametrize("name", ["fast_8b", "sage2_8b", "sage2pp_8b"])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_bad_key_spoils_the_rows_that_see_its_scale(name, kind):
+    """Of 128 keys those of equal (key mod 8) / 2 share a scale. Rows that see none of them know of no NaN there."""
+    q, k, v = inputs(1, 2, 2, 200, 300, 128)
+    keys = torch.arange(300, device="cuda")
+    shared = (keys < 128) & (keys % 8 // 2 == 2)
+    mask = torch.ones(200, 300, device="cuda", dtype=torch.bool)
+    mask[1::2, shared] = False
+    k[:, :, 5] = torch.nan
+    given = mask if kind == "bool" else torch.where(mask, 0.0, -torch.inf).bfloat16()
+    out, lse = run(q, k, v, name, attn_mask=given[None, None])
+    assert out[:, :, ::2].isnan().all()
+    assert lse[:, :, ::2].isnan().all()
+    assert out[:, :, 1::2].isfinite().all()
+    assert lse[:, :, 1::2].isfinite().all()

@@ -1,4 +1,4 @@
-"""Sequences of different lengths, packed one behind the other: each is what it is alone, and nobody reads their lengths."""
+"""Sequences packed one behind the other: each is what it is alone, and nobody reads their lengths."""
 
 from itertools import accumulate
 
@@ -77,8 +77,8 @@ def check(name, q, k, v, lengths, **options):
         attention_varlen, q, k, v, *map(cu, lengths), recipe=name, return_lse=True, on_emulation="error", **options
     )
     expected, its_lse = alone(name, q, k, v, *lengths, **options)
-    # Sums of K's and V's means are taken in other splits, so that a mean's last bit differs, and with it a code here and
-    # there: a step of 1/127 of a group in one product. Those are far below a rounding of the output to bf16.
+    # Sums of K's and V's means are taken in other splits, so that a mean's last bit differs, and with it a code here
+    # and there: a step of 1/127 of a group in one product. Those are far below a rounding of the output to bf16.
     step = 2**-8 * v.float().abs().max()
     assert (out.float() - expected.float()).abs().max() <= step
     assert ((out != expected).float().mean() < 0.02).item()
@@ -119,11 +119,14 @@ def test_tokens_of_no_sequence_are_zeros_and_count_nowhere(name):
     for t in poisoned:
         t[:30], t[-40:] = torch.nan, torch.inf
     out, lse = without_waiting(attention_varlen, *poisoned, offsets, offsets, recipe=name, return_lse=True)
-    assert (out[:30] == 0).all() and (out[-40:] == 0).all()
-    assert (lse[:, :30] == -torch.inf).all() and (lse[:, -40:] == -torch.inf).all()
+    assert (out[:30] == 0).all()
+    assert (out[-40:] == 0).all()
+    assert (lse[:, :30] == -torch.inf).all()
+    assert (lse[:, -40:] == -torch.inf).all()
     inner = [t[30:-40] for t in (q, k, v)]
     expected, its_lse = attention_varlen(*inner, cu(SELF[0]), cu(SELF[0]), recipe=name, return_lse=True)
-    assert torch.equal(out[30:-40], expected) and torch.equal(lse[:, 30:-40], its_lse)
+    assert torch.equal(out[30:-40], expected)
+    assert torch.equal(lse[:, 30:-40], its_lse)
 
 
 @pytest.mark.parametrize("name", ["fast_8b", "sage2pp_8b", "int8_fp16"])
@@ -134,7 +137,8 @@ def test_a_sequence_counts_in_no_other(name):
     begin, end = 318, 1018  # the fourth
     k[begin:end], v[begin:end] = torch.nan, 1e4
     after = attention_varlen(q, k, v, offsets, offsets, recipe=name)
-    assert torch.equal(before[:begin], after[:begin]) and torch.equal(before[end:], after[end:])
+    assert torch.equal(before[:begin], after[:begin])
+    assert torch.equal(before[end:], after[end:])
     assert after[begin:end].isnan().all()
 
 

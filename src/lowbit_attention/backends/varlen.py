@@ -10,7 +10,7 @@ from ..call.request import of_sequences
 from ..recipes.definition import Recipe
 from ..recipes.machine import Machine
 from .cuda.kernel import CudaKernel
-from .dispatch import attempt, choose
+from .dispatch import Ran, attempt, choose
 
 
 def on_a_kernel(
@@ -23,8 +23,8 @@ def on_a_kernel(
     recipe: Recipe | None,
     machine: Machine | None,
     **options: Any,
-) -> tuple[Tensor, Tensor | None] | None:
-    """The output of checked ``[tokens, heads, channels]`` tensors, and lse; ``None`` if no kernel runs them so.
+) -> Ran | None:
+    """The output of checked ``[tokens, heads, channels]`` tensors, and lse, and who ran it; ``None`` if no kernel can.
 
     What is chosen is what would be for as many sequences of the mean length. ``options``: those of `Request`.
     """
@@ -41,6 +41,6 @@ def on_a_kernel(
         return None
     arguments = q, k, v, cu_q, cu_k, sm_scale, request, choice.recipe
     if recipe is not None:
-        return kernel.run_sequences(*arguments)
+        return kernel.run_sequences(*arguments), choice
     answer = attempt(choice, typical, kernel.run_sequences, *arguments)
-    return None if isinstance(answer, str) else answer
+    return None if isinstance(answer, str) else (answer, choice)

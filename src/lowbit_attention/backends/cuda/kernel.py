@@ -237,7 +237,7 @@ class CudaKernel(Implementation):
         request: Request,
         recipe: Recipe,
     ) -> Output:
-        """Attention of sequences ``[tokens, heads, channels]``: ``[Tq, Hq, Dv]``, and float32 ``[Hq, Tq]`` if asked for.
+        """Attention of sequences ``[tokens, heads, channels]``: ``[Tq, Hq, Dv]``, and float32 ``[Hq, Tq]`` if asked.
 
         ``cu_q``, ``cu_k``: int32 or int64 ``[sequences + 1]`` on the device, not read by the host.
         """

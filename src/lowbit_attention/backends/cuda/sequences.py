@@ -1,7 +1,7 @@
 """Sequences of different lengths, packed one behind the other: the host side of csrc/sequences/sequences.cu.
 
-No length is read here: the host knows how many tokens and sequences there are, and plans for as many tiles and work tiles
-as that allows at most.
+No length is read here: the host knows how many tokens and sequences there are, and plans for as many tiles and work
+tiles as that allows at most.
 """
 
 from __future__ import annotations
