@@ -150,7 +150,8 @@ def implement(run: Run) -> None:
 
 VARLEN_SCHEMA = (
     "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, str recipe, "
-    "bool is_causal, str? causal_alignment, float? sm_scale, bool return_lse, str? like, str on_emulation='warn') -> (Tensor, Tensor)"
+    "bool is_causal, str? causal_alignment, float? sm_scale, bool return_lse, str? like, "
+    "str on_emulation='warn') -> (Tensor, Tensor)"
 )
 
 
