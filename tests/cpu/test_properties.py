@@ -142,7 +142,8 @@ def test_what_is_not_finite_shows_and_stays(
     recipe: str, call: Call, where: str, what: float, data: st.DataObject
 ) -> None:
     """Where the definition (float64) gives something that is not finite, ours does; what ours has beyond that is in
-    the same batch and group of heads. A row whose logits are all −inf has no definition but torch's, zero."""
+    the same row of Q, or the same batch and group of heads. A row whose logits are all −inf has no definition but
+    torch's, zero."""
     target = getattr(call, where)
     if not call.q.numel() or not call.k.numel():
         return
@@ -160,9 +161,11 @@ def test_what_is_not_finite_shows_and_stays(
     assert not out[bad].isfinite().any()
     assert not lse[undefined].isfinite().any()
 
-    kv_head = h // group if where == "q" else h
-    outside = torch.ones(call.q.shape[:2], dtype=torch.bool)
-    outside[b, kv_head * group : (kv_head + 1) * group] = False
+    outside = torch.ones(call.q.shape[:3], dtype=torch.bool)
+    if where == "q":
+        outside[b, h, n] = False
+    else:
+        outside[b, h * group : (h + 1) * group] = False
     assert out[outside].isfinite().all()
     assert (lse[outside].isfinite() | (lse[outside] == -math.inf)).all()
 
