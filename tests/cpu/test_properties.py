@@ -45,6 +45,16 @@ class Call:
             s = s.masked_fill(~torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows), -math.inf)
         return s
 
+    def hidden_by_biases(self) -> Tensor:
+        """Keys whose bias is so far below its row's largest that they are hidden, whatever they hold."""
+        if self.mask is None or self.mask.dtype == torch.bool:
+            return torch.tensor(False)
+        rows, keys = self.q.shape[2], self.k.shape[2]
+        bias = self.mask.double().expand(*self.mask.shape[:-2], rows, keys)
+        if self.is_causal:
+            bias = bias.masked_fill(~torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows), -math.inf)
+        return bias < bias.amax(dim=-1, keepdim=True) - 9000
+
     def run(self, recipe: str) -> tuple[Tensor, Tensor]:
         return attention(
             self.q, self.k, self.v,
@@ -142,7 +152,8 @@ def test_what_is_not_finite_shows_and_stays(
     recipe: str, call: Call, where: str, what: float, data: st.DataObject
 ) -> None:
     """Where the definition (float64) gives something that is not finite, ours does; what ours has beyond that is in
-    the same batch and group of heads. A row whose logits are all −inf has no definition but torch's, zero."""
+    the same row of Q, or the same batch and group of heads. A row whose logits are all −inf has no definition but
+    torch's, zero."""
     target = getattr(call, where)
     if not call.q.numel() or not call.k.numel():
         return
@@ -151,7 +162,7 @@ def test_what_is_not_finite_shows_and_stays(
     out, lse = call.run(recipe)
 
     group = call.q.shape[1] // call.k.shape[1]
-    logits = call.logits()
+    logits = call.logits().masked_fill(call.hidden_by_biases(), -math.inf)
     p = torch.softmax(logits, dim=-1).masked_fill(logits.amax(dim=-1, keepdim=True) == -math.inf, 0.0)
     undefined = p.isnan().any(dim=-1)
     bad_values = (~call.v.isfinite()).double().repeat_interleave(group, dim=1)
@@ -160,9 +171,11 @@ def test_what_is_not_finite_shows_and_stays(
     assert not out[bad].isfinite().any()
     assert not lse[undefined].isfinite().any()
 
-    kv_head = h // group if where == "q" else h
-    outside = torch.ones(call.q.shape[:2], dtype=torch.bool)
-    outside[b, kv_head * group : (kv_head + 1) * group] = False
+    outside = torch.ones(call.q.shape[:3], dtype=torch.bool)
+    if where == "q":
+        outside[b, h, n] = False
+    else:
+        outside[b, h * group : (h + 1) * group] = False
     assert out[outside].isfinite().all()
     assert (lse[outside].isfinite() | (lse[outside] == -math.inf)).all()
 

@@ -9,10 +9,11 @@ pytest.importorskip("cuda.core", reason="needs the extra cuda12 or cuda13")
 
 import mma_cases
 from kernel_cases import DEVICE, DTYPES, hopper_only, inputs, same
-from mma_cases import FEW, GEOMETRY, NAMED, answers, assert_agrees, reference, run
+from mma_cases import FEW, NAMED, answers, assert_agrees, in_spoilt_memory, reference, run
 
 from lowbit_attention import compare, recipe
 from lowbit_attention.reference.exact import exact
+from lowbit_attention.reference.smoothing import tile_mean
 
 pytestmark = hopper_only
 
@@ -251,36 +252,70 @@ def test_a_bad_number_of_k_shows_in_the_rows_that_see_it(r, bad, token):
     assert float((spoilt_lse - ref.lse)[right].abs().max()) < (0.15 if r.qk_bits == 4 else 0.01)
 
 
+SPOILT = ((0, 0, 0), (0, 1, 5), (0, 1, 6), (0, 3, 64), (0, 2, -1))
+"""Batch, head, row."""
+
+
+def spoilt_rows(lse):
+    found = torch.zeros_like(lse, dtype=torch.bool)
+    for row in SPOILT:
+        found[row] = True
+    return found
+
+
+def assert_alone(answer, rows, want):
+    """NaN in these rows; in the others what is wanted, bit for bit."""
+    for got, wanted in zip(answer, want, strict=True):
+        of = rows if got.dim() == 3 else rows[..., None].expand_as(got)
+        assert torch.equal(got.isnan(), of)
+        assert torch.equal(got[~of], wanted[~of])
+
+
+@BAD
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+@EVERY_NAME
+def test_a_bad_number_of_q_shows_in_its_row(r, causal, bad):
+    """And in no other: those are as if that row were zeros, and not in q̄ where Q is smoothed."""
+    q, k, v = inputs("normal", heads=(4, 2), lengths=(300, 300))
+    for row in SPOILT:
+        q[row] = 0
+    want = answers(q, k, v, r, is_causal=causal)
+    rows = spoilt_rows(want[1])
+    for row in SPOILT:
+        q[row] = 7
+        q[(*row, 9)] = bad
+    got = answers(q, k, v, r, is_causal=causal)
+    if not r.smooth_q:
+        assert_alone(got, rows, want)
+        return
+    assert torch.equal(got[0].isnan(), rows[..., None].expand_as(got[0]))
+    assert torch.equal(got[1].isnan(), rows)
+    mean = in_spoilt_memory(q, k, v, r)[2]
+    torch.testing.assert_close(mean, tile_mean(q.float().masked_fill(rows[..., None], 0), 128, ~rows))
+    ref = reference(q, k, v, r, causal_offset=0 if causal else None)
+    assert compare(ref.out, got[0], rows=~rows).l1 < (0.1 if r.qk_bits == 4 else 0.01)  # (as K's above)
+
+
 @BAD
 @EVERY_NAME
-def test_a_bad_number_of_q_shows_in_its_rows(r, bad):
-    """In its own row and those that share its scale; where Q is smoothed its tile's q̄ may change, and so may rounding.
+def test_at_the_end_of_q_it_is_as_if_q_ended_before(r, bad):
+    q, k, v = inputs("normal", heads=(4, 2), lengths=(300, 300))
+    want = answers(q[:, :, :-3], k, v, r)
+    q[:, :, -3:, 9] = bad
+    out, lse = answers(q, k, v, r)
+    assert same((out[:, :, :-3].contiguous(), lse[:, :, :-3].contiguous()), want)
+    assert out[:, :, -3:].isnan().all()
+    assert lse[:, :, -3:].isnan().all()
 
-    (A channel with a bad number keeps no mean: the other rows of the tile are quantised with it, and stay right.)
-    """
 
-    def change(q, k, v):
-        q[0, 1, 133, 9] = bad
-
-    (out, lse), (spoilt_out, spoilt_lse), _ = spoilt(r, change)
-    group = r.q_granularity.q_group(torch.arange(300), GEOMETRY)
-    wrong = torch.zeros(spoilt_lse.shape, dtype=torch.bool, device=out.device)
-    wrong[0, 1] = (group == group[133]).to(out.device)
-    assert int(wrong.sum()) >= 4
-    assert spoilt_out[wrong].isnan().all()
-    assert not spoilt_lse[wrong].isfinite().any()
-    if not r.smooth_q:
-        spoilt_out[wrong], spoilt_lse[wrong] = out[wrong], lse[wrong]
-        assert same((spoilt_out, spoilt_lse), (out, lse))
-        return
-    tile = torch.zeros_like(wrong)
-    tile[0, 1, 128:256] = True
-    assert torch.equal(spoilt_out[~tile], out[~tile])
-    assert torch.equal(spoilt_lse[~tile], lse[~tile])
-    assert spoilt_out[~wrong].isfinite().all()
-    right = tile & ~wrong
-    if right.any():
-        assert compare(out, spoilt_out, rows=right).l1 < 0.5  # two quantisations, each with an error of .2
+@EVERY_NAME
+def test_a_block_of_nothing_else(r):
+    q, k, v = inputs("normal", heads=(4, 2), lengths=(600, 300))
+    want = answers(q, k, v, r)
+    q[:, :2, :256, 100] = math.nan
+    rows = torch.zeros_like(want[1], dtype=torch.bool)
+    rows[:, :2, :256] = True
+    assert_alone(answers(q, k, v, r), rows, want)
 
 
 @BAD

@@ -167,20 +167,62 @@ def test_a_bad_number_of_k_shows_in_the_rows_that_see_it(r, bad, token):
     assert float((spoilt_lse - ref.lse)[right].abs().max()) < 0.01
 
 
+SPOILT = ((0, 0, 0), (0, 1, 5), (0, 1, 6), (0, 3, 64), (0, 2, -1))
+"""Batch, head, row."""
+
+
+def spoilt_rows(lse):
+    found = torch.zeros_like(lse, dtype=torch.bool)
+    for row in SPOILT:
+        found[row] = True
+    return found
+
+
+def assert_alone(answer, rows, want):
+    """NaN in these rows; in the others what is wanted, bit for bit."""
+    for got, wanted in zip(answer, want, strict=True):
+        of = rows if got.dim() == 3 else rows[..., None].expand_as(got)
+        assert torch.equal(got.isnan(), of)
+        assert torch.equal(got[~of], wanted[~of])
+
+
+@BAD
+@pytest.mark.parametrize(
+    ("lengths", "causal"), [((300, 300), True), ((300, 300), False), ((70, 9000), False)], ids=["causal", "", "long"]
+)
+@PLAIN
+def test_a_bad_number_of_q_shows_in_its_row(r, lengths, causal, bad):
+    """And in no other: those are as if that row were zeros (whether keys are split or not)."""
+    q, k, v = inputs("normal", heads=(4, 2), lengths=lengths)
+    for row in SPOILT:
+        q[row] = 0
+    want = run(q, k, v, r, is_causal=causal)
+    for row in SPOILT:
+        q[row] = 7
+        q[(*row, 9)] = bad
+    assert_alone(run(q, k, v, r, is_causal=causal), spoilt_rows(want[1]), want)
+
+
 @BAD
 @PLAIN
-def test_a_bad_number_of_q_shows_in_its_rows(r, bad):
-    """In its own row and the one that shares its scale, eight further on."""
+def test_at_the_end_of_q_it_is_as_if_q_ended_before(r, bad):
+    q, k, v = inputs("normal", heads=(4, 2), lengths=(300, 300))
+    want = run(q[:, :, :-3], k, v, r)
+    q[:, :, -3:, 9] = bad
+    out, lse = run(q, k, v, r)
+    assert same((out[:, :, :-3].contiguous(), lse[:, :, :-3].contiguous()), want)
+    assert out[:, :, -3:].isnan().all()
+    assert lse[:, :, -3:].isnan().all()
 
-    def change(q, k, v):
-        q[0, 1, 133, 9] = bad
 
-    (out, lse), (spoilt_out, spoilt_lse), _ = spoilt(r, change)
-    rows = [133, 133 + 8]  # rows 128 … 143 are a warp's
-    assert spoilt_out[0, 1, rows].isnan().all()
-    assert not spoilt_lse[0, 1, rows].isfinite().any()
-    spoilt_out[0, 1, rows], spoilt_lse[0, 1, rows] = out[0, 1, rows], lse[0, 1, rows]
-    assert same((spoilt_out, spoilt_lse), (out, lse))
+@PLAIN
+def test_a_block_of_nothing_else(r):
+    q, k, v = inputs("normal", heads=(4, 2), lengths=(600, 300))
+    want = run(q, k, v, r)
+    q[:, :2, :256, 100] = math.nan
+    rows = torch.zeros_like(want[1], dtype=torch.bool)
+    rows[:, :2, :256] = True
+    assert_alone(run(q, k, v, r), rows, want)
 
 
 @BAD

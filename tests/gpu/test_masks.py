@@ -196,6 +196,27 @@ def test_what_no_query_sees_counts_for_nothing(name, kind, causal):
 
 
 @pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("kind", ["random by head", "blocks", "blind rows and unseen keys", "biases"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_row_that_is_not_finite_is_to_the_others_as_one_that_sees_nothing(name, kind, bad):
+    batch, heads, q_len, kv_len, dim = 2, 3, 400, 650, 128
+    q, k, v = inputs(batch, heads, heads, q_len, kv_len, dim)
+    mask = MASKS[kind](batch, heads, q_len, kv_len).expand(batch, heads, q_len, kv_len)
+    spoilt = torch.zeros(batch, heads, q_len, dtype=torch.bool, device="cuda")
+    spoilt[0, 0, [0, 77, 399]] = spoilt[1, 2, 130:133] = True
+    hidden = mask.masked_fill(spoilt[..., None], False if mask.dtype == torch.bool else -torch.inf)
+    want, want_lse = run(q, k, v, name, attn_mask=hidden)
+    blind = ~(mask if mask.dtype == torch.bool else mask > -torch.inf).any(dim=3)
+    q[..., 9] = torch.where(spoilt, bad, q[..., 9])
+    out, lse = run(q, k, v, name, attn_mask=mask)
+    wrong = spoilt & ~blind
+    assert torch.equal(lse.isnan(), wrong)
+    assert torch.equal(out.isnan(), wrong[..., None].expand_as(out))
+    assert torch.equal(out[~wrong], want[~wrong])
+    assert torch.equal(lse[~wrong], want_lse[~wrong])
+
+
+@pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("q_len", [1, 100])
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_rows_behind_the_last_see_nothing(name, q_len, kind):

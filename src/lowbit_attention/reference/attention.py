@@ -87,6 +87,9 @@ def emulate(
     Keys that no query sees do not count in means and scales. Where a bool mask hides them from all rows alike
     (`lists_keys`), attention is that of the keys which are left, one behind the other. Biases are FP16 numbers, less
     the largest of each row (`Masking.relative`).
+
+    A query that is not finite is spoilt: NaN in ``out`` and ``lse`` (0 and −∞ if it sees no key). To the others it is
+    as one that sees no key: it counts in no mean and no scale, and is quantised as zeros.
     """
     recipe.check_geometry(machine.geometry)
     with without_autocast(q.device):
@@ -103,18 +106,29 @@ def emulate(
                 key_splits=key_splits, rows=rows,
             )  # fmt: skip
         seen, seeing = seen_keys(masking, q, k), seeing_rows(masking, q, k)
+        spoilt = ~q.isfinite().all(dim=-1)
+        if bool(spoilt.any()):
+            seeing = ~spoilt if seeing is None else seeing & ~spoilt
         packed = pack(q, k, v, recipe, machine.geometry, seen, means, seeing)
         if rows is not None:
             q, packed, masking = q[:, :, rows], packed.of_rows(rows, machine.geometry), masking.of_rows(rows)
+            spoilt = spoilt[:, :, rows]
         if work_rows is None:
             out, lse = _attend(packed, recipe, sm_scale, masking, machine, key_splits)
         else:
             out, lse = _attend_by_work_tiles(packed, recipe, sm_scale, masking, machine, key_splits, work_rows)
         result = _restore_means(q, packed, sm_scale, out, lse)
+        result = _spoil(result, spoilt & (lse != -math.inf))
         if largest_bias is None:
             return result
         largest_bias = largest_bias if rows is None else largest_bias[:, :, rows]
         return replace(result, lse=torch.where(lse == -math.inf, lse, result.lse + largest_bias))
+
+
+def _spoil(result: Result, rows: Tensor) -> Result:
+    """NaN in these rows, bool ``[B, Hq, Nq]``."""
+    out, lse = result.out.masked_fill(rows[..., None], torch.nan), result.lse.masked_fill(rows, torch.nan)
+    return replace(result, out=out, lse=lse)
 
 
 def _of_listed_keys(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, means: Means, **options: Any) -> Result:

@@ -300,6 +300,8 @@ _WGMMA_TILES = {
 }
 """By where O lies and the padded head dimension."""
 
+_NUDGES: dict[MaskForm, int] = {"keys": 7, "bias": 3}
+"""By mask, kNudges of channels in two parts."""
 _WORK_BYTES: dict[MaskForm, int] = {"none": 0, "keys": 4, "bits": 4, "bias": 4, "sequences": 8}
 """What a work tile says besides (WorkTile of csrc/hopper/block.cuh)."""
 _WGMMA_ROWS = 64
@@ -434,6 +436,7 @@ class WgmmaConfig:
             Part("q_scale", 2 * consumers * 4 * 32, 4),
             Part("mean_logit", 2 * rows * 4, 4),
             Part("k_largest_scale", 8, 4),
+            Part("spoilt", 2 * consumers * 32, 1),
             Part("tile_block", 2 * _TILE_SLOTS * 4 * (self.mask in ("bits", "bias")), 4),
             Part("work", 2 * ((36 if takes_work else 20) + _WORK_BYTES[self.mask]), 4),
             Part("barriers", (2 * stages + 4) * 8 + 3 * 8 * takes_work, 8),
@@ -509,6 +512,9 @@ class WgmmaConfig:
             "kHidesLast": tile.consumers == 2 and (not in_two or self.restart),
             # where the unit for exponentials is what a tile waits for, some are a polynomial of the FMA units
             "kPolynomial": tile.halves_scores and self.sum_in_mma,
+            # (Never executed. With channels in two parts, whatever changes in front of the main loop decides at random
+            # whether the assembler serialises the MMAs behind it; found by trying, for all types.)
+            "kNudges": _NUDGES.get(self.mask, 0) * in_two,
             # (Channels in two parts: to ask whether a tile hides any, and to fetch its bits ahead, there is none left.)
             **({"kTileSlots": _TILE_SLOTS, "kLacksRegisters": in_two} if self.mask in ("bits", "bias") else {}),
             **({"kMeanSlots": _MEAN_SLOTS, "kMeanPitch": self.mean_pitch} if self.tile_means else {}),
@@ -670,7 +676,7 @@ class MmaConfig:
 
     @property
     def shared(self) -> SharedPlan:
-        """The kernel's ``Shared``: stages of tiles, Q, and a scratch of the warps' maxima."""
+        """The kernel's ``Shared``: stages of tiles, Q, a scratch of the warps' maxima, and which rows are spoilt."""
         stage = self.form.k_bytes(self.head_dim) + self.form.v_bytes(self.head_dim)
         stage += self.groups * MMA_GEOMETRY.b_k * 4 if self.smooth_q else 0
         return SharedPlan(
@@ -678,6 +684,7 @@ class MmaConfig:
                 Part("stages", self.tile.stages * stage, 4),
                 Part("q", self.q_rows * self.head_dim * self.qk_lanes // 8, 1),
                 Part("warp_max", self.groups * 16, 4),
+                Part("spoilt", self.threads, 1),
             ),
             4,
         )

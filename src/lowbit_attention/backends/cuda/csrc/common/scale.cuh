@@ -17,6 +17,10 @@ __device__ inline Scale scale_of(float max_magnitude, float largest) {
   return {__fdiv_rn(max_magnitude, largest), __fdiv_rn(largest, max_magnitude)};
 }
 
+// Whether a query row with this largest magnitude (NaN if a number is) is spoilt: it has a NaN or an infinity. It then is
+// NaN in the output, counts in no mean and no scale, and is quantized as zeros: the rows beside it are not to see it.
+__device__ inline bool is_spoilt(float max_magnitude) { return !(max_magnitude < kInfinity); }
+
 __device__ inline float shuffle_max_nan(float x, int lanes) {  // over `lanes` neighbouring lanes, a power of two
 #pragma unroll
   for (int step = 1; step < lanes; step *= 2) x = max_nan_f32(x, __shfl_xor_sync(0xFFFFFFFF, x, step));

@@ -54,6 +54,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attention_wgmma(const 
 #endif
   // As in pack/pack.cu: what wrote Q had ended before packing began. Only lse needs a result of packing.
   if (args.lse != nullptr) griddepcontrol_wait();
+#pragma unroll
+  for (int i = 0; i < kNudges; ++i) pmevent_if(args.items < 0);
   quantize_first_queries(args, shared);
   __syncthreads();
   griddepcontrol_wait();  // K and V are packed

@@ -90,6 +90,7 @@ struct Shared {
   float q_scale[2][kConsumers][4][8];       // of a warp's rows r and r + 8, in base-2 logits
   float mean_logit[2][kConsumers][kRows];   // sm_scale · q · k̄
   float k_largest_scale[2];                 // of the head's tiles
+  u8 spoilt[2][kConsumers][4][8];           // of a warp's rows r (1) and r + 8 (2): which have a NaN or an infinity
 #if LISTS_TILES
   i32 tile_block[2][kTileSlots];            // the block of bits of the first 64 rows and a tile, tile mod kTileSlots
 #endif

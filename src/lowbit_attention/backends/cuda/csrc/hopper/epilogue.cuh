@@ -5,10 +5,11 @@
 #include "hopper/rows.cuh"
 #include "hopper/splits.cuh"
 
-// O / l · δ_V + v̄, and lse. Rows that saw no key give 0 and −∞. Where O lies in shared memory, `last` says what it is
-// to be multiplied with before the last interval's sums are added.
+// O / l · δ_V + v̄, and lse. Rows that saw no key give 0 and −∞, others that are spoilt NaN. Where O lies in shared
+// memory, `last` says what it is to be multiplied with before the last interval's sums are added.
 __device__ __forceinline__ void Consumer::finish(const WorkTile& work, const float (&last)[2]) {
   const i32 token = work.first_row + thread.group * kRows + thread.row(0);
+  const u32 spoilt = shared.spoilt[q_ring.stage][thread.group][thread.warp][thread.quad];
   float inverse[2], seen[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -18,6 +19,7 @@ __device__ __forceinline__ void Consumer::finish(const WorkTile& work, const flo
 #endif
     sum += __shfl_xor_sync(0xFFFFFFFF, sum, 1);
     sum += __shfl_xor_sync(0xFFFFFFFF, sum, 2);
+    if (spoilt >> half & 1) sum = kNaN;
     seen[half] = rows.m[half] == -kInfinity ? 0.0f : 1.0f;
     inverse[half] = rows.m[half] == -kInfinity ? 0.0f : 1.0f / sum;
     if (args.lse != nullptr && thread.lane_in_quad == 0 && token + 8 * half < work.end_row) {

@@ -113,7 +113,8 @@ __device__ void quantize_queries(const AttentionArgs& args, Shared& shared, cons
   const float* mean = args.lse == nullptr ? nullptr : args.k_mean + sequence.kv_head() * kDim;
   quantize_rows<kInput, kDim, kWarps, kQueryLanes>(args.q, base, work.end_row - work.first_row, args.channels, args.sm_scale,
                                               args.logits_scale, mean, warp, RowsSeen(args, work),
-                                              {shared.q[stage], shared.q_scale[stage], shared.mean_logit[stage]});
+                                              {shared.q[stage], shared.q_scale[stage], shared.mean_logit[stage],
+                                               shared.spoilt[stage]});
   fence_proxy_async();
 }
 

@@ -5,12 +5,13 @@
 #include "tile/swizzle.cuh"
 
 // Where warpgroups of 64 rows find their Q: tiles as wgmma wants them, δ · logits_scale of a warp's eight pairs of rows,
-// and sm_scale · q · mean.
+// sm_scale · q · mean, and which rows of a pair are spoilt (1: the first, 2: the second).
 template <int kDim>
 struct QuantizedRows {
   u8 (*tile)[64 * kDim];
   float (*scale)[4][8];
   float (*mean_logit)[64];
+  u8 (*spoilt)[4][8];
 };
 
 // Rows [0, rows) of the head at `base`, by `kWarps` warps of which this is number `warp`; what is left of the last
@@ -34,16 +35,29 @@ __device__ void quantize_rows(const Strided& q, i64 base, i32 rows, i32 channels
         x[i / kChunks][i % kChunks] = load_raw<kDtype>(q, base + i64(row) * q.token, channel);
       }
     }
-    float largest = 0.0f;
+    float largest[2] = {};
 #pragma unroll
     for (int i = 0; i < 2 * kChunks * kChunk; ++i) {
       const Raw<kDtype>& raw = x[i / (kChunks * kChunk)][i / kChunk % kChunks];
-      largest = max_nan_f32(largest, fabsf(to_float<kDtype>(raw, i % kChunk)));
+      float& top = largest[i / (kChunks * kChunk)];
+      top = max_nan_f32(top, fabsf(to_float<kDtype>(raw, i % kChunk)));
     }
-    const Scale scale = scale_of(shuffle_max_nan(largest, kLanes), 127.0f);
+    u32 spoilt = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      largest[half] = shuffle_max_nan(largest[half], kLanes);
+      if (!is_spoilt(largest[half])) continue;
+      spoilt |= 1 << half, largest[half] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) x[half][i] = zero_raw<kDtype>();
+    }
+    const Scale scale = scale_of(fmaxf(largest[0], largest[1]), 127.0f);
     const float inverse = sm_scale < 0 ? -scale.inverse : scale.inverse;
     const int group = first / 64, row = first % 64;
-    if (lane_of_row == 0) out.scale[group][row / 16][row % 8] = __fmul_rn(scale.delta, logits_scale);
+    if (lane_of_row == 0) {
+      out.scale[group][row / 16][row % 8] = __fmul_rn(scale.delta, logits_scale);
+      out.spoilt[group][row / 16][row % 8] = u8(spoilt);
+    }
 #pragma unroll
     for (int i = 0; i < 2 * kChunks; ++i) {
       const Raw<kDtype>& raw = x[i / kChunks][i % kChunks];

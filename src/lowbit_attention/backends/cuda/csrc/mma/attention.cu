@@ -37,11 +37,13 @@ __device__ __forceinline__ bool quantize_queries(const MmaArgs& args, Shared& sh
 #endif
   float* mean_logit = args.lse == nullptr ? nullptr : args.lse + first_lse(args, work) + first_row;
   float unit;
+  u32 spoilt;
   me.q_scale = quantize_32_rows<kDtype, kDim, QK_LANES, SMOOTH_Q, ROTATE>(
       args.q, base, first_row, options, RowsSeen(args, work), mean, args.k_mean + kv_head * kDim, mean_logit, shared.q[me.warp],
-      shared.warp_max[me.warp / 4], me.warp / 4, unit);
+      shared.warp_max[me.warp / 4], me.warp / 4, unit, spoilt);
+  shared.spoilt[threadIdx.x] = u8(spoilt);
   // Rows of zeros have no scores, so any scale will do: 0 lets the base stay exact, and below ΔS wants a small unit.
-  const bool zeros = unit == 0.0f && me.q_scale < kInfinity;  // (NaN must show)
+  const bool zeros = unit == 0.0f;
   if (zeros) me.q_scale = 0.0f;
   bool exact = me.q_scale * args.k_largest_scale[kv_head] > args.largest_fast_factor;
 #if SMOOTH_Q
@@ -105,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) attention_mma(co
     me.stage = other_stage();
   }
   const Work done = work_of(args, pinned(item));
-  if (args.dtype == kBFloat16) me.finish<kBFloat16>(done);
-  else if (args.dtype == kFloat16) me.finish<kFloat16>(done);
-  else me.finish<kFloat32>(done);
+  if (args.dtype == kBFloat16) me.finish<kBFloat16>(shared, done);
+  else if (args.dtype == kFloat16) me.finish<kFloat16>(shared, done);
+  else me.finish<kFloat32>(shared, done);
 }

@@ -54,6 +54,7 @@ struct Shared {
   Stage stages[kStages];
   u8 q[kWarps][kWarpRows * kQkRowBytes];
   float warp_max[kGroups][4];
+  u8 spoilt[kThreads];  // of each thread's four rows, a bit a row: which have a NaN or an infinity
 };
 static_assert(sizeof(Shared) == kSharedBytes, "the host plans another size");
 

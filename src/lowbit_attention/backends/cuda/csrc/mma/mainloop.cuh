@@ -313,9 +313,10 @@ struct Warp {
     multiply_values(p, scale);
   }
 
-  // O / l · δ_V + v̄, and lse. Rows that saw no key give 0 and −∞.
+  // O / l · δ_V + v̄, and lse. Rows that saw no key give 0 and −∞, others that are spoilt NaN.
   template <Dtype kDtype>
-  __device__ __forceinline__ void finish(const Work& work) {
+  __device__ __forceinline__ void finish(const Shared& shared, const Work& work) {
+    const u32 spoilt = shared.spoilt[threadIdx.x];
     const i64 channels = (i64(work.batch) * args.kv_heads + work.kv_head) * kDim + 2 * lane_in_quad;
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
@@ -328,6 +329,7 @@ struct Warp {
         total += __shfl_xor_sync(0xFFFFFFFF, total, 1);
         total += __shfl_xor_sync(0xFFFFFFFF, total, 2);
 #endif
+        if (spoilt >> (2 * block + half) & 1) total = kNaN;
         const bool blind = base[block][half] == kInfinity;
         seen[half] = blind ? 0.0f : 1.0f;
         inverse[half] = blind ? 0.0f : 1.0f / total;

@@ -62,27 +62,49 @@ __device__ inline float group_max(float x, i32 granularity, float* shared, int g
 
 // Rows [first_row, first_row + 32) of the head at `base` become rows [0, 32) of `tile`. `mean` [kDim]: the query tile's,
 // taken away (null: nothing is). `key_mean` [kDim] and `mean_logit` [32 rows in global memory]: sm_scale · q · k̄, if
-// the lse is wanted. Returns δ · logits_scale of the lane's rows; `unit` becomes 1 / δ.
+// the lse is wanted. Returns δ · logits_scale of the lane's rows; `unit` becomes 1 / δ, and `spoilt` a bit a
+// row, the lowest the first, 1 if it is spoilt.
 template <Dtype kDtype, int kDim, int kLaneBits, bool kSmooth, bool kRotate, class Seen>
 __device__ float quantize_32_rows(const Strided& q, i64 base, i32 first_row, const QueryOptions& options,
                                   const Seen& sees, const float* mean, const float* key_mean, float* mean_logit, u8* tile,
-                                  float* shared, int group, float& unit) {
+                                  float* shared, int group, float& unit, u32& spoilt) {
   constexpr int kCount = kDim / 4;  // channels of a row that a lane has
   constexpr int kRowBytes = kDim * kLaneBits / 8;
   const int lane = threadIdx.x % 32, quad = lane / 4, lane_in_quad = lane % 4;
-  float x[4][kCount];
+  float x[4][kCount], largest = 0.0f;
+  bool counts[4];  // rows past the end, or that see no key, are zeros, as are spoilt ones: they must not count in a scale
+  spoilt = 0;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     const i32 row = first_row + quad + 8 * r;
+    counts[r] = row < options.rows && sees(row);
     Four<kDtype> raw[kCount / 4];
 #pragma unroll
     for (int i = 0; i < kCount / 4; ++i) {
       const int channel = 16 * i + 4 * lane_in_quad;
-      raw[i] = load_four<kDtype>(q, base + i64(row) * q.token, channel,
-                                 row < options.rows && channel < options.channels && sees(row));
+      raw[i] = load_four<kDtype>(q, base + i64(row) * q.token, channel, counts[r] && channel < options.channels);
     }
+    float top = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) x[r][i] = to_float<kDtype>(raw[i / 4], i % 4);
+    for (int i = 0; i < kCount; ++i) {
+      x[r][i] = to_float<kDtype>(raw[i / 4], i % 4);
+      top = max_nan_f32(top, fabsf(x[r][i]));
+    }
+    top = shuffle_max_nan(top, 4);
+    const bool bad = is_spoilt(top);
+    if constexpr (kSmooth) {  // (which way is a matter of the registers that the assembler finds for the main loop)
+      if (bad) {
+        spoilt |= 1 << r, top = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) x[r][i] = 0.0f;
+      }
+    } else {
+      spoilt |= u32(bad) << r;
+      top = bad ? 0.0f : top;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) x[r][i] = bad ? 0.0f : x[r][i];
+    }
+    if (!kSmooth && !kRotate) largest = fmaxf(largest, top);
   }
   if (mean_logit != nullptr) {
 #pragma unroll
@@ -103,14 +125,9 @@ __device__ float quantize_32_rows(const Strided& q, i64 base, i32 first_row, con
     for (int i = 0; i < kCount; ++i) {
       const float m = mean[16 * (i / 4) + 4 * lane_in_quad + i % 4];
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        // rows past the end, or that see no key, are zeros, not −m: they must not count in a scale
-        const i32 row = first_row + quad + 8 * r;
-        x[r][i] = row < options.rows && sees(row) ? __fsub_rn(x[r][i], m) : 0.0f;
-      }
+      for (int r = 0; r < 4; ++r) x[r][i] = counts[r] && !(spoilt >> r & 1) ? __fsub_rn(x[r][i], m) : 0.0f;
     }
   }
-  float largest = 0.0f;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     if constexpr (kRotate) {
@@ -124,8 +141,10 @@ __device__ float quantize_32_rows(const Strided& q, i64 base, i32 first_row, con
       if constexpr (kDim == 128) butterflies<kCount, 16>(x[r]);
       rotation_ends<kDim>(x[r]);
     }
+    if constexpr (kSmooth || kRotate) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) largest = max_nan_f32(largest, fabsf(x[r][i]));
+      for (int i = 0; i < kCount; ++i) largest = max_nan_f32(largest, fabsf(x[r][i]));
+    }
   }
   const Scale scale = scale_of(group_max(largest, options.granularity, shared, group), float(options.largest));
   const float inverse = options.sm_scale < 0 ? -scale.inverse : scale.inverse;

@@ -36,46 +36,54 @@ static_assert(kMeanThreads % kChunks == 0, "a thread keeps to its chunk of chann
 extern "C" __global__ void __launch_bounds__(kMeanThreads) query_means(const __grid_constant__ SmoothArgs args) {
   constexpr int kLanes = kMeanThreads / kChunks;  // tokens that the block reads at once
   __shared__ float sums[kLanes][kDim], largest[kLanes][kDim];
+  __shared__ int counts[kLanes];
   const i64 head = blockIdx.y + i64(blockIdx.z) * gridDim.y;
   if (head >= args.heads) return;  // (heads are more than a grid's second dimension)
   const i64 base = head / args.q_heads * args.q.batch + head % args.q_heads * args.q.head;
   const int chunk = threadIdx.x % kChunks, lane = threadIdx.x / kChunks;
   const int first = blockIdx.x * kTileRows, end = min(first + kTileRows, args.q_len);
-#if MASK_BITS  // rows that see no key do not count
+#if MASK_BITS  // rows that see no key do not count, nor do those that are spoilt
   const u8* row_seen = args.mask.row_seen + args.mask.row_block(head / args.q_heads, head % args.q_heads, 0) * kMaskRows;
   const auto sees = [&](int token) { return row_seen[args.mask.row_of(token)] != 0; };
 #else
   const auto sees = [](int) { return true; };
 #endif
   float sum[kChunk] = {}, top[kChunk] = {};
-  if (chunk * kChunk < args.channels) {
-    for (int token = first + lane; token < end; token += kLanes) {
-      if (!sees(token)) continue;
-      const Raw<kType> raw = load_raw<kType>(args.q, base + i64(token) * args.q.token, chunk * kChunk);
+  int count = 0;
+#pragma unroll 4
+  for (int step = 0; step < kTileRows; step += kLanes) {
+    const int token = first + step + lane;
+    const bool counts_here = token < end && sees(token);
+    Raw<kType> raw = zero_raw<kType>();
+    if (counts_here && chunk * kChunk < args.channels) {
+      raw = load_raw<kType>(args.q, base + i64(token) * args.q.token, chunk * kChunk);
+    }
+    float most = 0.0f;
 #pragma unroll
-      for (int c = 0; c < kChunk; ++c) {
-        const float x = to_float<kType>(raw, c);
-        sum[c] += x;
-        top[c] = max_nan_f32(top[c], fabsf(x));
-      }
+    for (int c = 0; c < kChunk; ++c) most = max_nan_f32(most, fabsf(to_float<kType>(raw, c)));
+    if (is_spoilt(shuffle_max_nan(most, kChunks))) continue;  // (the same for all of the token's lanes)
+    count += counts_here;
+#pragma unroll
+    for (int c = 0; c < kChunk; ++c) {
+      const float x = to_float<kType>(raw, c);
+      sum[c] += x;
+      top[c] = fmaxf(top[c], fabsf(x));
     }
   }
+  if (chunk == 0) counts[lane] = count;
 #pragma unroll
   for (int c = 0; c < kChunk; ++c) sums[lane][chunk * kChunk + c] = sum[c], largest[lane][chunk * kChunk + c] = top[c];
   __syncthreads();
   if (threadIdx.x >= kDim) return;
   float total = 0.0f, most = 0.0f;
-  for (int i = 0; i < kLanes; ++i) total += sums[i][threadIdx.x], most = max_nan_f32(most, largest[i][threadIdx.x]);
-  int count = end - first;
-#if MASK_BITS
-  count = 0;
-  for (int token = first; token < end; ++token) count += sees(token);
-  count = max(count, 1);
-#endif
+  int counted = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    total += sums[i][threadIdx.x], most = fmaxf(most, largest[i][threadIdx.x]), counted += counts[i];
+  }
   // any constant vector is a valid mean: none is taken where a difference or the sum itself could overflow
   const bool usable = most < kLargestSmoothed && fabsf(total) < kInfinity;
   args.q_mean[(head * args.query_tiles + blockIdx.x) * kDim + threadIdx.x] =
-      usable ? __fdiv_rn(total, float(count)) : 0.0f;
+      usable ? __fdiv_rn(total, float(max(counted, 1))) : 0.0f;
 }
 
 // ---- block (64 keys, 32 query tiles, head): a product of matrices in float32, which ΔS's size asks for
