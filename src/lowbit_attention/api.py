@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any, Literal, TypedDict, overload
 
@@ -321,8 +322,8 @@ def attention_varlen(
     On a GPU, where a kernel runs the recipe, nobody reads ``cu_seqlens`` but the GPU: the call never waits for it, and
     in a captured CUDA graph lengths may change from replay to replay. Tokens may be left over before ``cu[0]`` and from
     ``cu[B]`` on: their output is 0 and their lse −inf. Offsets that fall, or point outside of the tensors, are not
-    found there (they count as the nearest that do neither). Elsewhere each sequence is a call of its own, and offsets
-    must rise from 0 to the number of tokens.
+    found there (they count as the nearest that do neither); elsewhere, where each sequence is a call of its own, they
+    are errors.
 
     >>> q = k = v = torch.randn(10, 2, 16)
     >>> cu = torch.tensor([0, 3, 10])
@@ -383,16 +384,19 @@ def run_attention_varlen(
     starts_k = checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0])
     checks.check_max_seqlen("max_seqlen_q", max_seqlen_q, starts_q)
     checks.check_max_seqlen("max_seqlen_k", max_seqlen_k, starts_k)
-    outs = [q.new_empty(0, q.shape[1], v.shape[2])]
-    lses = [torch.empty(q.shape[1], 0, dtype=torch.float32, device=q.device)]
+    outs = [q.new_zeros(starts_q[0], q.shape[1], v.shape[2])]
+    lses = [q.new_full((q.shape[1], starts_q[0]), -math.inf, dtype=torch.float32)]
     for (q0, q1), (k0, k1) in zip(pairwise(starts_q), pairwise(starts_k), strict=True):
         one_q, one_k, one_v = (t[None].transpose(1, 2) for t in (q[q0:q1], k[k0:k1], v[k0:k1]))
         request = make_request(one_q, one_k, one_v, None, chosen, machine, **options)
         (out, lse), choice = run_request(one_q, one_k, one_v, None, scale, request)
         outs.append(out[0].transpose(0, 1))
         lses += [_promised(lse, choice)[0]] if return_lse else []
-    packed = torch.cat(outs)
-    return (packed, torch.cat(lses, dim=1)) if return_lse else packed
+    rest = len(q) - starts_q[-1]
+    packed = torch.nn.functional.pad(torch.cat(outs), (0, 0, 0, 0, 0, rest))
+    return (
+        (packed, torch.nn.functional.pad(torch.cat(lses, dim=1), (0, rest), value=-math.inf)) if return_lse else packed
+    )
 
 
 def _promised(lse: Tensor | None, choice: Chosen) -> Tensor:

@@ -1,6 +1,6 @@
 """Faults that were known, each with the right answer: who mends one takes its mark away.
 
-S4, S5, S6: places that nobody sees; S14: a NaN that spreads (mended). S9: packed sequences. S11, S18:
+S4, S5, S6: places that nobody sees; S14: a NaN that spreads; S9: packed sequences (mended). S11, S18:
 what other packages ask of the alias.
 """
 
@@ -88,7 +88,6 @@ def test_s14_a_nan_in_one_query(name):
     assert compare(want, got, ~spoilt).l1 < 0.3
 
 
-@known("S9", "a packed buffer longer than its sequences is refused")
 @pytest.mark.parametrize("name", ["sage2_8b", "exact"])
 def test_s9_a_tail_that_belongs_to_no_sequence(name):
     g = torch.Generator().manual_seed(0)
@@ -101,7 +100,6 @@ def test_s9_a_tail_that_belongs_to_no_sequence(name):
     assert torch.equal(lse[:, :30], want_lse)
 
 
-@known("S9", "max_seqlen as a tensor is refused")
 def test_s9_a_longest_length_that_is_a_tensor():
     q = torch.randn(30, 2, 32, generator=torch.Generator().manual_seed(0))
     cu = torch.tensor([0, 12, 30], dtype=torch.int32)

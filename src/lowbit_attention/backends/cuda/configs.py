@@ -300,8 +300,8 @@ _WGMMA_TILES = {
 }
 """By where O lies and the padded head dimension."""
 
-_NUDGES: dict[MaskForm, int] = {"keys": 7, "bias": 3}
-"""By mask, kNudges of channels in two parts."""
+_NUDGES: dict[tuple[MaskForm, int], int] = {("keys", 2): 7, ("bias", 2): 3}
+"""By mask and warpgroups: kNudges."""
 _WORK_BYTES: dict[MaskForm, int] = {"none": 0, "keys": 4, "bits": 4, "bias": 4, "sequences": 8}
 """What a work tile says besides (WorkTile of csrc/hopper/block.cuh)."""
 _WGMMA_ROWS = 64
@@ -514,7 +514,7 @@ class WgmmaConfig:
             "kPolynomial": tile.halves_scores and self.sum_in_mma,
             # (Never executed. With channels in two parts, whatever changes in front of the main loop decides at random
             # whether the assembler serialises the MMAs behind it; found by trying, for all types.)
-            "kNudges": _NUDGES.get(self.mask, 0) * in_two,
+            "kNudges": _NUDGES.get((self.mask, tile.consumers), 0),
             # (Channels in two parts: to ask whether a tile hides any, and to fetch its bits ahead, there is none left.)
             **({"kTileSlots": _TILE_SLOTS, "kLacksRegisters": in_two} if self.mask in ("bits", "bias") else {}),
             **({"kMeanSlots": _MEAN_SLOTS, "kMeanPitch": self.mean_pitch} if self.tile_means else {}),
@@ -526,7 +526,10 @@ class WgmmaConfig:
         """Its compilation."""
         sums = "F16" if self.sums_f16 else "F32"
         scores = 64 if self.tile.halves_scores else 128  # keys at a time
-        spills = self.mask == "bias" or (self.mask == "bits" and self.tile_means and self.dtype == torch.float32)
+        spills = self.mask == "bias" or (
+            # (of 64 channels one register, once a work tile)
+            self.mask == "bits" and self.tile_means and (self.dtype == torch.float32 or self.head_dim == 64)
+        )
         return Instance(
             "attention_wgmma",
             "sm_90a",
