@@ -25,11 +25,11 @@ constexpr float kLargestFactor = 1.2676506e30f;  // 2^100, so that 2^21 · facto
 template <bool kMasked>
 constexpr bool kHides = kMasked || MASK_BITS;
 
-// This thread's largest logit of each row, −∞ if all are hidden; hidden scores become kHidden.
 // The factor of keys one of which is NaN is NaN, and so is the maximum of a row that sees one of these keys. That of a row
 // from which all of them are hidden is not: their exponentials may not be NaN either. (Nor 0 · −∞.)
 __device__ __forceinline__ float without_nan(float factor) { return LISTS_TILES ? fmaxf(factor, kSmallestFactor) : factor; }
 
+// This thread's largest logit of each row, −∞ if all are hidden; hidden scores become kHidden.
 #if MASK_BIAS  // Scores become logits. (The fast path's arithmetic saves little here, and takes registers.)
 template <bool kMasked>
 __device__ __forceinline__ void largest_logit(i32 (&scores)[64], float factor, const Visible& visible, float (&m)[2]) {
