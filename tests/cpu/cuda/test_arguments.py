@@ -42,7 +42,7 @@ STRUCTURES = {
     Divisor: ("common/work.cuh", MMA),
     Schedule: ("common/work.cuh", MMA),
     MaskArgs: ("common/masks.cuh", MASK),
-    PrepareArgs: ("mask/mask.cu", MASK),
+    PrepareArgs: ("mask/arguments.cuh", MASK),
     SequenceArgs: ("common/sequences.cuh", MASK),
     PrepareSequencesArgs: ("sequences/sequences.cu", MASK),
     PackArgs: ("pack/statistics.cuh", PACK),

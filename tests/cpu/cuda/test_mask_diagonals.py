@@ -1,4 +1,4 @@
-"""Masks that are said in a few numbers, prepared without their tensor: csrc/mask/mask.cu, played.
+"""Masks that are said in a few numbers, prepared without their tensor: csrc/mask/by_place.cuh, played.
 
 What a kernel finds in the blocks of diagonals, at the places that the host's `MaskArgs` says, must be the mask written
 out, bit for bit; and so must the lists of keys and key tiles, which come from formulas.
@@ -18,7 +18,7 @@ from lowbit_attention.call.mask_types import as_tensor, checked_mask
 from lowbit_attention.call.masks import LOG2E, Masking
 from lowbit_attention.call.request import make_request
 
-PREPARE = " ".join(read("mask/mask.cu", None).split())
+PREPARE = " ".join(" ".join(read(f"mask/{file}", None) for file in ("rows.cuh", "by_place.cuh")).split())
 MASKS = " ".join(read("common/masks.cuh", None).split())
 ROWS = 64
 """kMaskRows."""
@@ -109,9 +109,11 @@ def test_the_kernels_do_what_is_played_here():
         "const bool is_last = block >= args.diagonals;",
         "keys = is_last ? args.kv_len - (args.tiles - 1) * TILE_KEYS : TILE_KEYS;",
         "diagonal = (is_last ? block - args.row_blocks : block) - (args.row_blocks - 1);",
-        "apart = diagonal * kMaskRows + first_key - row;",
-        "range_of_sixteen(args.first_offset - apart, min(args.causal_offset - apart, i64(keys) - 1 - first_key))",
-        "place = (i64(blockIdx.x) * kMaskRows + row) * 4;",
+        "apart = diagonal * kMaskRows + mine.first_key - mine.row(first + i);",
+        "range_of_sixteen(args.first_offset - apart, min(args.causal_offset - apart, i64(keys) - 1 - mine.first_key))",
+        "plane = blockIdx.x / thread_blocks;",
+        "block = blockIdx.x % thread_blocks * kPackWarps + threadIdx.x / 32;",
+        "number = plane * args.blocks + block;",
         "distance = i32(args.shift - apart - k);",
         "while (hidden - seen > 1) {",
         "first(max(first_row + reach.low, i64(0))), last(min(last_row + reach.high, kv_len - 1))",

@@ -16,7 +16,9 @@ from test_mma_layout import QUAD, TURN, c_place
 
 from lowbit_attention.backends.cuda import mask as host
 
-PREPARE = " ".join(read("mask/mask.cu", None).split())
+PREPARE = " ".join(
+    " ".join(read(f"mask/{file}", None) for file in ("rows.cuh", "tensor.cuh", "by_place.cuh", "mask.cu")).split()
+)
 MASKS = " ".join(read("common/masks.cuh", None).split())
 
 
@@ -31,10 +33,35 @@ def evaluate(code, **names):
     return eval(code, {"__builtins__": {}, "min": min, "max": max}, names)
 
 
-LOW = expression(PREPARE, "const u32 low = ", ",")
-HIGH = expression(PREPARE, "const u32 low = seen >> 2 * q & 3, high = ")
-SHIFTED = expression(PREPARE, "words[q] = ")
-PLACE = expression(PREPARE, "args.bits[", "] =")
+def function(name, *parameters):
+    """A device function of words, as Python of arrays whose last axis is the lanes of a row.
+
+    It may have assignments, ternaries that are all of an expression or of a pair of parentheses, and shuffles.
+    """
+    _, found, after = PREPARE.partition(f"u32 {name}(")
+    assert found, name
+    lines = []
+    for step in after.partition("{ ")[2].partition(" }")[0].rstrip(";").split("; "):
+        step = re.sub(r"^(const )?(u32|bool) ", "", step.strip()).replace("return ", "out = ")
+        step = re.sub(r"__shfl_xor_sync\(0xFFFFFFFF, (\w+), (\d)\)", r"of_lane(\1, \2)", step)
+        step = re.sub(r"= (\w+) \? (.+?) : (.+)$", r"= where(\1, \2, \3)", step)
+        step = re.sub(r"\((\w+) \? (.+?) : (.+?)\)", r"where(\1, \2, \3)", step)
+        lines += re.split(r", (?=\w+ = )", step)
+    code = compile("\n".join(lines), name, "exec")
+
+    def play(*values):
+        names = dict(zip(parameters, values, strict=True))
+        names |= {"where": np.where, "of_lane": lambda x, apart: x[..., np.arange(x.shape[-1]) ^ apart]}
+        exec(code, {"__builtins__": {}}, names)
+        assert names["out"].max(initial=0) < 1 << 32  # (nothing was shifted out that 32 bits would lose)
+        return names["out"]
+
+    return play
+
+
+by_quad_lane = function("by_quad_lane", "seen")
+exchange_nibbles = function("exchange_nibbles", "x", "lane")
+join_halves = function("join_halves", "x", "lane")
 SHIFT = expression(MASKS, "return !(bits[i / 2 % 2] >> (", ") & 1)")
 ROWS = 64
 """kMaskRows."""
@@ -44,22 +71,25 @@ def packed_bits(visible, tile_keys):
     """What pack_bits writes for a plane ``[Nq, Nk]``, by address."""
     q_len, kv_len = visible.shape
     row_blocks, tiles, lanes = -(-q_len // ROWS), -(-kv_len // tile_keys), tile_keys // 16
-    args = SimpleNamespace(tiles=tiles)
     padded = np.zeros((row_blocks * ROWS, tiles * tile_keys), dtype=np.int64)
     padded[:q_len, :kv_len] = visible
     out = np.full(row_blocks * tiles * ROWS * 4, -1, dtype=np.int64)
     for block, tile in itertools.product(range(row_blocks), range(tiles)):
         some = padded[block * ROWS : (block + 1) * ROWS, tile * tile_keys : (tile + 1) * tile_keys]
         of_lanes = (some.reshape(ROWS, lanes, 16) << np.arange(16)).sum(axis=2)
-        for q in range(4):
-            word = np.zeros(ROWS, dtype=np.int64)
-            for lane in range(lanes):
-                seen = of_lanes[:, lane]
-                low, high = (evaluate(half, seen=seen, q=q) for half in (LOW, HIGH))
-                word |= evaluate(SHIFTED, low=low, high=high, lane=lane)
-            at = evaluate(PLACE, block=block, tile=tile, args=args, kMaskRows=ROWS, of_block=np.arange(ROWS), lane=q)
-            assert (out[at] == -1).all()
-            out[at] = word
+        words = out[(block * tiles + tile) * (ROWS * 4) :]
+        at_once, lane = 32 // lanes, np.arange(lanes)
+        for first in range(0, ROWS, 2 * at_once):  # two steps of a warp
+            rows = first + np.arange(at_once)[:, None]
+            pair = by_quad_lane(of_lanes[rows, lane]) | by_quad_lane(of_lanes[rows + at_once, lane]) << 16
+            x = exchange_nibbles(pair, lane)
+            if tile_keys == 64:
+                written = ((rows * 4 + lane, x & 0xFFFF), ((rows + at_once) * 4 + lane, x >> 16))
+            else:
+                written = (((rows + lane // 4 * at_once) * 4 + lane % 4, join_halves(x, lane)),)
+            for at, word in written:
+                assert (words[at] == -1).all()
+                words[at] = word
     assert (out >= 0).all()
     assert out.max(initial=0) < 1 << tile_keys // 4  # (a word has as many bits)
     return out
@@ -72,6 +102,35 @@ def masks(q_len, kv_len, seed=0):
     one[q_len - 1, kv_len - 1] = True
     yield one
     yield np.tril(np.ones((q_len, kv_len), dtype=bool), kv_len - q_len)
+
+
+def test_words_are_stored_as_they_are_played():
+    for text in (
+        "exchange_nibbles(by_quad_lane(seen) | by_quad_lane(seen_next) << 16, mine.lane)",
+        "block[mine.row(step) * 4 + mine.lane] = MaskWord(x);",
+        "block[mine.row(step + 1) * 4 + mine.lane] = MaskWord(x >> 16);",
+        "block[mine.row(step + mine.lane / 4) * 4 + mine.lane % 4] = join_halves(x, mine.lane);",
+        "return step * kRowsAtOnce + first_row;",
+        "(rows.number * args.tiles + tile) * (kMaskRows * 4)",
+    ):
+        assert PREPARE.count(text) == 1
+
+
+NONZERO = expression(PREPARE, "nonzero[i] = ")
+
+
+def test_bytes_that_are_not_0_are_bits():
+    r = np.random.default_rng(0)
+    some = np.array([0, 0, 0, 1, 2, 127, 128, 255], dtype=np.uint8)[r.integers(0, 8, (5000, 16))]
+    words = np.ascontiguousarray(some).view("<u4").astype(np.uint64)
+    nonzero = [evaluate(NONZERO, bytes=SimpleNamespace(word=words.T), i=i) & 0xFFFFFFFF for i in range(4)]
+    low, high = (
+        evaluate(expression(PREPARE, before, ";"), nonzero=nonzero)
+        for before in ("const u32 low = ", "const u32 high = ")
+    )
+    found = (low & 0xFF) | (high & 0xFF) << np.uint64(8)
+    assert np.array_equal(found, ((some != 0).astype(np.uint64) << np.arange(16, dtype=np.uint64)).sum(axis=1))
+    assert "return low | high << 8;" in PREPARE
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (64, 128), (100, 300), (129, 257)])
@@ -134,16 +193,18 @@ def test_a_warps_biases_follow_each_other(tile_keys):
         "return row / 8 * kNextBiasRow + (row % 8 * 4 + lane_in_quad) * kBiasRun;",
     ):
         assert text in MASKS
-    assert (
-        PREPARE.count("bias_of_row(of_block, q) + lane * kNextRun;")
-        == PREPARE.count("bias_of_row(row, q) + lane * kNextRun;")
-        == 1
-    )
+    for text in (
+        "for (int q = 0; q < 4; q += 2)",
+        "block + bias_of_row(mine.row(step), q) + mine.lane * kNextRun;",
+        "{ cvt_f16x2_f32(x[2 * q + 1], x[2 * q]), cvt_f16x2_f32(x[2 * q + 9], x[2 * q + 8]), "
+        "cvt_f16x2_f32(x[2 * q + 3], x[2 * q + 2]), cvt_f16x2_f32(x[2 * q + 11], x[2 * q + 10])}",
+    ):
+        assert PREPARE.count(text) == 1
     at = lambda row, quad_lane: row // 8 * next_row + (row % 8 * 4 + quad_lane) * run  # noqa: E731
     place = {}
-    for row, sixteen, q, i in itertools.product(range(ROWS), range(tile_keys // 16), range(4), range(4)):
-        key = 16 * sixteen + (2 * q + i if i < 2 else 8 + 2 * q + i - 2)  # (the order in which a lane writes its four)
-        place[row, key] = at(row, q) + sixteen * next_run + i
+    order = [0, 1, 8, 9, 2, 3, 10, 11]  # of a lane's eight numbers at once, from 2 · q on
+    for row, sixteen, q, i in itertools.product(range(ROWS), range(tile_keys // 16), (0, 2), range(8)):
+        place[row, 16 * sixteen + 2 * q + order[i]] = at(row, q) + sixteen * next_run + i
     assert sorted(place.values()) == list(range(ROWS * tile_keys))
 
     wgmma, softmax, mma = (
@@ -211,21 +272,18 @@ def test_ranges_are_causality_and_the_end(causal_offset):
 
 # ---- lists
 
-BITS_ALONE = PREPARE.split("__launch_bounds__(kBitsThreads) pack_biases(")[0]
-WORD = expression(BITS_ALONE.replace("const u32 word = word_of_lanes", ""), "const u32 word = ", ";")
 KEY_SEEN = expression(PREPARE, "sees = mask == nullptr ? ", " :")
 
 
 @pytest.mark.parametrize("tile_keys", [128, 64])
 def test_lists_read_the_keys_that_pack_bits_has_seen(tile_keys):
     """A bit a key: words of two lanes' sixteen keys, written by tile, read by key."""
+    assert "const u32 word = of_keys | __shfl_xor_sync(0xFFFFFFFF, of_keys, 1) << kKeysALane;" in PREPARE
+    assert "args.key_seen + (rows.list * args.tiles + tile) * (TILE_KEYS / 32) + mine.lane / 2;" in PREPARE
     for seed, tiles in itertools.product(range(3), (1, 3)):
         seen = np.random.default_rng(seed).random(tiles * tile_keys) < 0.5
-        of_keys = (seen.reshape(tiles, -1, 16) << np.arange(16)).sum(axis=2)  # [tile, lane]
-        threads = SimpleNamespace(x=np.arange(tile_keys // 32))
-        words = np.concatenate(
-            [evaluate(WORD, of_keys=[lanes], turn=0, threadIdx=threads, kKeysALane=16) for lanes in of_keys]
-        )
+        of_lanes = (seen.reshape(tiles, -1, 2, 16) << np.arange(16)).sum(axis=3)  # [tile, word, even or odd lane]
+        words = (of_lanes[..., 0] | of_lanes[..., 1] << 16).reshape(-1)
         found = evaluate(KEY_SEEN, seen=words, key=np.arange(tiles * tile_keys))
         assert np.array_equal(found, seen)
 
@@ -265,7 +323,7 @@ def test_lists_are_of_what_is_seen_in_order(threads, length):
 def test_the_host_knows_the_devices_numbers():
     for text, number in (
         ("kListThreads = 1024", host._LIST_THREADS),
-        ("kBitsThreads = 256", host._BITS_THREADS),
+        ("kPackThreads = 256", host._PACK_THREADS),
         ("kTilesABlock = 16", host._TILES_A_BLOCK),
     ):
         assert text in PREPARE

@@ -169,7 +169,7 @@ class PrepareSequencesArgs(Structure):
 
 @declared
 class PrepareArgs(Structure):
-    """csrc/mask/mask.cu."""
+    """csrc/mask/arguments.cuh."""
 
     __slots__ = ()
     mask: Pointer

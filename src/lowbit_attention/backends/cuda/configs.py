@@ -203,10 +203,7 @@ def smooth_q_instance(head_dim: int, dtype: torch.dtype, arch: str, mask: MaskFo
 
 def mask_instance(tile_keys: int, arch: str) -> Instance:
     """The kernels that prepare masks, for tiles of so many keys."""
-    spills = 32 if (arch, tile_keys) == ("sm_90", 64) else 0  # (pack_biases, there alone)
-    return Instance(
-        "mask", arch, (("TILE_KEYS", tile_keys),), header("mask", {}, _mask_macros("none")), spill_limit=spills
-    )
+    return Instance("mask", arch, (("TILE_KEYS", tile_keys),), header("mask", {}, _mask_macros("none")))
 
 
 def sequences_instance(arch: str) -> Instance:

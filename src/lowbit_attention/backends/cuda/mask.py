@@ -20,8 +20,9 @@ from .packing import aligned
 _ROWS = 64
 """Rows of a block of bits (kMaskRows)."""
 _PREPARED = {field[0] for field in MaskArgs._fields_}
-_LIST_THREADS, _BITS_THREADS, _TILES_A_BLOCK = 1024, 256, 16
-"""Of a thread block (kListThreads, kBitsThreads), and of one of ``pack_bits`` (kTilesABlock)."""
+_LIST_THREADS, _PACK_THREADS, _TILES_A_BLOCK = 1024, 256, 16
+"""Of a thread block (kListThreads, kPackThreads), and of one that packs a tensor (kTilesABlock)."""
+_PACK_WARPS = _PACK_THREADS // 32
 _PLACE_THREADS, _MOST_PLACE_BLOCKS = 256, 1024
 """Of a thread block (kPlaceThreads), and blocks a plane; more rows or keys are more turns."""
 
@@ -71,6 +72,7 @@ def mask_remark(request: Request) -> str:
 class _Kernels(NamedTuple):
     list_keys: Kernel
     pack_bits: Kernel
+    largest_biases: Kernel
     pack_biases: Kernel
     list_tiles: Kernel
     list_by_place: Kernel
@@ -212,10 +214,12 @@ class MaskPlan:
         )
         if self.form != "keys":
             zeros.zero_()
+            row_blocks = self.planes * args.row_blocks
             if self.form == "bits":
-                self.kernels.pack_bits((self.planes * args.row_blocks, self.tile_chunks, 1), device, address)
+                self.kernels.pack_bits((row_blocks, self.tile_chunks, 1), device, address)
             else:
-                self.kernels.pack_biases((self.planes * args.row_blocks, 1, 1), device, address)
+                self.kernels.largest_biases((row_blocks, _ROWS // _PACK_WARPS, 1), device, address)
+                self.kernels.pack_biases((row_blocks, self.tile_chunks, 1), device, address)
             self.kernels.list_tiles((self.planes * args.q_blocks, 1, 1), device, address)
         self.kernels.list_keys((self.lists, 1, 1), device, address)
 
@@ -230,7 +234,7 @@ class MaskPlan:
             args.long_lens = mask.kv_lens.dtype == torch.int64
         self.kernels.list_by_place((self.planes, self.place_chunks, 1), device, address)
         if self.form != "keys":
-            self.kernels.pack_diagonals((self.planes * args.blocks, 1, 1), device, address)
+            self.kernels.pack_diagonals((self.planes * -(-args.blocks // _PACK_WARPS), 1, 1), device, address)
 
 
 class _Blocks(NamedTuple):
@@ -275,9 +279,10 @@ def _kernels(tile_keys: int, arch: str, device: int) -> _Kernels:
     instance = mask_instance(tile_keys, arch)
     return _Kernels(
         load(instance, "list_keys", _LIST_THREADS),
-        load(instance, "pack_bits", _BITS_THREADS),
-        load(instance, "pack_biases", _BITS_THREADS),
+        load(instance, "pack_bits", _PACK_THREADS),
+        load(instance, "largest_biases", _PACK_THREADS),
+        load(instance, "pack_biases", _PACK_THREADS),
         load(instance, "list_tiles", 32),
         load(instance, "list_by_place", _PLACE_THREADS),
-        load(instance, "pack_diagonals", _BITS_THREADS),
+        load(instance, "pack_diagonals", _PACK_THREADS),
     )
