@@ -19,6 +19,7 @@ from .call.checks import for_scale
 from .call.mask_types import Mask, checked_mask, tensors_of
 from .call.memo import Memo
 from .call.request import OnEmulation, Request, make_request, wants_grad
+from .call.sinks import check_sinks, with_sinks
 from .errors import InvalidArgumentError, UnsupportedError
 from .recipes.definition import Recipe
 from .recipes.machine import Machine, resolve_machine
@@ -40,13 +41,13 @@ class _Options(TypedDict, total=False):
     sm_scale: float | None
     like: str | Machine | None
     on_emulation: OnEmulation
+    sinks: Tensor | None
 
 
 class _AttentionOptions(_Options, total=False):
     attn_mask: Mask | None
     layout: Layout
     training: Training
-    sinks: Tensor | None
     qk_norm: tuple[Tensor, Tensor] | None
     rope: tuple[Tensor, Tensor] | None
     out_dtype: torch.dtype | None
@@ -108,10 +109,13 @@ def attention(
             ``"warn"``: on a GPU, an `EmulationWarning` with every kernel's reasons, once a process for a recipe and
             these reasons; on a CPU nothing, as no kernel runs there. ``"error"``: an error with these reasons, on every
             device. ``"allow"``: nothing. ``recipe="auto"`` never emulates.
-        sinks, qk_norm, rope, out_dtype: not yet; docs/api.md says what they will be. ``None`` is all they take.
+        sinks: floating ``[Hq]``: a logit per query head (in natural units; ``sm_scale`` does not touch it) that joins
+            each row's softmax and has no value, as gpt-oss has them. Exact, whatever the recipe is; no gradient.
+        qk_norm, rope, out_dtype: not yet; docs/api.md says what they will be. ``None`` is all they take.
     Returns:
         The output in q's dtype and layout (``Dv`` last, contiguous); with ``return_lse`` also the natural logarithm of
-        the softmax's denominator, float32 ``[B, Hq, Nq]`` in both layouts. A row that sees no key gives 0 and −inf.
+        the softmax's denominator, sinks included, float32 ``[B, Hq, Nq]`` in both layouts. A row that sees no key gives
+        0 and −inf (its sink, if there is one).
 
     Quantised attention is for inference. From finite inputs whose logits are finite in float32 comes a finite output;
     a group of Q, K or V whose largest magnitude is below 2⁻¹¹² counts as zero.
@@ -126,7 +130,17 @@ def attention(
         UnsupportedError: nothing can run the call (a gradient of a quantised recipe, say), with every reason.
         EmulationRefusedError: the emulation alone could, and ``on_emulation`` is ``"error"``.
     """
-    _refuse_unbuilt(sinks=sinks, qk_norm=qk_norm, rope=rope, out_dtype=out_dtype)
+    _refuse_unbuilt(qk_norm=qk_norm, rope=rope, out_dtype=out_dtype)
+    if sinks is not None:
+        checks.check_flag("return_lse", return_lse)
+        out, lse = attention(
+            q, k, v, recipe=recipe, is_causal=is_causal, causal_alignment=causal_alignment, attn_mask=attn_mask,
+            sm_scale=sm_scale, layout=layout, return_lse=True, like=like, training=training, on_emulation=on_emulation,
+        )  # fmt: skip
+        of_heads = 1 if layout == "HND" else 2
+        checked = check_sinks(sinks, out.shape[of_heads], q, k, v, *tensors_of(attn_mask))
+        out, lse = with_sinks(out, lse, checked, of_heads)
+        return (out, lse) if return_lse else out
     recipe, like = for_training(training, recipe, like, q, k, v, *tensors_of(attn_mask))
     if goes_through_the_op(q, k, v, attn_mask):
         # (torch.compile cannot trace how changes are read: the operator refuses wrong ones)
@@ -257,8 +271,11 @@ def explain(
     like: str | Machine | None = None,
     training: Training = "refuse",
     on_emulation: OnEmulation = "warn",
+    sinks: Tensor | None = None,
 ) -> Explanation:
     """Which implementation and recipe `attention` would run for these arguments, and why not the others.
+
+    With ``sinks`` that is who gives output and log-sum-exp of the keys.
 
     It warns of nothing: where `attention` would, the emulation's line says so, and where ``on_emulation="error"``
     refuses the emulation, nothing runs.
@@ -275,8 +292,11 @@ def explain(
         raise InvalidArgumentError("explain(…) inside torch.compile: call it outside, on tensors of the same shapes")
     recipe, like = for_training(training, recipe, like, q, k, v, *tensors_of(attn_mask))
     *_, request = _attention_request(
-        q, k, v, recipe, is_causal, causal_alignment, attn_mask, sm_scale, layout, return_lse, like, on_emulation
-    )
+        q, k, v, recipe, is_causal, causal_alignment, attn_mask, sm_scale, layout, return_lse or sinks is not None,
+        like, on_emulation,
+    )  # fmt: skip
+    if sinks is not None:
+        check_sinks(sinks, request.q_heads, q, k, v, *tensors_of(attn_mask))
     return explain_request(request)
 
 
@@ -308,6 +328,7 @@ def attention_varlen(
     return_lse: bool = False,
     like: str | Machine | None = None,
     on_emulation: OnEmulation = "warn",
+    sinks: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over sequences of different lengths, packed one behind another. Means and scales are per sequence.
 
@@ -333,6 +354,14 @@ def attention_varlen(
     Raises:
         InvalidArgumentError, InvalidRecipeError, UnsupportedError: as `attention`.
     """
+    if sinks is not None:
+        checks.check_flag("return_lse", return_lse)
+        out, lse = attention_varlen(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, recipe=recipe, is_causal=is_causal,
+            causal_alignment=causal_alignment, sm_scale=sm_scale, return_lse=True, like=like, on_emulation=on_emulation,
+        )  # fmt: skip
+        out, lse = with_sinks(out, lse, check_sinks(sinks, q.shape[1], q, k, v), 1)
+        return (out, lse) if return_lse else out
     arguments = recipe, is_causal, causal_alignment, sm_scale, return_lse, like, on_emulation
     if torch.compiler.is_compiling() and not wants_grad(q, k, v):
         out, lse = ops.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *arguments)

@@ -168,7 +168,6 @@ def test_slopes_that_want_a_gradient_are_refused_as_masks_are():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("sinks", torch.zeros(HQ)),
         ("qk_norm", (torch.ones(D), torch.ones(D))),
         ("rope", (torch.ones(NK, D), torch.zeros(NK, D))),
         ("out_dtype", torch.float32),
