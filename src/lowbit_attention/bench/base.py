@@ -7,8 +7,10 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from importlib import metadata
+from itertools import accumulate
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ..errors import LowbitError
@@ -26,9 +28,13 @@ class Unsupported(LowbitError):
 
 
 class Provider(ABC):
-    """One way to run attention, under a name."""
+    """One way to run attention, under a name.
+
+    ``takes_sequences``: whether `prepare` is given shapes that are sequences of different lengths.
+    """
 
     name: str
+    takes_sequences: bool = False
 
     @abstractmethod
     def version(self) -> str:
@@ -96,6 +102,18 @@ def need_cuda(q: Tensor) -> None:
     """Refuse tensors that are not on a GPU."""
     if q.device.type != "cuda":
         raise Unsupported("it runs on CUDA devices only")
+
+
+def packed(*tensors: Tensor) -> list[Tensor]:
+    """``[B, H, N, D]`` as packed sequences ``[tokens, H, D]``: only how many tokens there are matters."""
+    return [t.transpose(1, 2).reshape(-1, *t.shape[1::2]).contiguous() for t in tensors]
+
+
+def cu_seqlens(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the sequences of a shape begin, in packed queries and keys: int32 ``[B + 1]``."""
+    starts = (accumulate(shape.sequence_lengths(tokens), initial=0) for tokens in (shape.q_len, shape.kv_len))
+    cu_q, cu_k = (torch.tensor(list(some), dtype=torch.int32, device=device) for some in starts)
+    return cu_q, cu_k
 
 
 def need_no_mask(mask: Tensor | None, why: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from .._version import __version__
-from ..api import attention, explain
+from ..api import attention, attention_varlen, explain
 from ..backends.base import Emulation
 from ..backends.cuda.kernel import CudaKernel
 from ..backends.registry import IMPLEMENTATIONS
@@ -20,7 +21,19 @@ from ..errors import InvalidArgumentError, UnsupportedError
 from ..recipes.definition import Recipe
 from ..recipes.named import RECIPES
 from ..recipes.named import recipe as find_recipe
-from .base import Call, Part, Provider, Unsupported, first_line, need_cuda, need_square_causal
+from .base import (
+    Call,
+    Part,
+    Provider,
+    Unsupported,
+    cu_seqlens,
+    first_line,
+    import_problem,
+    load,
+    need_cuda,
+    need_square_causal,
+    packed,
+)
 from .cudnn_fp8 import CudnnFp8
 from .peers import ComfyKitchen, FlashAttention3, SageAttention, Xformers
 from .shapes import Shape
@@ -32,6 +45,8 @@ _OURS = "ours:"
 class Ours(Provider):
     """This package with one recipe: the whole call and, where a kernel can be had alone, that."""
 
+    takes_sequences = True
+
     def __init__(self, recipe: str | Recipe) -> None:
         self.recipe = find_recipe(recipe)
         self.name = _OURS + self.recipe.name
@@ -41,6 +56,8 @@ class Ours(Provider):
 
     def prepare(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> dict[Part, Call]:
         recipe, causal = self.recipe, shape.is_causal
+        if shape.is_varlen:
+            return {"whole": self._of_sequences(shape, q, k, v)}
         chosen = explain(q, k, v, recipe=recipe, is_causal=causal, attn_mask=mask)
         if chosen.implementation is None:
             raise Unsupported("; ".join(f"{v.implementation}: {r}" for v in chosen.verdicts for r in v.reasons))
@@ -53,6 +70,12 @@ class Ours(Provider):
         if kernel := _kernel_alone(chosen.implementation, q, k, v, recipe, causal, mask):
             parts["kernel"] = kernel
         return parts
+
+    def _of_sequences(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Call:
+        """`attention_varlen`; an emulation is no more timed than elsewhere."""
+        (q, k, v), cu = packed(q, k, v), cu_seqlens(shape, q.device)
+        of: dict[str, Any] = {"is_causal": shape.is_causal, "on_emulation": "error" if q.is_cuda else "allow"}
+        return lambda: attention_varlen(q, k, v, *cu, recipe=self.recipe, **of)
 
 
 def _kernel_alone(
@@ -112,6 +135,34 @@ class TorchSdpa(Provider):
         return {"whole": call}
 
 
+class TorchVarlen(Provider):
+    """``torch.nn.attention.varlen.varlen_attn``, FlashAttention-2 over packed sequences."""
+
+    name = "torch_varlen"
+    takes_sequences = True
+
+    def version(self) -> str:
+        return torch.__version__
+
+    def not_available_reason(self) -> str | None:
+        return import_problem("torch.nn.attention.varlen", "torch 2.10 or newer has it")
+
+    def prepare(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> dict[Part, Call]:
+        need_cuda(q)
+        need_square_causal(shape)
+        if not shape.is_varlen:
+            raise Unsupported("it is for sequences of different lengths: torch_fa2 is the same kernel without")
+        if shape.q_heads != shape.kv_heads:
+            raise Unsupported("groups of query heads would need copies of K and V")
+        attend = load("torch.nn.attention.varlen").varlen_attn
+        (q, k, v), cu = packed(q, k, v), cu_seqlens(shape, q.device)
+        longest = [max(shape.sequence_lengths(tokens)) for tokens in (shape.q_len, shape.kv_len)]
+        options: dict[str, Any] = {"window_size": (-1, 0 if shape.is_causal else -1)}
+        if "window_size" not in inspect.signature(attend).parameters:
+            options = {"is_causal": shape.is_causal}
+        return {"whole": lambda: attend(q, k, v, *cu, *longest, **options)}
+
+
 def _with_causality(mask: Tensor, shape: Shape) -> Tensor:
     """Both in one mask, as callers of torch write them: it takes a mask or causality. Made once, not timed."""
     sees = torch.ones(shape.q_len, shape.kv_len, dtype=torch.bool, device=mask.device).tril_()
@@ -152,6 +203,7 @@ _MAKERS: dict[str, Callable[[], Provider]] = {
     "torch_fa2": lambda: TorchSdpa("torch_fa2", "flash"),
     "torch_cudnn": lambda: TorchSdpa("torch_cudnn", "cudnn"),
     "torch_default": lambda: TorchSdpa("torch_default", None),
+    "torch_varlen": TorchVarlen,
     "cudnn_fp8": CudnnFp8,
     "fa3": FlashAttention3,
     "sageattention": SageAttention,

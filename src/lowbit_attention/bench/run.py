@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 import torch
 from torch import Tensor
 
-from .base import Call, Part, Provider, first_line
+from .base import Call, Part, Provider, Unsupported, first_line
 from .masks import make_mask
 from .results import Facts, Measurement, collect_facts, tops, with_ratios
 from .sensors import Reading, Sensors, median_reading, open_sensors
@@ -131,12 +131,13 @@ def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, seed: in
     """Normal Q, K and V, the same for every run on a kind of device."""
     generator = torch.Generator(device).manual_seed(seed)
 
-    def normal(heads: int, tokens: int) -> Tensor:
-        size = (shape.batch, heads, tokens, shape.head_dim)
+    def normal(heads: int, tokens: int, channels: int) -> Tensor:
+        size = (shape.batch, heads, tokens, channels)
         return torch.randn(size, generator=generator, device=device, dtype=dtype)
 
-    q = normal(shape.q_heads, shape.q_len)
-    return q, normal(shape.kv_heads, shape.kv_len), normal(shape.kv_heads, shape.kv_len)
+    q = normal(shape.q_heads, shape.q_len, shape.head_dim)
+    k = normal(shape.kv_heads, shape.kv_len, shape.head_dim)
+    return q, k, normal(shape.kv_heads, shape.kv_len, shape.v_head_dim)
 
 
 def _measure_shape(shape: Shape, providers: Sequence[Provider], bench: _Bench) -> ShapeResult:
@@ -171,6 +172,8 @@ def _measure_shape(shape: Shape, providers: Sequence[Provider], bench: _Bench) -
     for provider in providers:
 
         def prepare(provider: Provider = provider) -> None:
+            if shape.is_varlen and not provider.takes_sequences:
+                raise Unsupported("it takes no sequences of different lengths here")
             for part, call in provider.prepare(shape, q, k, v, mask).items():
                 found[provider.name, part] = _Candidate(call)
 

@@ -28,7 +28,8 @@ from .common import RECIPE_HELP, check_outputs, console, new_table, progress, wr
 
 _SHAPE_HELP = (
     "batch x heads x tokens x head_dim, repeatable: 1x24x4608x128, 4x32/8x8192x128:causal, 1x40x32760,512x128; with a "
-    f"mask after it, 4x32x8192x128:padding: {', '.join(MASKS)}."
+    f"mask after it, 4x32x8192x128:padding: {', '.join(MASKS)}; or 16x16x4352x128:varlen, sequences of different "
+    "lengths packed; V's channels behind K's: 1x128x8192x192/128."
 )
 _PROVIDER_HELP = (
     f"Whom to time, repeatable: `ours:<recipe>`, {', '.join(NAMES)}. Default: "
@@ -193,7 +194,8 @@ def _shapes(which: str | None, texts: list[str] | None, device: torch.device) ->
     found = list(dict.fromkeys([*chosen, *map(parse_shape, texts or [])]))
     if device.type == "cpu":  # a GPU says so itself when its memory is full, and the other shapes are timed
         for s in found:
-            numbers = s.batch * s.head_dim * (2 * s.q_heads * s.q_len + 2 * s.kv_heads * s.kv_len)
+            queries, keys = s.q_heads * s.q_len, s.kv_heads * s.kv_len
+            numbers = s.batch * (s.head_dim + s.v_head_dim) * (queries + keys)
             what = "Q, K, V, the mask and the output" if s.mask else "Q, K, V and the output"
             check_fits(f"{what} of {s.label}", 2 * numbers + s.mask_bytes)
     return found

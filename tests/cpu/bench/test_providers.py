@@ -6,14 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench_cases import TINY, inputs
+from bench_cases import TINY, Fake, inputs, measured
 
+from lowbit_attention import attention
 from lowbit_attention.backends.cuda.mma import MMA_KERNEL
 from lowbit_attention.bench import base, providers
 from lowbit_attention.bench.base import Unsupported
 from lowbit_attention.bench.cudnn_fp8 import CudnnFp8, build, quantize
 from lowbit_attention.bench.peers import ComfyKitchen, FlashAttention3, SageAttention, Xformers
-from lowbit_attention.bench.providers import NAMES, Ours, TorchSdpa, default_names, resolve_providers
+from lowbit_attention.bench.providers import NAMES, Ours, TorchSdpa, TorchVarlen, default_names, resolve_providers
 from lowbit_attention.bench.shapes import parse_shape
 from lowbit_attention.errors import InvalidArgumentError, InvalidRecipeError, UnsupportedError
 
@@ -44,6 +45,52 @@ def test_providers_that_run_on_a_cpu_compute_attention(name, text):
     )
     torch.testing.assert_close(parts["whole"]().float(), exact, atol=0.1, rtol=0.1)
     assert provider.version()
+
+
+@pytest.mark.parametrize("text", ["3x2x40x16:varlen", "3x4/2x24,40x16/8:causal:varlen"])
+def test_sequences_are_each_a_call_of_their_own(text):
+    shape = parse_shape(text)
+    q, k, v = inputs(shape)
+    parts = Ours("exact").prepare(shape, q, k, v)
+    assert list(parts) == ["whole"]
+    packed_q, packed_k, packed_v = base.packed(q, k, v)
+    assert packed_v.shape == (3 * shape.kv_len, shape.kv_heads, shape.v_head_dim)
+    out, at_q, at_k = parts["whole"](), 0, 0
+    assert out.shape == (3 * shape.q_len, shape.q_heads, shape.v_head_dim)
+    for n, m in zip(shape.sequence_lengths(shape.q_len), shape.sequence_lengths(shape.kv_len), strict=True):
+        one = (packed_q[at_q : at_q + n], packed_k[at_k : at_k + m], packed_v[at_k : at_k + m])
+        expected = attention(*(t[None] for t in one), recipe="exact", is_causal=shape.is_causal, layout="NHD")
+        torch.testing.assert_close(out[at_q : at_q + n], expected[0])
+        at_q, at_k = at_q + n, at_k + m
+    assert (at_q, at_k) == (len(out), len(packed_k))
+
+
+def test_only_those_who_take_sequences_are_given_some():
+    shape = parse_shape("2x2x16x16:varlen")
+    (result,) = measured([Fake("fixed", {"whole": lambda: None}), *resolve_providers(["ours:exact"])], (shape,))
+    assert [row.provider for row in result.rows] == ["ours:exact"]
+    assert [(n.provider, n.reason) for n in result.notes] == [
+        ("fixed", "it takes no sequences of different lengths here")
+    ]
+
+
+def test_torch_over_sequences_is_called_as_torch_wants(monkeypatch):
+    seen = []
+
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size=(-1, -1)):
+        seen.append((q.shape, cu_q.tolist(), cu_k.tolist(), max_q, max_k, window_size))
+
+    monkeypatch.setattr(providers, "need_cuda", lambda q: None)
+    monkeypatch.setattr(providers, "load", lambda name: SimpleNamespace(varlen_attn=varlen_attn))
+    shape = parse_shape("2x3x16x8:causal:varlen")
+    TorchVarlen().prepare(shape, *inputs(shape))["whole"]()
+    starts = [0, shape.sequence_lengths(16)[0], 32]
+    assert seen == [((32, 3, 8), starts, starts, 30, 30, (-1, 0))]
+    with pytest.raises(Unsupported, match="torch_fa2 is the same"):
+        TorchVarlen().prepare(TINY, *inputs(TINY))
+    grouped = parse_shape("2x4/2x16x8:varlen")
+    with pytest.raises(Unsupported, match="copies of K and V"):
+        TorchVarlen().prepare(grouped, *inputs(grouped))
 
 
 def test_only_one_backend_is_on_and_only_during_the_call():
@@ -168,7 +215,9 @@ def test_peers_are_called_as_their_packages_want(monkeypatch):
         Xformers().prepare(parse_shape("1x4/2x8x16"), q, q, q)
 
 
-@pytest.mark.parametrize("name", ["torch_cudnn", "cudnn_fp8", "fa3", "sageattention", "comfy_kitchen", "xformers"])
+@pytest.mark.parametrize(
+    "name", ["torch_cudnn", "torch_varlen", "cudnn_fp8", "fa3", "sageattention", "comfy_kitchen", "xformers"]
+)
 def test_gpu_providers_refuse_a_cpu_in_words(name):
     (provider,) = resolve_providers([name])
     with pytest.raises(Unsupported, match="CUDA devices only"):

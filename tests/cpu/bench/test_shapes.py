@@ -14,6 +14,16 @@ def test_flops_count_the_visible_pairs(q_len, kv_len, causal):
     assert shape.flops == 4 * 2 * 6 * seen * 16
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_flops_of_sequences_and_of_two_head_dims(causal):
+    shape = Shape("x", 5, 6, 3, 40, 64, 16, causal, v_head_dim=8, is_varlen=True)
+    lengths = list(zip(shape.sequence_lengths(40), shape.sequence_lengths(64), strict=True))
+    assert (sum(n for n, _ in lengths), sum(m for _, m in lengths)) == (5 * 40, 5 * 64)
+    assert (min(lengths), max(lengths)) == ((5, 8), (75, 120))
+    seen = sum(not causal or j <= i + m - n for n, m in lengths for i in range(n) for j in range(m))
+    assert shape.flops == 2 * 6 * seen * (16 + 8)
+
+
 @pytest.mark.parametrize(
     ("text", "sizes", "causal"),
     [
@@ -28,6 +38,19 @@ def test_a_shape_is_read_and_written(text, sizes, causal):
     assert shape.is_causal is causal
     assert shape.label == shape.name == text
     assert parse_shape(shape.label) == shape
+    assert shape.v_head_dim == shape.head_dim
+    assert shape.sequence_lengths(shape.q_len) == [shape.q_len] * shape.batch
+
+
+@pytest.mark.parametrize(
+    "text", ["1x128x4096x192/128:causal", "16x4/2x100,30x64:causal:varlen", "2x4x100x64/32:varlen"]
+)
+def test_two_head_dims_and_sequences_are_read_and_written(text):
+    shape = parse_shape(text)
+    assert shape.label == shape.name == text
+    assert parse_shape(shape.label) == shape
+    assert shape.is_varlen is text.endswith("varlen")
+    assert f"{shape.head_dim}/{shape.v_head_dim}" in text or shape.head_dim == shape.v_head_dim
 
 
 def test_a_label_says_nothing_twice():
@@ -44,6 +67,9 @@ def test_a_label_says_nothing_twice():
         ("axbxcxd", "is not batch x heads"),
         ("1x0x8x16", "at least 1"),
         ("1x8/0x8x16", "at least 1"),
+        ("1x8x8x16/0", "at least 1"),
+        ("1x8x8x16:varlen:padding", "is not batch x heads"),
+        ("1x8x8x16:padding:varlen", "is not batch x heads"),
         ("1x6/4x8x16", "6 query heads are not a multiple of 4"),
     ],
 )
@@ -64,5 +90,5 @@ def test_the_sets():
     assert [s.label for s in masked] == [f"{plain.label}:{mask}" for mask in MASKS]
     assert all(s.name == s.label and s.flops == plain.flops for s in masked)
     assert llama.label == "1x32/8x8192x128:causal"
-    with pytest.raises(InvalidArgumentError, match="known: quick, grid, models, masks"):
+    with pytest.raises(InvalidArgumentError, match="known: quick, grid, models, masks, varlen, prefill"):
         shape_set("slow")
