@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import fit_costs
 import torch
 from grid_picture import draw as draw_grid
 from rich.progress import track
@@ -22,7 +23,6 @@ from lowbit_attention import RECIPES, Recipe, attention, compare
 from lowbit_attention.adaptive.tuning import read_benchmark
 from lowbit_attention.backends import budget
 from lowbit_attention.backends.cuda.inspect.kernels import inspect
-from lowbit_attention.backends.cuda.speeds import from_rows
 from lowbit_attention.cli.demo import DEFAULT_RECIPES
 from lowbit_attention.cli.inspect import markdown_table
 from lowbit_attention.demo import study
@@ -331,13 +331,9 @@ def fidelity_page() -> None:
     (DOCS / "fidelity.md").write_text(text, encoding="utf-8")
 
 
-def speeds() -> None:
-    """data/hopper_speedups.json: what ``auto`` knows of whole calls on Hopper."""
-    rows = []
-    for name in ("h200", "h100"):
-        with (ROOT / f"benchmarks/results/{name}.csv").open(encoding="utf-8", newline="") as file:
-            rows += list(csv.DictReader(file))
-    write_json(ROOT / "src/lowbit_attention/data/hopper_speedups.json", {"rows": from_rows(rows)})
+def hopper_costs() -> None:
+    """data/hopper_costs.json: how ``auto`` predicts times of whole calls on Hopper."""
+    write_json(ROOT / "src/lowbit_attention/data/hopper_costs.json", fit_costs.costs_json())
 
 
 _SPEEDS_COMMIT = "e649fa9"
@@ -498,7 +494,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "remedies": remedies_page,
     "costs": costs,
     "machine_code": machine_code,
-    "speeds": speeds,
+    "hopper_costs": hopper_costs,
     "speeds_table": speeds_table,
     "pictures": pictures,
     "grid_picture": grid_picture,

@@ -53,7 +53,7 @@ class FakeKernel(Implementation):
         exact = ("fake_kernel does nothing exactly",) if recipe.is_exact else ()
         return (*self.against, *gradient, *exact)
 
-    def measured_speedup(self, request: Request, recipe: Recipe) -> float | None:
+    def expected_speedup(self, request: Request, recipe: Recipe) -> float | None:
         return self.speedups.get(recipe.name)
 
     def run(
@@ -194,7 +194,7 @@ def test_auto_trusts_measurements(kernel: FakeKernel, speedup: float, runs: str,
     told = explain(*tokens(length))
     assert told.implementation == runs
     assert told.recipe == ("fast_8b" if runs == "fake_kernel" else "exact")
-    assert f"measured on cpu: {speedup:.2f}" in why(told, "fake_kernel")
+    assert f"expected on cpu: {speedup:.2f}" in why(told, "fake_kernel")
 
 
 @pytest.mark.parametrize(

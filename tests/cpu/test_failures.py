@@ -33,7 +33,7 @@ class Broken(Implementation):
     def not_supported_reasons(self, request: Request, recipe: Recipe) -> tuple[str, ...]:
         return ("it quantises",) if recipe.is_exact else ()
 
-    def measured_speedup(self, request: Request, recipe: Recipe) -> float | None:
+    def expected_speedup(self, request: Request, recipe: Recipe) -> float | None:
         return 2.0
 
     def run(

@@ -81,8 +81,8 @@ class Implementation(ABC):
         del request
         return "supports the request"
 
-    def measured_speedup(self, request: Request, recipe: Recipe) -> float | None:
-        """Torch's time over this implementation's, from measurements on this card; ``None`` if it was not timed."""
+    def expected_speedup(self, request: Request, recipe: Recipe) -> float | None:
+        """Torch's time over this implementation's, by what was measured on this card; ``None`` if nothing was."""
         del request, recipe
         return None
 

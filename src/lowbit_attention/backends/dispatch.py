@@ -254,7 +254,7 @@ def _fastest_kernel(request: Request) -> tuple[Chosen | None, list[Verdict]]:
             ):
                 against.append(Verdict(kernel.name, recipe.name, False, reasons))
                 continue
-            speedup = kernel.measured_speedup(request, recipe)
+            speedup = kernel.expected_speedup(request, recipe)
             card = device_name(request.device)
             if speedup is None:
                 why = f"not timed on this card ({card})"
@@ -273,10 +273,10 @@ def _fastest_kernel(request: Request) -> tuple[Chosen | None, list[Verdict]]:
                 )
             elif speedup < 1.0:
                 slower = recipe.name
-                why = f"measured on {card}: {speedup:.2f} × torch's speed"
+                why = f"expected on {card}: {speedup:.2f} × torch's speed"
                 against.append(Verdict(kernel.name, recipe.name, False, (why,)))
             else:
-                candidates.append((speedup, kernel, recipe, f"measured on {card}: {speedup:.2f} × torch's speed"))
+                candidates.append((speedup, kernel, recipe, f"expected on {card}: {speedup:.2f} × torch's speed"))
     if not candidates:
         return None, against
     best = max(candidates, key=lambda c: c[0])  # the first of equals: kernels list their fastest recipe first

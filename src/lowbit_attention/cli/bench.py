@@ -23,6 +23,7 @@ from ..evaluation.memory import check_fits
 from ..output.console import plain
 from ..output.files import write_json
 from ..output.saving import write_whole
+from .bench_random import random_calls
 from .bench_steps import STEP_SECONDS, print_notes, steps
 from .common import RECIPE_HELP, check_outputs, console, new_table, progress, write_results
 
@@ -57,6 +58,10 @@ def command(
     whole_steps: Annotated[
         bool, typer.Option("--steps", help="Time whole steps of real models' classes (random weights) instead.")
     ] = False,
+    random: Annotated[
+        int | None, typer.Option(min=1, help="Time so many random calls like real models' (whole ones, 5 rounds each).")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="With --random: which calls.")] = 1,
     model: Annotated[list[str] | None, typer.Option("--model", "-m", help=_MODEL_HELP)] = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="With --steps: also as torch.compile makes it.")] = False,
     tiny: Annotated[
@@ -89,6 +94,7 @@ def command(
     * `lowbit bench --set models --csv speed.csv` — real models' calls; the file grows from run to run
     * `lowbit bench -s 1x24x4608x128 -p torch_cudnn -r fast_8b` — one shape, one peer, one recipe
     * `lowbit bench --set masks -p torch_default -r fast_8b` — one shape without a mask and with each
+    * `lowbit bench --random 300 -p torch_default -r fast_8b --csv calls.csv` — what a cost model is fitted to
     * `lowbit bench --device cpu -s 1x2x256x64 -p torch_default` — only to see that it works
     * `lowbit bench --steps --csv steps.csv` — whole steps of Flux, Wan, Llama, … as far as they fit this GPU
     * `lowbit bench --steps -m flux -r auto -r fast_8b --compiled` — one model, two recipes, compiled as well
@@ -121,6 +127,10 @@ def command(
         {"set": which, "shape": shape, "provider": provider, "dtype": dtype, "markdown": table, "plot": plot},
         {"model": model, "compiled": compiled, "tiny": tiny},
     )
+    if random is not None:
+        for name, given in (("steps", whole_steps), ("set", which), ("shape", shape), ("seconds-per-shape", seconds)):
+            if given:
+                raise InvalidArgumentError(f"--{name} is not for random calls (--random)")
     if whole_steps:
         options: dict[str, Any] = {"csv": csv, "json": json, "commit": commit, "max_seconds": max_seconds}
         steps(where, model, recipe, compiled=compiled, tiny=tiny, seconds=seconds, **options)
@@ -128,8 +138,14 @@ def command(
     dtype = "bf16" if dtype is None else dtype
     if dtype not in DTYPES:
         raise InvalidArgumentError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    shapes = _shapes(which, shape, where)
     providers = resolve_providers([*(provider or default_names()), *(f"ours:{name}" for name in recipe or ())])
+    if random is not None:
+        if table or plot:
+            raise InvalidArgumentError("--markdown and --plot are not for random calls (--random)")
+        of_run = Settings(where, dtype, max_seconds=max_seconds, commit=commit)
+        random_calls(random, seed, providers, of_run, csv, json)
+        return
+    shapes = _shapes(which, shape, where)
     check_outputs(csv, json, table, plot=plot)
     if csv:
         check_csv(csv)

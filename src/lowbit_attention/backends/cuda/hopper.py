@@ -45,7 +45,7 @@ class HopperAttention(CudaKernel):
     def remark(self, request: Request) -> str:
         return f"runs it, with tiles of {WgmmaConfig.geometry}{mask_remark(request)}"
 
-    def measured_speedup(self, request: Request, recipe: Recipe) -> float | None:
+    def expected_speedup(self, request: Request, recipe: Recipe) -> float | None:
         return speedup(request, recipe)
 
     def device_reasons(self, device: torch.device) -> tuple[str, ...]:
