@@ -76,7 +76,7 @@ class SampleRow:
 
 
 @dataclass(frozen=True)
-class Sample:
+class TimedCall:
     """One shape: the rows of the providers that could run it, and why others could not."""
 
     shape: Shape
@@ -86,7 +86,7 @@ class Sample:
 
 def sample(
     shapes: Iterable[Shape], providers: Sequence[Provider], settings: Settings, rounds: int = 5
-) -> Iterator[Sample]:
+) -> Iterator[TimedCall]:
     """The median of a few rounds of whole calls, in turns, with a cold L2. No shape is begun after ``max_seconds``."""
     device, dtype, begun = settings.device, DTYPES[settings.dtype], time.perf_counter()
     with on_device(device), torch.no_grad():
@@ -120,4 +120,4 @@ def sample(
             }
             times, failed = interleave(list(calls), lambda name, _: timer.run(calls[name], lead[name]), limits)  # noqa: B023
             rows = [SampleRow(*about, shape.label, name, round(percentile(t, 50), 2)) for name, t in times.items() if t]
-            yield Sample(shape, rows, [Note(name, shape.label, why) for name, why in (notes | failed).items()])
+            yield TimedCall(shape, rows, [Note(name, shape.label, why) for name, why in (notes | failed).items()])
