@@ -11,7 +11,7 @@ import typer
 
 from .._version import __version__
 from ..errors import LowbitError
-from . import bench, calibrate, demo, doctor, evaluate, inspect, recipes, warmup
+from . import bench, calibrate, demo, doctor, evaluate, inspect, recipes, tune, warmup
 from .exit_codes import INTERRUPTED
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
     * `lowbit evaluate` — your own tensors, or synthetic inputs that break things
     * `lowbit calibrate` — measure a model call by call, choose a recipe for each, see it in a report
     * `lowbit bench` — how fast whole calls are here, ours and others'
+    * `lowbit tune` — a minute of timing, so that `recipe="auto"` knows this GPU
     * `lowbit recipes` — what the recipes are
     * `lowbit doctor` — what is installed here and what can run
     * `lowbit warmup` — compile the kernels before they are needed
@@ -49,7 +50,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     return run_it
 
 
-for _module in (demo, evaluate, calibrate, recipes, doctor, bench, warmup, inspect):
+for _module in (demo, evaluate, calibrate, recipes, doctor, bench, tune, warmup, inspect):
     app.command(_module.__name__.rpartition(".")[2])(_guarded(_module.command))
 
 # typer carries its own copy of click since 0.25: the errors' base classes are reached through typer's public name.

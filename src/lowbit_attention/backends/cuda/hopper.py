@@ -31,7 +31,6 @@ from .mask import MaskPlan, mask_form, mask_remark
 from .packing import aligned
 from .schedule import WorkTiles, heads_side_by_side, log2_rounded_down, schedule, sm_count, work_tiles
 from .sequences import SequencesPlan
-from .speeds import speedup
 from .support import EXACT, number_reasons, option_reasons
 
 
@@ -45,9 +44,6 @@ class HopperAttention(CudaKernel):
     def remark(self, request: Request) -> str:
         return f"runs it, with tiles of {WgmmaConfig.geometry}{mask_remark(request)}"
 
-    def expected_speedup(self, request: Request, recipe: Recipe) -> float | None:
-        return speedup(request, recipe)
-
     def device_reasons(self, device: torch.device) -> tuple[str, ...]:
         return _device_reasons(device)
 
@@ -56,6 +52,9 @@ class HopperAttention(CudaKernel):
 
     def pack_format(self, recipe: Recipe, dim: int, device: torch.device, mask: MaskForm) -> tuple[str, PackFormat]:
         return "sm_90a", wgmma_format(recipe, mask)
+
+    def work_rows(self, recipe: Recipe, dim: int, device: torch.device) -> int:
+        return wgmma_config(recipe, dim, torch.bfloat16).q_rows
 
     def instances(self, request: Request, recipe: Recipe) -> list[Instance]:
         return [_config(request, recipe).instance()]

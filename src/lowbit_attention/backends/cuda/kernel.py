@@ -29,6 +29,7 @@ from .launch import cache
 from .mask import MaskPlan, is_by_place, mask_form
 from .packing import Packer, PackPlan, aligned, loadable, packer
 from .sequences import SequencesPlan
+from .speeds import speedup
 from .support import request_reasons
 
 
@@ -162,6 +163,10 @@ class CudaKernel(Implementation):
         """For which architecture the packing kernels are compiled, and how K and V of ``dim`` channels are packed."""
 
     @abstractmethod
+    def work_rows(self, recipe: Recipe, dim: int, device: torch.device) -> int:
+        """Query rows of a work tile, for ``dim`` channels without a mask."""
+
+    @abstractmethod
     def instances(self, request: Request, recipe: Recipe) -> list[Instance]:
         """What attention of a supported request is compiled to."""
 
@@ -170,6 +175,9 @@ class CudaKernel(Implementation):
         """The launches of a supported request."""
 
     # ---- what follows from it
+
+    def expected_speedup(self, request: Request, recipe: Recipe) -> float | None:
+        return speedup(request, recipe, self.name)
 
     def reads(self, request: Request) -> bool:
         return request.mask_text == "tensor" or is_by_place(request)

@@ -116,6 +116,9 @@ class MmaAttention(CudaKernel):
         config = self._config(recipe, dim, device, mask)
         return config.arch, config.form
 
+    def work_rows(self, recipe: Recipe, dim: int, device: torch.device) -> int:
+        return self._config(recipe, dim, device, "none").q_rows
+
     def instances(self, request: Request, recipe: Recipe) -> list[Instance]:
         dim = padded_head_dim(max(request.head_dim, request.v_head_dim))
         assert dim is not None  # (else the request is not supported)
