@@ -1,7 +1,7 @@
 """Faults that were known, each with the right answer: who mends one takes its mark away.
 
-S4, S5, S6: places that nobody sees; S14: a NaN that spreads; S9: packed sequences (mended). S11, S18:
-what other packages ask of the alias.
+S4, S5, S6: places that nobody sees; S14: a NaN that spreads; S9: packed sequences (mended). S11
+(mended), S18: what other packages ask of the alias.
 """
 
 import importlib
@@ -115,14 +115,12 @@ NAMES = [
 ]  # fmt: skip
 
 
-@known("S11", "consumers look for names that the alias lacks")
 @pytest.mark.parametrize(("module", "name"), NAMES)
 def test_s11_names_that_consumers_import(module, name):
     with install_as_sageattention():
         assert getattr(importlib.import_module(module), name) is not None
 
 
-@known("S11", "arguments that ask for nothing special are refused")
 @pytest.mark.parametrize("options", [{"enable_gqa": False}, {"smooth_k": False}, {"return_softmax": False}])
 def test_s11_arguments_that_consumers_pass(options):
     q = torch.randn(1, 2, 64, 32, generator=torch.Generator().manual_seed(0))

@@ -29,9 +29,26 @@ NAME = "sageattention"
 VERSION = f"2.2.0+lowbit.{__version__}"
 """The release whose functions these are; consumers ask for at least 2.1.1."""
 
-_MODULES = (NAME, f"{NAME}.core")
-_FILE = Path(__file__).with_name("sageattention.py")
-"""Where the functions are; as a path, because importing them imports torch."""
+_CORE, _QUANT = f"{NAME}.core", f"{NAME}.quant"
+_FILES = {NAME: "sageattention.py", _CORE: "sageattention.py", _QUANT: "quant.py"}
+"""The alias's modules, and where their functions are; as names, because importing them imports torch."""
+_FOLDER = Path(__file__).parent
+
+_OF_QUANT = ("per_block_int8", "per_warp_int8", "per_channel_fp8", "sub_mean")
+_OF_CORE = {
+    "attn_false": "attn_false",
+    "attn_true": "attn_true",
+    "get_cuda_arch_versions": "get_cuda_arch_versions",
+    "per_block_int8_cuda": "per_block_int8",
+    "per_block_int8_triton": "per_block_int8",
+    "per_channel_fp8": "per_channel_fp8",
+    "per_thread_int8_triton": "per_thread_int8",
+    "per_warp_int8_cuda": "per_warp_int8",
+    "sub_mean": "sub_mean",
+}
+"""Names of ``sageattention.core`` beside the functions, and what they are in `compat.quant`."""
+_FLAGS = ("SM80_ENABLED", "SM89_ENABLED", "SM90_ENABLED")
+"""Whether the functions for these cards can be called; they always can."""
 
 
 class SageAttentionAlias(DistributionFinder):
@@ -43,7 +60,7 @@ class SageAttentionAlias(DistributionFinder):
 
     @cached_property
     def _functions(self) -> dict[str, Callable[..., Any]]:
-        """What ``sageattention`` holds: the same functions in every module of the alias."""
+        """The functions of ``sageattention`` and ``sageattention.core``, the same in both."""
         from . import sageattention as functions
 
         _check(self._recipe, self._on_emulation)
@@ -58,7 +75,7 @@ class SageAttentionAlias(DistributionFinder):
         if self not in sys.meta_path:
             return
         sys.meta_path.remove(self)
-        for name in _MODULES:
+        for name in _FILES:
             sys.modules.pop(name, None)
         sys.modules.update(self._hidden)
 
@@ -75,9 +92,9 @@ class SageAttentionAlias(DistributionFinder):
     ) -> ModuleSpec | None:
         """The alias's modules."""
         del path, target
-        if fullname not in _MODULES:
+        if fullname not in _FILES:
             return None
-        return ModuleSpec(fullname, _Loader(self), origin=str(_FILE), is_package=fullname == NAME)
+        return ModuleSpec(fullname, _Loader(self), origin=_file_of(fullname), is_package=fullname == NAME)
 
     def find_distributions(self, context: DistributionFinder.Context = DistributionFinder.Context()) -> Iterable[Any]:  # noqa: B008
         """The alias's metadata, for ``importlib.metadata``."""
@@ -93,12 +110,22 @@ class _Loader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         """Fill it with the functions; this imports torch, if nothing has yet."""
+        from . import quant
         from . import sageattention as functions
 
-        module.__doc__ = functions.__doc__
-        for name, function in self._alias._functions.items():
-            setattr(module, name, function)
-        module.__all__ = list(functions.__all__)  # type: ignore[attr-defined]
+        found: dict[str, Any] = {}
+        if module.__name__ == _QUANT:
+            found = {name: getattr(quant, name) for name in _OF_QUANT}
+        else:
+            found = dict(self._alias._functions)
+        public = list(found)
+        if module.__name__ == _CORE:
+            found |= {name: getattr(quant, ours) for name, ours in _OF_CORE.items()}
+            found |= dict.fromkeys(_FLAGS, True)
+        vars(module).update(found)
+        module.__doc__ = quant.__doc__ if module.__name__ == _QUANT else functions.__doc__
+        module.__all__ = public  # type: ignore[attr-defined]
+        module.__file__ = _file_of(module.__name__)
         module.__version__ = VERSION  # type: ignore[attr-defined]
 
 
@@ -114,7 +141,11 @@ class _Distribution(Distribution):
 
     def locate_file(self, path: Any) -> Path:
         """Where a file of the alias would lie."""
-        return _FILE.parent / str(path)
+        return _FOLDER / str(path)
+
+
+def _file_of(module: str) -> str:
+    return str(_FOLDER / _FILES[module])
 
 
 def _check(recipe: str | Recipe, on_emulation: OnEmulation) -> None:

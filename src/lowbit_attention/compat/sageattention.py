@@ -13,8 +13,8 @@
 
 ``qk_quant_gran``, ``smooth_k`` and ``smooth_v`` change the recipe; they are never ignored. Beyond the originals: any
 device (emulated where no kernel runs a named method), float32, any strides, head dimensions up to 256, ``attn_mask``,
-the words that flash attention and torch use (``causal``, ``softmax_scale``, ``scale``), a clear error instead of an
-answer for everything else that is given and would be swallowed, and for a gradient.
+the words that flash attention and torch use (``causal``, ``softmax_scale``, ``scale``, ``enable_gqa``), a clear error
+instead of an answer for everything else that is given and would be swallowed, and for a gradient.
 
 With ``is_causal`` and Nq ≠ Nk query i sees keys j ≤ i (top-left), as the original's kernels answer;
 `sageattn_qk_int8_pv_fp16_triton` refuses that, as the original does.
@@ -33,9 +33,12 @@ from ..api import attention, attention_varlen
 from ..call import checks
 from ..call.request import OnEmulation
 from ..errors import InvalidArgumentError, UnsupportedError
+from ..functional import find_recipe_or_auto
 from ..recipes.definition import Recipe
 from ..recipes.granularity import TOKEN_GRANULARITIES
 from ..recipes.named import RECIPES
+from ..recipes.options import AllTokens
+from .words import check_layout, same_words
 
 __all__ = [
     "sageattn",
@@ -48,21 +51,10 @@ __all__ = [
 
 Output = Tensor | tuple[Tensor, Tensor]
 
-_ALIASES = {"causal": "is_causal", "softmax_scale": "sm_scale", "scale": "sm_scale"}
-_HARMLESS: dict[str, tuple[Any, ...]] = {
-    "dropout_p": (0, 0.0, None),
-    "window_size": (None, -1, (-1, -1), [-1, -1]),
-    "softcap": (None, 0, 0.0),
-    "alibi_slopes": (None,),
-    "return_attn_probs": (False, None),
-    "block_table": (None,),
-    "deterministic": (False, True),
-}
-"""What flash attention's callers pass along, and the values that ask for nothing."""
-
 
 def make_sageattn(recipe: str | Recipe = "auto") -> Callable[..., Output]:
     """`sageattn` that runs ``recipe``."""
+    smoothed = _smoothed(recipe)
 
     def sageattn(
         q: Tensor,
@@ -73,6 +65,7 @@ def make_sageattn(recipe: str | Recipe = "auto") -> Callable[..., Output]:
         sm_scale: float | None = None,
         return_lse: bool = False,
         *,
+        smooth_k: bool | None = None,
         attn_mask: Tensor | None = None,
         on_emulation: OnEmulation = "warn",
         **others: Any,
@@ -85,8 +78,12 @@ def make_sageattn(recipe: str | Recipe = "auto") -> Callable[..., Output]:
             is_causal: query i sees keys j ≤ i.
             sm_scale: ``1 / √D`` if ``None``.
             return_lse: return the log-sum-exp, too.
+            smooth_k: with a named recipe: whether it subtracts the mean of K over the tokens; ``None``: as the recipe
+                says. "auto" keeps its error budget either way: the kernels it chooses smooth K, which never changes
+                what attention is (and never k), and ``False`` does not forbid it.
             attn_mask, on_emulation: as in `lowbit_attention.attention`.
-            others: ``causal``, ``softmax_scale``, ``scale`` as other words; see the module for what is refused.
+            others: ``causal``, ``softmax_scale``, ``scale`` as other words, and torch's ``enable_gqa``; see the module
+                for what is refused.
         Returns:
             The output in q's shape; with ``return_lse`` also float32 ``[B, Hq, Nq]`` in both layouts, the natural
             logarithm of the softmax's denominator, k's mean included.
@@ -100,10 +97,24 @@ def make_sageattn(recipe: str | Recipe = "auto") -> Callable[..., Output]:
             UnsupportedError: nothing can run the call (a gradient of a quantised recipe, say).
             TypeError: an unknown argument.
         """
-        is_causal, sm_scale = _same_words("sageattn", is_causal, sm_scale, others)
-        return _run(recipe, q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, on_emulation)
+        is_causal, sm_scale = same_words("sageattn", is_causal, sm_scale, others, q, k, tensor_layout)
+        chosen = recipe
+        if smooth_k is not None:
+            checks.check_flag("smooth_k", smooth_k)
+            chosen = smoothed[smooth_k]
+        return _run(chosen, q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, on_emulation)
 
     return sageattn
+
+
+def _smoothed(recipe: str | Recipe) -> dict[bool, str | Recipe]:
+    """What ``smooth_k`` makes of the recipe of `sageattn`; made beforehand, as `_RECIPES` are."""
+    found = find_recipe_or_auto(recipe)
+    if found is None or found.is_exact:
+        return {False: recipe, True: recipe}
+    if found.smooth_k:
+        return {False: found.replace(smooth_k=False, k_sample=AllTokens()), True: found}
+    return {False: found, True: found.replace(smooth_k=True)}
 
 
 sageattn = make_sageattn()
@@ -132,9 +143,9 @@ def sageattn_qk_int8_pv_fp16_triton(
         the rest: as `sageattn`; ``is_causal`` needs Nq = Nk, as in the original.
     """
     name = "sageattn_qk_int8_pv_fp16_triton"
-    is_causal, sm_scale = _same_words(name, is_causal, sm_scale, others)
+    is_causal, sm_scale = same_words(name, is_causal, sm_scale, others, q, k, tensor_layout)
     checks.check_choice("quantization_backend", quantization_backend, ("triton", "cuda"))
-    _check_layout(tensor_layout)
+    check_layout(tensor_layout)
     tokens = 2 if tensor_layout == "HND" else 1
     four = all(isinstance(t, torch.Tensor) and t.dim() == 4 for t in (q, k))
     if is_causal and four and q.shape[tokens] != k.shape[tokens]:
@@ -173,7 +184,7 @@ def sageattn_qk_int8_pv_fp16_cuda(
         smooth_k, smooth_v: subtract the mean of K (of V) over the tokens; with every ``pv_accum_dtype``.
         the rest: as `sageattn`.
     """
-    is_causal, sm_scale = _same_words("sageattn_qk_int8_pv_fp16_cuda", is_causal, sm_scale, others)
+    is_causal, sm_scale = same_words("sageattn_qk_int8_pv_fp16_cuda", is_causal, sm_scale, others, q, k, tensor_layout)
     checks.check_choice("pv_accum_dtype", pv_accum_dtype, ("fp32", "fp16+fp32", "fp16"))
     checks.check_choice("qk_quant_gran", qk_quant_gran, _GRANULARITIES)
     if pv_accum_dtype == "fp32":
@@ -209,7 +220,7 @@ def sageattn_qk_int8_pv_fp8_cuda(
         smooth_k, smooth_v: subtract the mean of K (of V) over the tokens; with every ``pv_accum_dtype``.
         the rest: as `sageattn`.
     """
-    is_causal, sm_scale = _same_words("sageattn_qk_int8_pv_fp8_cuda", is_causal, sm_scale, others)
+    is_causal, sm_scale = same_words("sageattn_qk_int8_pv_fp8_cuda", is_causal, sm_scale, others, q, k, tensor_layout)
     checks.check_choice("pv_accum_dtype", pv_accum_dtype, ("fp32+fp16", "fp32+fp32", "fp32"))
     checks.check_choice("qk_quant_gran", qk_quant_gran, _GRANULARITIES)
     bases: dict[str, tuple[str, int | str]] = {
@@ -247,7 +258,7 @@ def sageattn_qk_int8_pv_fp8_cuda_sm90(
         the rest: as `sageattn`.
     """
     name = "sageattn_qk_int8_pv_fp8_cuda_sm90"
-    is_causal, sm_scale = _same_words(name, is_causal, sm_scale, others)
+    is_causal, sm_scale = same_words(name, is_causal, sm_scale, others, q, k, tensor_layout)
     if pv_accum_dtype != "fp32+fp32":
         raise UnsupportedError(f"{name}: pv_accum_dtype={pv_accum_dtype!r}; on Hopper there is 'fp32+fp32'")
     checks.check_choice("qk_quant_gran", qk_quant_gran, _GRANULARITIES)
@@ -288,7 +299,7 @@ def sageattn_varlen(
     >>> sageattn_varlen(q, k, v, cu, cu, 7, 7).shape
     torch.Size([10, 2, 16])
     """
-    is_causal, sm_scale = _same_words("sageattn_varlen", is_causal, sm_scale, others)
+    is_causal, sm_scale = same_words("sageattn_varlen", is_causal, sm_scale, others, q, k, "NHD")
     out: Tensor = attention_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         recipe=_sage1(None, smooth_k, False), is_causal=is_causal,
@@ -316,7 +327,7 @@ def _run(
     on_emulation: OnEmulation,
     like: str | None = None,
 ) -> Output:
-    _check_layout(tensor_layout)
+    check_layout(tensor_layout)
     call: Any = attention  # (its overloads tell the types of return_lse apart, which is the caller's here)
     answer: Output = call(
         q, k, v, recipe=recipe, is_causal=is_causal, causal_alignment="top_left" if is_causal is True else None,
@@ -324,35 +335,6 @@ def _run(
         on_emulation=on_emulation,
     )  # fmt: skip
     return answer
-
-
-def _check_layout(tensor_layout: object) -> None:
-    if isinstance(tensor_layout, Tensor):
-        raise InvalidArgumentError(
-            f"tensor_layout is a tensor of shape {tuple(tensor_layout.shape)}: the fourth argument is the layout, "
-            "'HND' or 'NHD'; a mask is given as attn_mask="
-        )
-    checks.check_choice("tensor_layout", tensor_layout, checks.LAYOUTS)
-
-
-def _same_words(
-    function: str, is_causal: bool, sm_scale: float | None, others: dict[str, Any]
-) -> tuple[bool, float | None]:
-    """``is_causal`` and ``sm_scale``, which may come under other names; everything else must ask for nothing."""
-    found: dict[str, Any] = {"is_causal": is_causal, "sm_scale": sm_scale}
-    for name, value in others.items():
-        if name in _ALIASES:
-            ours = _ALIASES[name]
-            default = False if ours == "is_causal" else None
-            if value is not None and found[ours] not in (default, value):
-                raise InvalidArgumentError(f"{function}: {name}={value!r} contradicts {ours}={found[ours]!r}")
-            found[ours] = found[ours] if value is None else value
-        elif name not in _HARMLESS:
-            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
-        elif isinstance(value, Tensor) or value not in _HARMLESS[name]:
-            shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise UnsupportedError(f"{function}: {name}={shown} is not supported, and would change the answer")
-    return found["is_causal"], found["sm_scale"]
 
 
 def _make(base: str, promotion: int | str, granularity: str, smooth_k: bool, smooth_v: bool) -> Recipe:

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lowbit_attention import (
     InvalidArgumentError,
     InvalidRecipeError,
     LowbitError,
+    UnsupportedError,
     attention,
 )
 from lowbit_attention.compat import install_as_sageattention
@@ -53,6 +55,40 @@ def test_imports():
         assert set(functions.__all__) <= set(dir(sageattention))
         q = torch.randn(1, 2, 9, 8)
         assert torch.equal(sageattention.sageattn(q, q, q), attention(q, q, q))
+    absent()
+
+
+def test_what_consumers_import_from_inside():
+    """Before their first call they look at the card, at flags, at quantisers and at where the package lies."""
+    with install_as_sageattention():
+        import sageattention
+        from sageattention import core, quant
+        from sageattention.core import (  # noqa: F401
+            SM80_ENABLED,
+            SM89_ENABLED,
+            SM90_ENABLED,
+            attn_false,
+            get_cuda_arch_versions,
+            per_block_int8_cuda,
+            per_block_int8_triton,
+            per_channel_fp8,
+            per_thread_int8_triton,
+            per_warp_int8_cuda,
+            sub_mean,
+        )
+        from sageattention.quant import per_block_int8, per_warp_int8
+
+        assert SM80_ENABLED is SM89_ENABLED is SM90_ENABLED is True
+        assert (per_warp_int8, per_block_int8) == (core.per_warp_int8_cuda, core.per_block_int8_triton)
+        assert [archs for archs in get_cuda_arch_versions() if not archs.startswith("sm")] == []
+        for module in (sageattention, core, quant):
+            assert Path(module.__file__).is_file()
+            assert module.__file__ == importlib.util.find_spec(module.__name__).origin
+            assert set(module.__all__) <= set(dir(module))
+        with pytest.raises(ImportError):
+            importlib.import_module("sageattention._qattn_sm89")  # (compiled: not here, and not pretended)
+        with pytest.raises(UnsupportedError, match="sageattn_qk_int8_pv_fp16_triton"):
+            attn_false(None, None, None, None, None)
     absent()
 
 

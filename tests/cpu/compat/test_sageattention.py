@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from lowbit_attention import RECIPES as NAMED
 from lowbit_attention import InvalidArgumentError, UnsupportedError, attention, compare, recipe
 from lowbit_attention.call.masks import Masking
 from lowbit_attention.compat import sageattention as sage
@@ -154,12 +155,63 @@ def test_other_words(function):
     assert torch.equal(function(q, k, v, causal=True, softmax_scale=0.3), want)
     assert torch.equal(function(q, k, v, causal=True, scale=0.3), want)
     assert torch.equal(function(q, k, v, is_causal=True, causal=True, sm_scale=0.3, softmax_scale=None), want)
-    harmless = {"dropout_p": 0.0, "window_size": (-1, -1), "softcap": 0.0, "alibi_slopes": None, "deterministic": True}
+    harmless = {
+        "dropout_p": 0.0,
+        "window_size": (-1, -1),
+        "softcap": 0.0,
+        "alibi_slopes": None,
+        "deterministic": True,
+        "return_softmax": False,
+    }
     assert torch.equal(function(q, k, v, is_causal=True, sm_scale=0.3, **harmless), want)
     with pytest.raises(InvalidArgumentError, match=r"softmax_scale=0\.3 contradicts sm_scale=0\.2"):
         function(q, k, v, sm_scale=0.2, softmax_scale=0.3)
     with pytest.raises(InvalidArgumentError, match="causal=False contradicts is_causal=True"):
         function(q, k, v, is_causal=True, causal=False)
+
+
+@pytest.mark.parametrize("function", DENSE, ids=IDS)
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+def test_enable_gqa_is_what_the_heads_say(function, layout):
+    """Torch's flag, which several callers pass: heads are shared anyway, and False contradicts shapes that share."""
+    shared, plain = qkv(layout=layout), qkv(heads=(2, 2), layout=layout)
+    want = function(*shared, tensor_layout=layout)
+    assert torch.equal(function(*shared, tensor_layout=layout, enable_gqa=True), want)
+    want = function(*plain, tensor_layout=layout)
+    assert torch.equal(function(*plain, tensor_layout=layout, enable_gqa=False), want)
+    with pytest.raises(InvalidArgumentError, match="enable_gqa=False, and q has 4 heads and k 2"):
+        function(*shared, tensor_layout=layout, enable_gqa=False)
+    with pytest.raises(InvalidArgumentError, match="enable_gqa"):
+        function(*plain, tensor_layout=layout, enable_gqa=None)
+
+
+def test_smooth_k_of_sageattn():
+    """It changes a named recipe; "auto" keeps its budget, so that ComfyUI's constant False takes nothing away."""
+    q, k, v = qkv()
+    k = k + 3
+    mine = sage.make_sageattn("sage2_8b")
+    unsmoothed = attention(q, k, v, recipe="sage2_8b:smooth_k=false")
+    assert torch.equal(mine(q, k, v, smooth_k=False), unsmoothed)
+    assert torch.equal(mine(q, k, v, smooth_k=True), attention(q, k, v, recipe="sage2_8b"))
+    assert torch.equal(mine(q, k, v), attention(q, k, v, recipe="sage2_8b"))
+    assert not torch.equal(mine(q, k, v), unsmoothed)
+    before = k.clone()
+    for smooth_k in (False, True):
+        assert torch.equal(sage.sageattn(q, k, v, smooth_k=smooth_k), sage.sageattn(q, k, v))
+        assert torch.equal(sage.make_sageattn("exact")(q, k, v, smooth_k=smooth_k), sage.sageattn(q, k, v))
+    assert torch.equal(k, before)  # (the original's first release subtracted in place)
+    with pytest.raises(InvalidArgumentError, match="smooth_k"):
+        sage.sageattn(q, k, v, smooth_k=0)
+
+
+@pytest.mark.parametrize("name", list(NAMED))
+def test_every_recipe_can_be_installed(name):
+    """Each as it is, and with ``smooth_k`` either way."""
+    q, k, v = qkv(lengths=(9, 9), dim=16)
+    function = sage.make_sageattn(name)
+    assert torch.equal(function(q, k, v), attention(q, k, v, recipe=name))
+    for smooth_k in (False, True):
+        assert function(q, k, v, smooth_k=smooth_k).isfinite().all()
 
 
 CHANGING = {
@@ -168,6 +220,7 @@ CHANGING = {
     "softcap": 30.0,
     "alibi_slopes": torch.ones(4),
     "return_attn_probs": True,
+    "return_softmax": True,
     "block_table": torch.zeros(1, dtype=torch.int32),
 }
 
@@ -183,8 +236,8 @@ def test_what_would_change_the_answer_is_refused_by_name(function, option):
 def test_unknown_arguments_are_refused(function):
     cu = torch.tensor([0, 70])
     given = qkv() if function is not sage.sageattn_varlen else [*(t[0].transpose(0, 1) for t in qkv()), cu, cu, 70, 70]
-    with pytest.raises(TypeError, match="enable_gqa"):
-        function(*given, enable_gqa=True)
+    with pytest.raises(TypeError, match="num_splits"):
+        function(*given, num_splits=1)
     with pytest.raises(UnsupportedError, match="window_size"):
         function(*given, window_size=(1, 1))
 
