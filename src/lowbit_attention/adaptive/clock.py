@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,6 +88,29 @@ class Clock:
         return CallKey(path, index, self.timestep) if path else CallKey(f"call {index}", 0, self.timestep)
 
 
+class Together(Clock):
+    """A clock that moves others with it: those of several models that one scheduler drives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._others: weakref.WeakSet[Clock] = weakref.WeakSet()
+
+    def join(self, other: Clock) -> None:
+        """Let another go with this one, from where this one is."""
+        other.number, other.timestep = self.number, self.timestep
+        self._others.add(other)
+
+    def advance(self, timestep: float | None = None) -> None:
+        super().advance(timestep)
+        for other in tuple(self._others):
+            other.advance(self.timestep)
+
+    def restart(self) -> None:
+        super().restart()
+        for other in tuple(self._others):
+            other.restart()
+
+
 def _number(value: Any) -> float:
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
@@ -126,6 +150,7 @@ def driven(clock: Clock, timesteps: Any, model: torch.nn.Module | None) -> Itera
             clock.restart()
 
     restore = _Restore(model.register_forward_pre_hook(_BeforeForward(begin)).remove if model is not None else _nothing)
+    del model  # (who holds the block keeps no model alive)
     try:
         yield
     finally:

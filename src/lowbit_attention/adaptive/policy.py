@@ -99,7 +99,7 @@ class Policy:
         """
         check_flag("strict", strict)
         check_choice("on_emulation", on_emulation, ON_EMULATION)
-        self._check(model, strict)
+        self.check(model, strict)
         return Applied(self, model, timesteps, like, on_emulation)
 
     @contextmanager
@@ -119,7 +119,12 @@ class Policy:
         finally:
             handle.remove()
 
-    def _check(self, model: torch.nn.Module | None, strict: bool) -> None:
+    def check(self, model: torch.nn.Module | None, strict: bool = True) -> None:
+        """Whether it was made for this model, as `apply` does.
+
+        Raises:
+            PolicyMismatchError: it was not; with ``strict=False`` it is a `PolicyWarning`.
+        """
         if (model is None) != (self.model is None):
             made, given = (
                 ("without a model", "one")

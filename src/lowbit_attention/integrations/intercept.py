@@ -181,31 +181,47 @@ def decide(where: str, *args: Any, **kwargs: Any) -> Tensor:
     """Run one call now: by the block that it belongs to, or by what stood there before.
 
     Args:
-        where: what `traced` noted of the modules that compiled code holds; ``""`` in eager mode.
+        where: what `traced` noted of the block that was asked and the modules that compiled code holds; ``""`` in eager
+            mode.
     """
     blocks = blocks_in_force()
-    if not blocks:
+    asked, where = traced.asked(where)
+    if not blocks and asked is None:
         _mend()
         return (_TORCH if _stood is None else _stood.function)(*args, **kwargs)
-    inside, place = _look(blocks, where)
+    inside, place = _look(blocks, where, asked)
     if inside is _HANDLED:
         return _TORCH(*args, **kwargs)
     function = _TORCH if _stood is None else _stood.function
-    if inside is None and function is not _TORCH:
+    if inside is None and function is not _TORCH and asked is None:
         return _through(function, place, args, kwargs)
     return _TORCH(*args, **kwargs) if place is None else _handled(place, args, kwargs)
 
 
+def ask(number: int, *args: Any, **kwargs: Any) -> Tensor:
+    """A call that was made to a block itself, not by the name: its handler runs it, or that of a block within it.
+
+    The block need not be in force. What stood in the name's place before is not asked.
+
+    Args:
+        number: the block's (`traced.number_of_block`).
+    """
+    if torch.compiler.is_dynamo_compiling() or traced.compiles_around():
+        return traced.call(*args, to=number, **kwargs)
+    return decide(traced.to_block(number), *args, **kwargs)
+
+
 def whose(where: str) -> Place | None:
     """The block that a call made now belongs to."""
-    return _look(blocks_in_force(), where)[1]
+    asked, where = traced.asked(where)
+    return _look(blocks_in_force(), where, asked)[1]
 
 
-def _look(blocks: list[Block], where: str) -> tuple[CodeType | None, Place | None]:
+def _look(blocks: list[Block], where: str, asked: Block | None) -> tuple[CodeType | None, Place | None]:
     """Which of the two functions below a call is made from within, if any, and the block that it belongs to."""
     inside: CodeType | None = None
     modules = []
-    scoped = not all(block.whole_process for block in blocks)
+    scoped = asked is not None or not all(block.whole_process for block in blocks)
     for frame in frames(sys._getframe(2)):
         code = frame.f_code
         if code is _HANDLED and inside is None:
@@ -215,7 +231,7 @@ def _look(blocks: list[Block], where: str) -> tuple[CodeType | None, Place | Non
             frame.f_locals["reached"].append(True)
         if scoped and (module := running(frame)) is not None:
             modules.append(module)
-    return inside, owner(blocks, traced.with_compiled(modules, where))
+    return inside, owner(blocks, traced.with_compiled(modules, where), asked)
 
 
 def _mend() -> None:

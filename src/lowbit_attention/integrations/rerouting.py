@@ -34,6 +34,7 @@ from ..functional import find_recipe_or_auto, recipe_text
 from ..ops import operator, parse_recipe, sdpa_operator
 from ..recipes.definition import Recipe
 from ..recipes.machine import Machine
+from ..recipes.named import EXACT
 from .call_report import TORCH, CallKind, CallReport
 from .scope import recomputes
 from .traced import exports, tally
@@ -54,6 +55,7 @@ class Rerouter:
         training: calls whose gradients autograd records are the original's (``"exact"``) or an error (``"refuse"``).
         strict: a call that the recipe cannot run is an error.
         on_emulation: as in `attention`; ``"error"`` raises whatever ``strict`` is.
+        report: where calls are counted, if not in a report of its own.
 
     Attributes:
         report: counts every call by implementation and reason.
@@ -70,6 +72,7 @@ class Rerouter:
         training: Training = "exact",
         strict: bool = False,
         on_emulation: OnEmulation = "warn",
+        report: CallReport | None = None,
     ) -> None:
         self.recipe = find_recipe_or_auto(recipe)
         self.like = like
@@ -80,7 +83,7 @@ class Rerouter:
         self.exact_training = training == "exact"
         self.strict = strict
         self.on_emulation: OnEmulation = on_emulation
-        self.report = CallReport()
+        self.report = CallReport() if report is None else report
         self._text = recipe_text(self.recipe)
         self._number = next(_next)
         _rerouters[self._number] = self
@@ -176,6 +179,20 @@ class Rerouter:
         self.report.add(CallKind(TORCH, "-", reason))
         return None
 
+    def answer_with_lse(self, call: TorchCall) -> tuple[Tensor, Tensor]:
+        """Output and lse, float32 ``[..., Hq, L]``: by the recipe, or, counted, by exact attention.
+
+        Raises:
+            UnsupportedError: a gradient or dropout, which no lse comes with.
+        """
+        if call.wants_grad() or recomputes(sys._getframe(1)):
+            raise UnsupportedError("return_lse=True has no gradients: run under torch.no_grad()")
+        if call.dropout_p:
+            raise UnsupportedError(f"return_lse=True has no dropout, and dropout_p={call.dropout_p}")
+        out, lse = self.answer(call, return_lse=True) or exactly(call)
+        assert lse is not None  # (asked for; dispatch chose what gives it)
+        return out, lse
+
     def by_operator(self, call: TorchCall) -> Tensor:
         """The call as an operator, for tensors without data: a program that is being exported, say."""
         try:  # (the same checks)
@@ -220,6 +237,12 @@ class Rerouter:
                 f"like={self.like.name!r}: for a program that is exported give the machine's name, not the object"
             )
         return self._text, self.like, self.strict, _NOBODY, self.on_emulation
+
+
+def exactly(call: TorchCall) -> Output:
+    """Output and lse of exact attention, which torch's own function does not give."""
+    checked = check_call(call, EXACT, None, return_lse=True)
+    return _ran(checked, choose(checked.request))
 
 
 def _ran(call: CheckedCall, choice: Chosen) -> Output:

@@ -39,23 +39,45 @@ class Block:
         subjects: what its names are relative to: one model, or the named transformers of a pipeline.
     """
 
-    __slots__ = ("__weakref__", "_paths", "entered", "handler", "subjects", "wanted", "whole_process")
+    __slots__ = ("__weakref__", "_names", "entered", "handler", "subjects", "wanted", "whole_process")
 
     def __init__(self, handler: Handler, model: Any = None) -> None:
         self.handler = handler
         self.entered = self.wanted = False
         self.whole_process = model is None
         self.subjects = {} if model is None else subjects_of(model)
+        self._names = Names(self.subjects)
+
+    def name_of(self, module: nn.Module) -> str | None:
+        """The dotted path of ``module``, ``None`` if it is none of this block's."""
+        return self._names.of(module)
+
+    def place(self, modules: Sequence[nn.Module]) -> Place | None:
+        """Whether it claims a call that is made while these modules run (innermost first), and by which name."""
+        if self.whole_process:
+            return self, None
+        name = self._names.innermost(modules)
+        return None if name is None else (self, name)
+
+    def asked(self, modules: Sequence[nn.Module]) -> Place:
+        """The same of a call that was made to this very block (`intercept.ask`), whatever runs."""
+        return self.place(modules) or (self, None)
+
+
+class Names:
+    """The dotted paths of the modules in ``subjects``, each behind its subject's prefix. It keeps no module alive."""
+
+    def __init__(self, subjects: dict[str, nn.Module]) -> None:
         self._paths: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
-        for prefix, subject in self.subjects.items():
+        for prefix, subject in subjects.items():
             for module, path in _paths(subject):
                 name = ".".join(part for part in (prefix, path) if part)
                 self._paths.setdefault(id(module), (weakref.ref(module), name))
                 # (a replica of nn.DataParallel is another module, with the same dict of hooks)
                 self._paths.setdefault(id(module._forward_pre_hooks), (weakref.ref(module), name))
 
-    def name_of(self, module: nn.Module) -> str | None:
-        """The dotted path of ``module``, ``None`` if it is none of this block's."""
+    def of(self, module: nn.Module) -> str | None:
+        """The dotted path of ``module``, ``None`` if it is none of these."""
         found = self._paths.get(id(module))
         if found is not None and found[0]() is module:
             return found[1]
@@ -65,6 +87,13 @@ class Block:
         # (torch 2.5 exports a model's stand-in, which shares its `__dict__`)
         same = getattr(module, "_is_replica", False) or module.__dict__ is there.__dict__
         return found[1] if same else None
+
+    def innermost(self, modules: Sequence[nn.Module]) -> str | None:
+        """The path of the first of ``modules`` that is one of these."""
+        for module in modules:
+            if (name := self.of(module)) is not None:
+                return name
+        return None
 
 
 def subjects_of(model: Any) -> dict[str, nn.Module]:
@@ -121,15 +150,18 @@ def running(frame: FrameType) -> nn.Module | None:
     return module if isinstance(module, nn.Module) else None
 
 
-def owner(blocks: Sequence[Block], modules: Sequence[nn.Module]) -> Place | None:
-    """The innermost block that a call belongs to while these modules run (innermost first)."""
+def owner(blocks: Sequence[Block], modules: Sequence[nn.Module], asked: Block | None = None) -> Place | None:
+    """The innermost block that a call belongs to while these modules run (innermost first).
+
+    Args:
+        asked: the block that the call was made to. Those entered after it come first, as ever.
+    """
     for block in reversed(blocks):
-        if block.whole_process:
-            return block, None
-        for module in modules:
-            if (name := block.name_of(module)) is not None:
-                return block, name
-    return None
+        if block is asked:
+            break
+        if (place := block.place(modules)) is not None:
+            return place
+    return None if asked is None else asked.asked(modules)
 
 
 def recomputes(frame: FrameType | None) -> bool:

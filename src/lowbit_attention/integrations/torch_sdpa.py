@@ -19,11 +19,15 @@ from .intercept import intercepted
 from .rerouting import Rerouter
 
 
-class _Caught(Rerouter):
+class Caught(Rerouter):
     """The handler of one block (`integrations.scope.Handler`)."""
 
     def __call__(self, original: Callable[..., Tensor], name: str | None, *args: Any, **kwargs: Any) -> Tensor:
         return self.run(TorchCall.of(*args, **kwargs), original)
+
+    def with_lse(self, name: str | None, call: TorchCall) -> tuple[Tensor, Tensor]:
+        """Output and lse of a call that was made to the block (`intercept.ask_with_lse`)."""
+        return self.answer_with_lse(call)
 
     skipped = Rerouter.declined
 
@@ -80,7 +84,7 @@ class sdpa_enabled(intercepted):
         strict: bool = False,
         on_emulation: OnEmulation = "warn",
     ) -> None:
-        caught = _Caught(recipe, like=like, training=training, strict=strict, on_emulation=on_emulation)
+        caught = Caught(recipe, like=like, training=training, strict=strict, on_emulation=on_emulation)
         self.report = caught.report
         self._again = partial(
             type(self), model, recipe, like=like, training=training, strict=strict, on_emulation=on_emulation

@@ -21,17 +21,23 @@ from torch.fx import GraphModule
 
 from ..call.torch_call import TorchCall
 from ..ops import operator, sdpa_operator
-from .scope import Place, frames, running
+from .scope import Block, Place, frames, running
 
 _INSIDE = "inside "
 """``where`` of a module that is part of the one whose frame runs: its dotted path there follows."""
 _OBJECTS = "objects "
 """``where`` of modules that are not: their numbers follow, innermost first."""
 
+_TO = "to "
+"""In front of ``where`` of a call that was made to a block (`intercept.ask`): its number follows, and a semicolon."""
+
 _modules: dict[int, weakref.ref[nn.Module]] = {}
 _numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _next = count()
 _numbering = threading.Lock()
+# (importlib.reload runs this again, and code compiled before keeps its numbers)
+_next_block: count[int] = globals().get("_next_block") or count()
+_asked: weakref.WeakValueDictionary[int, Block] = globals().get("_asked") or weakref.WeakValueDictionary()
 
 watching = False
 """Whether a block in force wants to see calls with gradients, too; set by `intercept.reconcile`."""
@@ -70,30 +76,51 @@ def compiles_around() -> bool:
     return torch._guards.TracingContext.try_get() is not None and not _is_exporting()
 
 
-def call(*args: Any, **kwargs: Any) -> Tensor:
-    """One call while torch.compile traces (whose graph this becomes)."""
+def call(*args: Any, to: int | None = None, **kwargs: Any) -> Tensor:
+    """One call while torch.compile traces (whose graph this becomes); ``to``: the number of the block it was made to."""
     given = TorchCall.of(*args, **kwargs)
+    block = "" if to is None else to_block(to)
     if exports():
-        return _exported(given)
+        return _exported(given, block)
     if given.wants_grad() or given.dropout_p:
         if watching:
-            seen: Tensor = _eagerly(*args, **kwargs)
+            seen: Tensor = _eagerly(block, *args, **kwargs)
             return seen
         reason = "gradients" if given.wants_grad() else "dropout"
-        torch.ops.lowbit_attention.skipped(tally, where(), reason)
+        torch.ops.lowbit_attention.skipped(tally, block + where(), reason)
         return given.run(torch._C._nn.scaled_dot_product_attention)
-    out: Tensor = torch.ops.lowbit_attention.sdpa_in_scope(*given.in_autocast().operands(), where())
+    out: Tensor = torch.ops.lowbit_attention.sdpa_in_scope(*given.in_autocast().operands(), block + where())
     return out
 
 
+def to_block(number: int) -> str:
+    """What stands in front of ``where`` of a call that was made to the block of this number."""
+    return f"{_TO}{number};"
+
+
+def number_of_block(block: Block) -> int:
+    """A new number by which calls are made to a block (`intercept.ask`), also from compiled code."""
+    number = next(_next_block)
+    _asked[number] = block
+    return number
+
+
+def asked(where: str) -> tuple[Block | None, str]:
+    """The block that a call was made to, if any, and the rest of ``where``."""
+    if not where.startswith(_TO):
+        return None, where
+    number, _, rest = where.removeprefix(_TO).partition(";")
+    return _asked.get(int(number)), rest
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _eagerly(*args: Any, **kwargs: Any) -> Tensor:
-    return _decide("", *args, **kwargs)
+def _eagerly(block: str, *args: Any, **kwargs: Any) -> Tensor:
+    return _decide(block, *args, **kwargs)
 
 
-def _exported(given: TorchCall) -> Tensor:
+def _exported(given: TorchCall, block: str) -> Tensor:
     """An exported program runs anywhere: the handler writes into it what it can, now."""
-    options = _export_options()
+    options = _export_options(block)
     if options is None or given.dropout_p or given.wants_grad():
         return given.run(torch._C._nn.scaled_dot_product_attention)
     out: Tensor = torch.ops.lowbit_attention.rerouted_sdpa(*given.in_autocast().operands(), *options)
@@ -101,9 +128,9 @@ def _exported(given: TorchCall) -> Tensor:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _export_options() -> tuple[str, str | None, bool, int, str] | None:
+def _export_options(block: str) -> tuple[str, str | None, bool, int, str] | None:
     """What the handler that the call traced now belongs to writes into an exported program; ``None``: nothing."""
-    place = _whose(where())
+    place = _whose(block + where())
     options = getattr(place[0].handler, "export_options", None) if place is not None else None
     return None if options is None else options()
 
