@@ -32,6 +32,7 @@ ROOMS = (
     ("bench",),
     ("demo",),
     ("adaptive",),
+    ("integrations.comfyui",),
     ("cli",),
     ("",),
 )
