@@ -214,3 +214,14 @@ def test_names_taken_inside_torch_compile():
 
     q = torch.randn(1, 2, 16, 16)
     assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(q), call(q))
+
+
+def test_the_package_is_a_command():
+    """``python -m lowbit_attention``: where scripts are on no path, as in ComfyUI's portable build."""
+    env = {**os.environ, "PYTHONPATH": str(SOURCE), "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "lowbit_attention", "recipes"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=env, timeout=300, cwd=ROOT / "tests", check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "sage2_8b" in done.stdout

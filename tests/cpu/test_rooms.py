@@ -33,7 +33,7 @@ ROOMS = (
     ("demo",),
     ("adaptive",),
     ("integrations.comfyui",),
-    ("cli",),
+    ("cli", "__main__"),
     ("",),
 )
 """From the ground up, the package's own doors ("" is `lowbit_attention` itself) among them; a room may import from the

@@ -12,17 +12,17 @@ What it assumes of ComfyUI (releases of 2025-10 to 2026-09), and what therefore 
 3. q, k and v may all come in containers with ``peek()`` and ``take()``, the second of which works once and leaves the
    container empty. An override with an attribute ``container_function`` then gets ``container_function(*args,
    **kwargs)``, without the function; another gets the tensors.
-4. ``ModelPatcher.clone()`` gives a patcher of the same inner model, whose ``model_options`` are a deep copy in which
-   functions stay the same, and whose wrappers are its own. ``set_model_optimized_attention(f)`` stores an override that
-   calls f and nothing else.
+4. ``ModelPatcher.clone()`` gives a patcher of the same inner model, whose ``model_options`` and wrappers are deep
+   copies (at times shallow ones), in which functions stay the same. ``set_model_optimized_attention(f)`` stores an
+   override that calls f and nothing else.
 5. ``patcher.add_wrapper_with_key(kind, key, f)``, ``f(executor, *args, **kwargs)``: ``OUTER_SAMPLE`` is around one
    sampling run, ``APPLY_MODEL`` around each forward of the diffusion model, as ``apply_model(x, t, c_concat,
    c_crossattn, control, transformer_options)`` with t the sigma of each batch entry. Wrappers run in the order added.
 6. ``transformer_options`` holds ``sigmas``, the tensor of the current step, during sampling. Positive and negative
    conditions may be one forward or several.
 7. Nodes (V3): classes with ``define_schema`` and ``execute``, inputs named as ``execute``'s parameters; the folder's
-   ``comfy_entrypoint()`` gives an extension whose ``get_node_list()`` is awaited. ``folder_paths.get_output_directory()``
-   is where nodes write.
+   ``comfy_entrypoint()`` gives an extension whose ``get_node_list()`` is awaited. Nodes write to
+   ``folder_paths.get_output_directory()``.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class ModelPatcher:
         twin = ModelPatcher(self.model.diffusion_model)
         twin.model = self.model
         twin.model_options = copy.deepcopy(self.model_options)
-        twin.wrappers = {kind: {key: list(fs) for key, fs in by.items()} for kind, by in self.wrappers.items()}
+        twin.wrappers = copy.deepcopy(self.wrappers)
         return twin
 
     def get_model_object(self, name):

@@ -6,6 +6,7 @@ The calls are written from the consumers' documented interfaces (diffusers 0.42,
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -245,3 +246,16 @@ def test_comfyuis_prestartup_script(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "(1, 2, 9, 8)"
+
+
+def test_the_page_runs(capsys):
+    page = (Path(__file__).resolve().parents[3] / "docs/sageattention.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    assert len(blocks) == 3
+    namespace = {}
+    try:
+        for block in blocks:
+            exec(compile(block, "docs/sageattention.md", "exec"), namespace)
+    finally:
+        namespace["alias"].remove()
+    assert "runs: torch_sdpa with recipe exact" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import asyncio
 import importlib.util
 import inspect
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -114,3 +115,25 @@ def test_without_the_package_it_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "lowbit_attention", None)
     with pytest.raises(ImportError, match=r"-m pip install .*lowbit-attention"):
         load(monkeypatch)
+
+
+def test_the_guide_runs(nodes):
+    """docs/comfyui.md: its Python, and its names of inputs, recipes and nodes."""
+    page = (ROOT / "docs/comfyui.md").read_text(encoding="utf-8")
+    model = comfy.ModelPatcher(comfy.DiffusionModel())
+    namespace = {"model": model}
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    assert len(blocks) == 2
+    try:
+        for block in blocks:
+            exec(compile(block, "docs/comfyui.md", "exec"), namespace)
+        comfy.sample(namespace["patched"])
+        assert importlib.util.find_spec("sageattention") is not None
+    finally:
+        namespace["alias"].remove()
+    for node in offered(nodes):
+        schema = node.define_schema()
+        assert schema.display_name.removeprefix("Low-bit attention: ") in page
+        for i in schema.inputs[1:]:
+            assert f"`{i.id}`" in page or i.id == "name", i.id
+    assert "low_precision_attention=False" in page

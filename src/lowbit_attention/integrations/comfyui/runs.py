@@ -122,6 +122,9 @@ class Runs:
         self._begin_forward(args[1] if len(args) > 1 else kwargs.get("t"))
         return executor(*args, **kwargs)
 
+    def __deepcopy__(self, memo: object) -> Runs:
+        return self  # (ComfyUI may copy the wrappers of a model that is cloned: the counts are the node's)
+
     def _say(self, finished: bool) -> None:
         useful = self._report.ran or SCORED in self._report.counts
         level = logging.INFO if useful else logging.WARNING
