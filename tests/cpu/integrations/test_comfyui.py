@@ -135,6 +135,18 @@ def test_calls_outside_of_a_run_are_said(caplog):
     assert "outside of a run: 1 of 1" in lines(caplog)[0]
 
 
+def test_a_run_within_a_run_is_one(caplog):
+    """ComfyUI merges wrappers, and may run one twice."""
+    patcher = emulated(model())
+    by_key = patcher.wrappers[comfy.WrappersMP.OUTER_SAMPLE]
+    by_key["again"] = list(by_key["lowbit_attention"])
+    for _ in range(2):
+        caplog.clear()
+        comfy.sample(patcher)
+        (line,) = lines(caplog)
+        assert "12 of 12 attention calls ran" in line
+
+
 def test_a_clone_of_the_clone_counts_in_the_same_place():
     """Nodes behind this one clone the model, options and all."""
     patcher = emulated(model())
@@ -414,15 +426,19 @@ def test_calibrate_is_refused_before_the_run(tmp_path):
 # ---- torch.compile, errors
 
 
+@pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("policy", [False, True])
-def test_a_compiled_model(caplog, policy):
+def test_a_compiled_model(caplog, policy, before):
     torch._dynamo.reset()
     patcher = model()
-    recipe = policy_for(patcher, b0="sage2_8b", b1="sage2_8b") if policy else "sage2_8b"
+    recipe = policy_for(patcher, b0="sage2_8b", b1="sage2_4b") if policy else "sage2_8b"
     want = comfy.sample(emulated(patcher, recipe))
+    compiled = copy.copy(patcher.model)
+    compiled.diffusion_model = torch.compile(patcher.model.diffusion_model, backend="aot_eager")
+    if before:
+        patcher.model = compiled
     patched = emulated(patcher, recipe)
-    patched.model = copy.copy(patched.model)
-    patched.model.diffusion_model = torch.compile(patcher.model.diffusion_model, backend="aot_eager")
+    patched.model = compiled
     got = comfy.sample(patched)
     assert off(got, want) < 1e-3
     assert "12 of 12 attention calls ran in low precision" in lines(caplog)[-1]

@@ -101,19 +101,23 @@ class Runs:
     ) -> None:
         self._what, self._report, self._verbose = what, report, verbose
         self._begin_forward, self._begin_run, self._end_run = begin_forward, begin_run, end_run
+        self._inside = False
 
     def outer_sample(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Around a run."""
+        """Around a run. One within another (a sampler that samples, a wrapper that was added twice) is part of it."""
+        if self._inside:
+            return executor(*args, **kwargs)
         if self._report.calls:
             log.info("%s", self._line("outside of a run: "))
         self._report.clear()
         self._begin_run()
-        finished = False
+        finished, self._inside = False, True
         try:
             out = executor(*args, **kwargs)
             finished = True
             return out
         finally:
+            self._inside = False
             self._say(finished)
             self._end_run(finished)
 
