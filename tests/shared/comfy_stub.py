@@ -180,8 +180,11 @@ def _around(patcher, kind, innermost):
     return innermost
 
 
-def sample(patcher, sigmas=(10.0, 4.0, 1.0), tokens=40, seed=0, together=True):
-    """A run of as many steps, each with two conditions in one forward (``together``) or in two; the result."""
+def sample(patcher, sigmas=(10.0, 4.0, 1.0), tokens=40, seed=0, together=True, one_tensor=False):
+    """A run of as many steps, each with two conditions in one forward (``together``) or in two; the result.
+
+    ``one_tensor``: the sampler keeps its sigma in one tensor, which it writes to.
+    """
     g = torch.Generator().manual_seed(seed)
     x, texts = torch.randn(1, tokens, WIDTH, generator=g), torch.randn(2, 9, TEXT, generator=g)
 
@@ -189,9 +192,10 @@ def sample(patcher, sigmas=(10.0, 4.0, 1.0), tokens=40, seed=0, together=True):
         return patcher.model.diffusion_model(x, t, c_crossattn, transformer_options=transformer_options)
 
     def run(x, sigmas):
+        kept = torch.zeros(1)
         for sigma in sigmas:
             options = dict(patcher.model_options["transformer_options"])
-            step = torch.tensor([sigma])
+            step = kept.fill_(sigma) if one_tensor else torch.tensor([sigma])
             options["sigmas"] = step
             call = _around(patcher, WrappersMP.APPLY_MODEL, apply_model)
             if together:

@@ -132,7 +132,9 @@ def test_calls_outside_of_a_run_are_said(caplog):
     with torch.no_grad():
         comfy.optimized_attention(q, q, q, 2, transformer_options=options)
     comfy.sample(patcher)
-    assert "outside of a run: 1 of 1" in lines(caplog)[0]
+    outside, line = lines(caplog)
+    assert "outside of a run: 1 of 1" in outside
+    assert "12 of 12" in line
 
 
 def test_a_run_within_a_run_is_one(caplog):
@@ -291,8 +293,9 @@ def test_two_nodes_one_behind_the_other(caplog):
 
 
 @pytest.mark.parametrize(("start", "end", "n"), [(10_000, 0, 12), (10, 1, 12), (9.9, 0, 8), (10_000, 2, 8), (5, 2, 4)])
-def test_sigmas(caplog, start, end, n):
-    comfy.sample(emulated(model(), sigma_start=start, sigma_end=end))
+@pytest.mark.parametrize("one_tensor", [False, True])
+def test_sigmas(caplog, start, end, n, one_tensor):
+    comfy.sample(emulated(model(), sigma_start=start, sigma_end=end), one_tensor=one_tensor)
     (line,) = lines(caplog)
     assert f"{n} of 12 attention calls ran" in line
     assert (f"({12 - n}: {OUTSIDE})" in line) == (n < 12)

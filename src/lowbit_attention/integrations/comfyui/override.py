@@ -54,6 +54,7 @@ class Override(ABC):
         del sigma
         self.window.forget()
 
+    # (Compiled models break their graph here: what is decided and counted is of this call, not of the traced one.)
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A call of ``function``, which is one of ComfyUI's attention functions."""
