@@ -252,6 +252,15 @@ def test_an_error_of_the_others_is_not_swallowed():
         )
 
 
+def test_an_error_of_the_others_is_not_swallowed_by_a_calibration(tmp_path):
+    patcher = calibrate(model(), tmp_path / "p")
+    options = patcher.model_options["transformer_options"]
+    block = patcher.get_model_object("diffusion_model").blocks[0]
+    mask = torch.zeros(4, 7)  # (of five queries and three keys)
+    with pytest.raises(RuntimeError), torch.no_grad():
+        block(torch.randn(1, 5, comfy.WIDTH), torch.randn(1, 3, comfy.TEXT), mask, options)
+
+
 @torch.no_grad()
 def test_containers_are_used_up_once():
     """Ours: emptied. Left to a previous override that takes containers: handed on as they are, and never opened."""
@@ -382,7 +391,9 @@ def test_calibrate_then_generate(tmp_path, caplog, containers):
     first = Policy.load(folder / POLICY)
     assert {key.name for key in first.routes} == {"blocks.0", "blocks.1"}
     assert {key.timestep for key in first.routes} == {10.0, 4.0, 1.0}
-    assert "12 of 12 attention calls were scored" in lines(caplog)[0]
+    emulated_here, line, *_ = lines(caplog)
+    assert "no kernel runs sage2_8b, sage2_4b for the model's first call here" in emulated_here
+    assert "12 of 12 attention calls were scored" in line
     assert "written after 1 runs" in lines(caplog)[-1]
     comfy.sample(watched, together=False, seed=1)  # the same calls, in twice as many forwards
     assert "written after 2 runs" in lines(caplog)[-1]
@@ -422,6 +433,8 @@ def test_calibrate_is_refused_before_the_run(tmp_path):
         calibrate(model(), tmp_path / "file")
     with pytest.raises(InvalidRecipeError, match="sage9"):
         calibrate(model(), tmp_path / "p", candidates=["sage9"])
+    with pytest.raises(LowbitError, match="CUDA"):
+        calibrate(model(), tmp_path / "p", rule=Rule(budget=0.03, cost="this"))
     with pytest.raises(InvalidArgumentError, match="candidates must be different"):
         calibrate(model(), tmp_path / "p", candidates=["exact"])
 

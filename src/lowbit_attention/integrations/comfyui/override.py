@@ -17,14 +17,17 @@ from torch import Tensor, nn
 
 from ...adaptive.observing import Observer
 from ...adaptive.routing import Routes, Routing
+from ...backends.base import Emulation
+from ...backends.dispatch import explain_request
+from ...call.checked import check_call
 from ...call.request import OnEmulation
-from ...errors import EmulationRefusedError
+from ...errors import EmulationRefusedError, InvalidArgumentError
 from ...recipes.definition import Recipe
 from ..call_report import TORCH, CallKind, CallReport
 from ..rerouting import Rerouter
 from ..scope import Names, frames, running
 from .calls import Asked, read
-from .runs import SCORED, Window, sigma_of
+from .runs import SCORED, Window, log, sigma_of
 
 EXACT = "the policy keeps it exact"
 NOT_OF_THE_MODEL = "it is made outside of the diffusion model"
@@ -175,6 +178,7 @@ class Scoring(Override):
         super().__init__(previous, Window())
         self.observer = observer
         self._names = Names({"": model})
+        self._said_emulated = False
 
     def begin_forward(self, sigma: Any) -> None:
         """The next step of the observer's clock."""
@@ -191,8 +195,26 @@ class Scoring(Override):
         def original(*_: Any, **__: Any) -> Tensor:
             return onward()
 
+        self._say_emulated(asked)
         self.report.add(SCORED)
         return asked.call.run(self.observer, original, name)
+
+    def _say_emulated(self, asked: Asked) -> None:
+        """Say once which candidates no kernel runs here: a policy had better not have them."""
+        if self._said_emulated:
+            return
+        candidates = self.observer.observations.candidates.values()
+        try:
+            explained = [(r.name, explain_request(check_call(asked.call, r, None).request)) for r in candidates]
+        except InvalidArgumentError:  # (the error is for those who run the call)
+            return
+        self._said_emulated = True
+        if emulated := [name for name, explanation in explained if explanation.implementation == Emulation.name]:
+            log.warning(
+                "lowbit-attention (calibrating): no kernel runs %s for the model's first call here. They are scored by "
+                "an emulation, which takes long, and where a policy has them, ComfyUI's own attention will run",
+                ", ".join(emulated),
+            )
 
 
 def _by(rerouter: Rerouter, asked: Asked, override: Override) -> Tensor | None:
