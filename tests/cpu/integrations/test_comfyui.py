@@ -394,9 +394,9 @@ def test_calibrate_then_generate(tmp_path, caplog, containers):
     emulated_here, line, *_ = lines(caplog)
     assert "no kernel runs sage2_8b, sage2_4b for the model's first call here" in emulated_here
     assert "12 of 12 attention calls were scored" in line
-    assert "written after 1 runs" in lines(caplog)[-1]
+    assert "written after run 1" in lines(caplog)[-1]
     comfy.sample(watched, together=False, seed=1)  # the same calls, in twice as many forwards
-    assert "written after 2 runs" in lines(caplog)[-1]
+    assert "written after run 2" in lines(caplog)[-1]
     assert set(Policy.load(folder / POLICY).routes) == set(first.routes)
     caplog.clear()
     got = comfy.sample(emulated(patcher, Policy.load(folder / POLICY)))

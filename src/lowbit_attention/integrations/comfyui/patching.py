@@ -130,7 +130,7 @@ def _write(folder: Path, model: nn.Module, observer: Observer, rule: Rule, finis
     subject = Subject(type(model).__name__, model, ["a run of ComfyUI"], lambda prompt: None)
     files = calibration.write_all(folder, subject, choice)
     log.info("lowbit-attention: %s", " | ".join(str(choice).splitlines()))
-    log.info("lowbit-attention: written after %d runs: %s", seen.runs, ", ".join(map(str, files)))
+    log.info("lowbit-attention: written after run %d: %s", seen.runs, ", ".join(map(str, files)))
 
 
 def _clone(model: Any) -> tuple[Any, Callable[..., Any] | None]:
