@@ -1,0 +1,44 @@
+"""Nothing of a test stays in diffusers: its list of backends, its methods and its default are as they were."""
+
+import pytest
+import torch.nn.functional as F
+
+diffusers = pytest.importorskip("diffusers")
+diffusers.utils.logging.set_verbosity_error()
+
+from diffusers.models import attention_dispatch as library  # noqa: E402
+from diffusers.models.attention import AttentionModuleMixin  # noqa: E402
+from diffusers.models.modeling_utils import ModelMixin  # noqa: E402
+
+from lowbit_attention.integrations import diffusers as ours  # noqa: E402
+
+
+def _as_it_is():
+    registry, names = library._AttentionBackendRegistry, library.AttentionBackendName
+    return {
+        "names": list(names),
+        "values": dict(names._value2member_map_),
+        "attributes": sorted(name for name in dir(names) if name.startswith("LOWBIT")),
+        "backends": dict(registry._backends),
+        "constraints": dict(registry._constraints),
+        "arguments": dict(registry._supported_arg_names),
+        "parallel": set(registry._supports_context_parallel),
+        "active": registry._active_backend,
+        "methods": [
+            registry.__dict__["set_active_backend"],
+            ModelMixin.set_attention_backend,
+            ModelMixin.reset_attention_backend,
+            AttentionModuleMixin.set_attention_backend,
+        ],
+        "sdpa": F.scaled_dot_product_attention,
+    }
+
+
+@pytest.fixture(autouse=True)
+def undone():
+    """Whatever the test registers is gone after it."""
+    before = _as_it_is()
+    yield
+    ours.unregister()
+    library._AttentionBackendRegistry.set_active_backend(before["active"])
+    assert _as_it_is() == before
