@@ -77,7 +77,7 @@ def compiles_around() -> bool:
 
 
 def call(*args: Any, to: int | None = None, **kwargs: Any) -> Tensor:
-    """One call while torch.compile traces (whose graph this becomes); ``to``: the number of the block it was made to."""
+    """One call while torch.compile traces (whose graph this becomes); ``to``: the number of the block it goes to."""
     given = TorchCall.of(*args, **kwargs)
     block = "" if to is None else to_block(to)
     if exports():

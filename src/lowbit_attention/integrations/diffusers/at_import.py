@@ -49,8 +49,8 @@ def obey_environment() -> None:
     constants = sys.modules.get(_CONSTANTS)
     if loaded() is not None or (constants is not None and wanted != constants.__dict__.get(VARIABLE)):
         warnings.warn(
-            f"{VARIABLE}={wanted} comes too late: diffusers has read it already. Set it before Python starts and import "
-            f"lowbit_attention.integrations.diffusers before diffusers; or call register() of that module, and then "
+            f"{VARIABLE}={wanted} comes too late: diffusers has read it already. Set it before Python starts and "
+            f"import lowbit_attention.integrations.diffusers before diffusers; or call register() of that module, and then "
             f'pipe.transformer.set_attention_backend("{wanted}")',
             EnvironmentWarning,
             stacklevel=3,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 
 from ...call.torch_call import TorchCall
@@ -53,7 +52,7 @@ def make_function(name: str, number: int) -> Callable[..., Answer]:
         parallel = _parallel_config.context_parallel_config
         if attn_mask is not None and parallel.ring_degree > 1:
             _refuse(
-                f"attn_mask with ring_degree={parallel.ring_degree}: a ring shows every part of the keys this rank's own "
+                f"attn_mask with ring_degree={parallel.ring_degree}: a ring shows every part of the keys this rank's "
                 "part of the mask; use ulysses_degree alone"
             )
         if TorchCall.of(query, key, value, attn_mask).wants_grad():

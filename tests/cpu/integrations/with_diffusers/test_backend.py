@@ -14,8 +14,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 
 from lowbit_attention import RECIPES, UnsupportedError, attention, sdpa_enabled
 from lowbit_attention.errors import InvalidArgumentError, MissingExtraError
-from lowbit_attention.integrations.diffusers import register, unregister
 from lowbit_attention.integrations.diffusers import library as ours
+from lowbit_attention.integrations.diffusers import register, unregister
 
 NEAR = "int8_fp16"
 """The recipe that errs least, and is emulated fastest."""
