@@ -50,7 +50,7 @@ def obey_environment() -> None:
     if loaded() is not None or (constants is not None and wanted != constants.__dict__.get(VARIABLE)):
         warnings.warn(
             f"{VARIABLE}={wanted} comes too late: diffusers has read it already. Set it before Python starts and "
-            f"import lowbit_attention.integrations.diffusers before diffusers; or call register() of that module, and then "
+            f"import lowbit_attention.integrations.diffusers before diffusers; or call its register(), and then "
             f'pipe.transformer.set_attention_backend("{wanted}")',
             EnvironmentWarning,
             stacklevel=3,
