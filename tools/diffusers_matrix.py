@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from lowbit_attention.integrations.diffusers import register
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests/cpu/integrations/with_diffusers"
@@ -42,11 +45,7 @@ def on_the_page() -> str:
 def main() -> None:
     """Run every class, and write the table."""
     sys.path.insert(0, str(TESTS))
-    import reach
-    import tiny_models
-
-    from lowbit_attention.integrations.diffusers import register
-
+    reach, tiny_models = import_module("reach"), import_module("tiny_models")
     report = register("int8_fp16")
     rows = [reach.reached(case, report, "lowbit") for case in tiny_models.CASES]
     page = PAGE.read_text(encoding="utf-8")

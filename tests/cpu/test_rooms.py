@@ -33,6 +33,7 @@ ROOMS = (
     ("demo",),
     ("adaptive",),
     ("integrations.comfyui",),
+    ("integrations.diffusers",),
     ("cli", "__main__"),
     ("",),
 )

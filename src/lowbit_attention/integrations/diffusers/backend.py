@@ -31,7 +31,7 @@ from . import state
 EXACT_BY_POLICY = CallKind(TORCH, "exact", "the policy's recipe is exact")
 
 
-class Options(TypedDict):
+class BackendOptions(TypedDict):
     """What `register` takes besides recipe, name and timesteps."""
 
     like: str | Machine | None
@@ -51,7 +51,7 @@ class Backend:
     """
 
     def __init__(
-        self, name: str, recipe: str | Recipe | Policy, timesteps: Any, options: Options, report: CallReport
+        self, name: str, recipe: str | Recipe | Policy, timesteps: Any, options: BackendOptions, report: CallReport
     ) -> None:
         self.name = name
         self.member: Any = None
@@ -136,7 +136,7 @@ class _OneRecipe:
 class _OfPolicy:
     """A clock for each model: two that a pipeline runs in turn do not move each other's."""
 
-    def __init__(self, policy: Policy, timesteps: Any, options: Options, report: CallReport) -> None:
+    def __init__(self, policy: Policy, timesteps: Any, options: BackendOptions, report: CallReport) -> None:
         if policy.model is None:
             raise InvalidArgumentError(
                 "the policy was made without a model, so its calls have numbers instead of names: calibrate with "

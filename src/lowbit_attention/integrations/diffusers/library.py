@@ -6,12 +6,20 @@ import gc
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from operator import attrgetter
 from typing import Any
 
 from ...errors import MissingExtraError, UnsupportedError
 
 DISPATCH = "diffusers.models.attention_dispatch"
 """The module that reads ``DIFFUSERS_ATTN_BACKEND`` when it is imported, and holds the list of backends."""
+
+_NEEDED = (
+    "AttentionBackendName",
+    "_AttentionBackendRegistry.register",
+    "_AttentionBackendRegistry.set_active_backend",
+    "_templated_context_parallel_attention",
+)
 
 INSTEAD = "with sdpa_enabled(pipe.transformer, recipe=…) runs a recipe without backends (docs/pytorch.md)"
 
@@ -33,10 +41,12 @@ def dispatch() -> Any:
     except ModuleNotFoundError as error:
         if error.name != DISPATCH:
             raise
-        raise UnsupportedError(f"diffusers {version} has no attention backends (0.36 has); {INSTEAD}") from None
-    needed = ("AttentionBackendName", "_AttentionBackendRegistry", "_templated_context_parallel_attention")
-    if missing := [name for name in needed if not hasattr(found, name)]:
-        raise UnsupportedError(f"diffusers {version} has no {DISPATCH}.{missing[0]} (0.36 has); {INSTEAD}")
+        raise UnsupportedError(f"diffusers {version} has no attention backends (0.37 has); {INSTEAD}") from None
+    for name in _NEEDED:
+        try:
+            attrgetter(name)(found)
+        except AttributeError:
+            raise UnsupportedError(f"diffusers {version} has no {DISPATCH}.{name} (0.37 has); {INSTEAD}") from None
     return found
 
 

@@ -17,7 +17,7 @@ from ...recipes.named import RECIPES
 from ..call_report import CallReport
 from ..intercept import intercepted
 from . import state
-from .backend import Backend, Options
+from .backend import Backend, BackendOptions
 from .calls import make_function
 from .library import EveryName, add_member, dispatch, forget_everywhere, remove_member
 
@@ -73,8 +73,8 @@ def register(
     if taken := [one for one in wanted if one in names._value2member_map_ and one not in _registered]:
         raise InvalidArgumentError(f"name={name!r}: diffusers has a backend {taken[0]!r} already; choose another name")
     report = CallReport()
-    options = Options(like=like, training=training, strict=strict, on_emulation=on_emulation)
-    of_recipes = Options(like=None, training=training, strict=strict, on_emulation=on_emulation)
+    options = BackendOptions(like=like, training=training, strict=strict, on_emulation=on_emulation)
+    of_recipes = BackendOptions(like=None, training=training, strict=strict, on_emulation=on_emulation)
     made = [
         Backend(one, what, timesteps if one == name else None, options if one == name else of_recipes, report)
         for one, what in wanted.items()

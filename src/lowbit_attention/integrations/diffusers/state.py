@@ -92,8 +92,7 @@ def unwatch() -> None:
 def in_force(modules: Sequence[nn.Module]) -> str | None:
     """The backend of a call that is made while these modules run (innermost first); ``None``: no model of diffusers."""
     for module in modules:
-        own = getattr(getattr(module, "processor", module), "_attention_backend", None)
-        if own is not None:
+        if (own := _own(module)) is not None:
             return _name(own)
     for module in modules:
         if (name := given.get(module)) is not None:
@@ -113,6 +112,13 @@ def default() -> str:
 def model_of(modules: Sequence[nn.Module]) -> nn.Module | None:
     """The outermost model of diffusers among the modules that run, which names are relative to."""
     return next((module for module in reversed(modules) if isinstance(module, _model_class)), None)
+
+
+def _own(module: nn.Module) -> Any:
+    """What a module's attention processor was given, or a module that is one."""
+    # (``module.processor`` costs a microsecond where there is none, and most modules have none)
+    processor = module.__dict__.get("processor") or module._modules.get("processor") or module
+    return getattr(processor, "__dict__", {}).get("_attention_backend")
 
 
 def _forget(model: nn.Module) -> None:

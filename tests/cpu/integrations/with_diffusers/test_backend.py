@@ -97,7 +97,7 @@ def test_an_unknown_recipe_registers_nothing():
 def test_no_diffusers_and_one_without_backends(monkeypatch):
     monkeypatch.delattr(library, "_AttentionBackendRegistry")
     with pytest.raises(
-        UnsupportedError, match=r"has no diffusers\.models\.attention_dispatch\._AttentionBackendRegistry"
+        UnsupportedError, match=r"has no diffusers\.models\.attention_dispatch\._AttentionBackendRegistry\.register"
     ):
         register()
     monkeypatch.setattr(ours, "import_module", lambda name: (_ for _ in ()).throw(ModuleNotFoundError(name=name)))
