@@ -12,6 +12,12 @@ from .errors import InvalidArgumentError
 
 CACHE_DIR_VARIABLE = "LOWBIT_CACHE_DIR"
 CACHE_READONLY_VARIABLE = "LOWBIT_CACHE_READONLY"
+DIFFUSERS_VARIABLE = "DIFFUSERS_ATTN_BACKEND"
+
+
+def diffusers_backend() -> str:
+    """The attention backend that diffusers is told to begin with: its own ``DIFFUSERS_ATTN_BACKEND``, or empty."""
+    return os.environ.get(DIFFUSERS_VARIABLE, "")
 
 
 def cache_dir() -> Path:

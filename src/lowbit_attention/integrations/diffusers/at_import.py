@@ -6,7 +6,6 @@ ours, its import is accompanied: it reads ``native``, and what was asked for is 
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,11 +15,12 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from ...env import DIFFUSERS_VARIABLE as VARIABLE
+from ...env import diffusers_backend
 from ...recipes.named import RECIPES
 from .library import DISPATCH, loaded
 from .registration import register
 
-VARIABLE = "DIFFUSERS_ATTN_BACKEND"
 _CONSTANTS = "diffusers.utils.constants"
 
 
@@ -35,7 +35,7 @@ def is_ours(name: str) -> bool:
 
 def obey_environment() -> None:
     """If the variable names a backend of ours, let it hold once diffusers' module is imported; warn if that was."""
-    wanted = os.environ.get(VARIABLE, "")
+    wanted = diffusers_backend()
     if not wanted.lower().startswith("lowbit"):
         return
     if not is_ours(wanted):

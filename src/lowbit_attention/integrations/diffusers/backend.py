@@ -88,6 +88,10 @@ class Backend:
         block, names = self._of(model)
         return block, names.innermost(modules) or ""
 
+    def open(self) -> None:
+        """Follow the scheduler, if a policy's steps are to be its."""
+        self._handlers.open()
+
     def close(self) -> None:
         """Move no clock any more."""
         self._handlers.close()
@@ -129,6 +133,9 @@ class _OneRecipe:
     def block_of(self, model: nn.Module) -> Block:
         return self.without_model
 
+    def open(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -152,8 +159,10 @@ class _OfPolicy:
         self._scheduled = Together()
         self._following = ExitStack()
         self._timesteps = timesteps
-        if timesteps is not None and timesteps != FORWARDS:
-            self._following.enter_context(driven(self._scheduled, timesteps, None))
+        self._by_scheduler = timesteps is not None and timesteps != FORWARDS
+        if self._by_scheduler:
+            with driven(Together(), timesteps, None):  # (what cannot be followed is said now)
+                pass
         self.without_model = Block(_Declined(self._any, "the policy's layers are those of a model, and none runs"))
 
     def check(self, model: nn.Module) -> None:
@@ -168,12 +177,16 @@ class _OfPolicy:
         routing = Routing(self._policy, self._runs, numbered=False)
         if before := self._open.pop(model, None):
             before.close()
-        if self._timesteps is not None and self._timesteps != FORWARDS:
+        if self._by_scheduler:
             self._scheduled.join(routing.clock)
         elif routing.needs_clock:
             stack = self._open[model] = ExitStack()
             stack.enter_context(driven(routing.clock, self._timesteps, model))
         return Block(_ByPolicy(routing, self._any, self._report))
+
+    def open(self) -> None:
+        if self._by_scheduler:
+            self._following.enter_context(driven(self._scheduled, self._timesteps, None))
 
     def close(self) -> None:
         self._following.close()

@@ -53,7 +53,8 @@ def register(
             `Policy` (a recipe for each layer and timestep), which ``set_attention_backend`` holds against the model.
         name: small letters, digits and underscores.
         timesteps: with a policy, what moves its steps, as in `observe`: ``None``, ``"forwards"``, or the scheduler.
-        like, training, strict, on_emulation: as in `sdpa_enabled`.
+        like: as in `sdpa_enabled`; of ``name``, not of those with a recipe's.
+        training, strict, on_emulation: as in `sdpa_enabled`.
     Returns:
         A `CallReport` that counts every call of these backends by implementation and reason.
 
@@ -101,7 +102,7 @@ def unregister(name: str | None = None) -> None:
         library = dispatch()
         if state.default() in gone:
             library._AttentionBackendRegistry.set_active_backend(_default_without(library, gone))
-        forget_everywhere([_registered[one].backend.member for one in gone])
+        forget_everywhere([member for one in gone if (member := _registered[one].backend.member) is not None])
         for one in gone:
             _remove(library, _registered.pop(one))
     if not _registered:
@@ -112,6 +113,7 @@ def _add(library: Any, backend: Backend) -> None:
     registry = library._AttentionBackendRegistry
     if (before := _registered.get(backend.name)) is not None:
         _close(before)
+    backend.open()  # (once the one before follows the scheduler no more)
     _registered[backend.name] = _Watched(backend)
     backend.member = add_member(library.AttentionBackendName, backend.name)
     function = make_function(backend.name, backend.number)
@@ -121,13 +123,16 @@ def _add(library: Any, backend: Backend) -> None:
 
 def _remove(library: Any, watched: _Watched) -> None:
     _close(watched)
-    member, registry = watched.backend.member, library._AttentionBackendRegistry
+    names, registry = library.AttentionBackendName, library._AttentionBackendRegistry
+    member = names._value2member_map_.get(watched.backend.name)
+    if member is None:  # (registering was interrupted)
+        return
     for model in [model for model, name in list(state.given.items()) if name == member.value]:
         state.given.pop(model, None)
     for table in (registry._backends, registry._constraints, registry._supported_arg_names):
         table.pop(member, None)
     registry._supports_context_parallel.discard(member.value)
-    remove_member(library.AttentionBackendName, member)
+    remove_member(names, member)
 
 
 def _close(watched: _Watched) -> None:

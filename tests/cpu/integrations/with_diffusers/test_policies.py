@@ -7,7 +7,7 @@ from tiny_models import BY_NAME
 
 from lowbit_attention.adaptive import CallKey, Fingerprint, Policy, PolicyMismatchError, PolicyWarning, observe
 from lowbit_attention.errors import InvalidArgumentError
-from lowbit_attention.integrations.diffusers import register
+from lowbit_attention.integrations.diffusers import register, unregister
 from lowbit_attention.recipes.named import RECIPES
 
 NAMES = ("FluxTransformer2DModel", "SD3Transformer2DModel", "WanTransformer3DModel")
@@ -106,6 +106,24 @@ def test_two_models_have_clocks_of_their_own():
     turns = [case.run(model) for model in (a, b, a, b)]
     assert torch.equal(torch.cat(turns[::2]), wanted)
     assert torch.equal(torch.cat(turns[1::2]), wanted)
+
+
+def test_a_scheduler_is_let_go():
+    case = BY_NAME["SD3Transformer2DModel"]
+    model, made = case.build(), scheduler(2)
+    policy = policy_of(model, case, made, 2)
+    with policy.applied(model, timesteps=made):
+        made.set_timesteps(2)
+        wanted = drive(model, case, made, 2)
+    own = dict(made.__dict__)
+    for _ in range(2):
+        register(policy, timesteps=made)
+    model.set_attention_backend("lowbit")
+    made.set_timesteps(2)
+    assert torch.equal(drive(model, case, made, 2), wanted)
+    unregister()
+    assert {name for name in made.__dict__ if name in ("step", "set_timesteps")} == set()
+    assert set(made.__dict__) == set(own)
 
 
 def test_another_model():
