@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -203,10 +205,16 @@ class _RemovesItself:
 
 
 class _Followed:
-    """Stands for a scheduler's own method. A copy of the scheduler has its own method back."""
+    """Stands for a scheduler's own method, signature included: pipelines give what they find there, and no more.
 
-    def __init__(self, scheduler: Any, name: str, run: Callable[..., Any]) -> None:
+    A copy of the scheduler has its own method back.
+    """
+
+    def __init__(self, scheduler: Any, name: str, own: Any, run: Callable[..., Any]) -> None:
         self.scheduler, self.name, self.run = scheduler, name, run
+        with contextlib.suppress(TypeError, ValueError):  # (some callables have none)
+            self.__signature__ = inspect.signature(own)
+        self.__doc__ = getattr(own, "__doc__", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*args, **kwargs)
@@ -254,7 +262,7 @@ def _following(clock: Clock, scheduler: Any) -> Iterator[None]:
 
     restore = _Restore(undo)
     for name, function in replaced.items():
-        setattr(scheduler, name, _Followed(scheduler, name, function))
+        setattr(scheduler, name, _Followed(scheduler, name, getattr(scheduler, name), function))
     begin()
     try:
         yield

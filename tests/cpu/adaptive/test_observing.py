@@ -1,5 +1,6 @@
 """Observing: names, timesteps, an untouched model, bounded memory, files."""
 
+import inspect
 import json
 
 import cases
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 
 from lowbit_attention import InvalidArgumentError
 from lowbit_attention.adaptive import CallKey, Observations, Sample, choose, observe
+from lowbit_attention.adaptive.clock import Clock, driven
 from lowbit_attention.adaptive.distributions import BINS, Summary, edges
 from lowbit_attention.adaptive.report import report_data
 
@@ -96,6 +98,14 @@ def test_steps_by_hand_are_not_undone_by_forwards():
     assert keys(watch) == [("layers.0", i, t) for t in (7.0, 3.0) for i in (0, 1)]
     with observe(model, ["sage2_8b"]) as watch, pytest.raises(InvalidArgumentError, match="a timestep is a number"):
         watch.step("first")
+
+
+def test_a_followed_scheduler_shows_its_own_signatures():
+    """Pipelines look there for what a scheduler takes (``eta``, ``generator``, ``sigmas``), and give no more."""
+    scheduler = Scheduler(3)
+    own = {name: inspect.signature(getattr(scheduler, name)) for name in ("step", "set_timesteps")}
+    with driven(Clock(), scheduler, None), driven(Clock(), scheduler, None):
+        assert {name: inspect.signature(getattr(scheduler, name)) for name in own} == own
 
 
 def test_a_scheduler_is_followed_and_left_as_it_was():

@@ -10,7 +10,9 @@ from diffusers import attention_backend
 from tiny import TEXT, WIDTH, r
 from tiny_models import BY_NAME
 
+from lowbit_attention.adaptive import Fingerprint, Policy, observe
 from lowbit_attention.integrations.diffusers import register
+from lowbit_attention.recipes.named import RECIPES
 
 NEAR = "int8_fp16"
 
@@ -101,6 +103,64 @@ def test_a_pipeline(name):
     pipe.transformer.reset_attention_backend()
     with attention_backend("lowbit"):
         assert torch.equal(run(pipe, options), near)
+
+
+@pytest.mark.parametrize("name", ["FluxPipeline", "PixArtSigmaPipeline", "WanPipeline", "CogVideoXPipeline"])
+def test_a_policy_by_the_pipelines_scheduler(name):
+    """The scheduler that is followed does what it did (noise, its own sigmas), and each step has its recipe."""
+    torch.manual_seed(0)
+    model, scheduler, options = cases()[name]
+    if name == "PixArtSigmaPipeline":
+        options = {**options, "eta": 1.0}  # (noise at every step, from the generator that is given)
+    pipe = parts(getattr(diffusers, name), transformer=transformer(model), scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    exact = run(pipe, options, steps=3)
+    with observe(pipe.transformer, candidates=[NEAR], timesteps=pipe.scheduler) as watch:
+        assert torch.equal(run(pipe, options, steps=3), exact)
+    keys = list(watch.observations.records)
+    steps = sorted({key.timestep for key in keys})
+    assert len(steps) == 3
+    recipes = dict(zip(steps, ("sage2_8b", "sage2_4b", "exact"), strict=True))
+    routes = {key: recipes[key.timestep] for key in keys}
+    policy = Policy(routes, {n: RECIPES[n] for n in recipes.values()}, model=Fingerprint.of(pipe.transformer))
+    report = register(policy, timesteps=pipe.scheduler)
+    pipe.transformer.set_attention_backend("lowbit")
+    for _ in range(2):
+        report.clear()
+        run(pipe, options, steps=3)
+        ran = {kind.recipe: n for kind, n in report.counts.items()}
+        assert ran == {recipe: len(keys) // 3 for recipe in recipes.values()}
+
+
+def test_step_caching_and_a_policy():
+    """cache-dit leaves blocks out; those that run have the recipe of their step, whatever was left out before."""
+    cache_dit = pytest.importorskip("cache_dit")
+    torch.manual_seed(0)
+    _, scheduler, options = cases()["FluxPipeline"]
+    pipe = parts(
+        diffusers.FluxPipeline,
+        transformer=transformer("FluxTransformer2DModel", num_layers=2, num_single_layers=2),
+        scheduler=scheduler,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    with observe(pipe.transformer, candidates=[NEAR], timesteps="forwards") as watch:
+        run(pipe, options, steps=6)
+    routes = {key: "sage2_8b" if key.timestep % 2 else "sage2_4b" for key in watch.observations.records}
+    policy = Policy(
+        routes, {n: RECIPES[n] for n in ("exact", *set(routes.values()))}, model=Fingerprint.of(pipe.transformer)
+    )
+    report = register(policy, timesteps="forwards")
+    pipe.transformer.set_attention_backend("lowbit")
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=10.0, max_warmup_steps=2
+    )
+    cache_dit.enable_cache(pipe, cache_config=config)
+    try:
+        run(pipe, options, steps=6)
+    finally:
+        cache_dit.disable_cache(pipe)
+    # (two whole steps of four calls, then the first block of each: 3 of either parity)
+    assert {kind.recipe: n for kind, n in report.counts.items()} == {"sage2_4b": 6, "sage2_8b": 6}
 
 
 CASES = ["FluxTransformer2DModel", "SD3Transformer2DModel"]
