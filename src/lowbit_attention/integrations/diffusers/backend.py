@@ -71,7 +71,7 @@ class Backend:
         """Whether the backend may be given to a model.
 
         Raises:
-            PolicyMismatchError: its policy was made for another one, and ``strict`` was not switched off.
+            PolicyMismatchError: its policy was made for another one.
         """
         self._handlers.check(model)
 
@@ -154,7 +154,9 @@ class _OfPolicy:
             name: None if recipe.is_exact else Caught(recipe, **options, report=report)
             for name, recipe in policy.recipes.items()
         }
-        self._any = Caught("exact", **options, report=report)  # (gradients and dropout are counted alike by all)
+        self._any = Caught(
+            "exact", **{**options, "like": None}, report=report
+        )  # (gradients and dropout are counted alike by all)
         self._open: weakref.WeakKeyDictionary[nn.Module, ExitStack] = weakref.WeakKeyDictionary()
         self._scheduled = Together()
         self._following = ExitStack()

@@ -66,8 +66,9 @@ def add_member(names: Any, value: str) -> Any:
     names._member_map_[member._name_] = member
     names._member_names_.append(member._name_)
     names._value2member_map_[value] = member
-    if hasattr(names, "_hashable_values_"):  # (Python 3.13)
-        names._hashable_values_.append(value)
+    hashed = getattr(names, "_hashable_values_", None)  # (a list, from Python 3.13.1 on)
+    if hashed is not None:
+        hashed.append(value)
     return member
 
 

@@ -80,6 +80,17 @@ def test_compiled_and_as_the_default(name):
     assert (drive(compiled, case, None, 2) - wanted).abs().max() < 1e-2
 
 
+def test_another_machines_numbers():
+    case = BY_NAME["SD3Transformer2DModel"]
+    model = case.build()
+    policy = policy_of(model, case, None, 1)
+    with policy.applied(model, like="sm_80"):
+        wanted = case.run(model)
+    register(policy, like="sm_80")
+    model.set_attention_backend("lowbit")
+    assert torch.equal(case.run(model), wanted)
+
+
 def test_observing_a_model_that_has_the_backend():
     """`observe` sees every call, and the model's output is exact."""
     register("sage2_4b")
