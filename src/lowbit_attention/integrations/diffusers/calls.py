@@ -44,6 +44,11 @@ def make_function(name: str, number: int) -> Callable[..., Answer]:
                 f"dropout_p={dropout_p}: the backend {name!r} has no dropout; run the model in eval mode, or train it "
                 'with set_attention_backend("native")'
             )
+        if attn_mask is not None and not isinstance(attn_mask, Tensor):
+            _refuse(
+                f"attn_mask is a {type(attn_mask).__name__}, and the backend {name!r} takes tensors; leave what makes "
+                "such masks on the backend that reads them"
+            )
         for argument, given in undeclared.items():
             if given is not None:
                 _refuse(f"{argument}={given!r} (of attention_kwargs) means nothing to the backend {name!r}")

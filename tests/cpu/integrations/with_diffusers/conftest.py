@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 import torch.nn.functional as F
 
+collect_ignore = ["rank.py"]  # (a program: test_parallel.py runs it)
 collect_ignore_glob = [] if importlib.util.find_spec("diffusers") else ["test_*.py", "t*.py", "r*.py"]
 
 if not collect_ignore_glob:

@@ -136,6 +136,16 @@ def test_a_mask_that_does_not_fit_is_torchs_error():
         dispatch_attention_fn(q, k, v, attn_mask=torch.ones(2, 7, dtype=torch.bool))
 
 
+def test_a_mask_that_is_no_tensor_is_refused():
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    register(NEAR)
+    q, k, v = qkv()
+    mask = create_block_mask(lambda b, h, i, j: i >= j, 1, 1, 8, 12, device="cpu", BLOCK_SIZE=8)
+    with pytest.raises(UnsupportedError, match="attn_mask is a BlockMask"), attention_backend("lowbit"):
+        dispatch_attention_fn(q, k, v, attn_mask=mask)
+
+
 def test_gqa_causal_scale_and_lse():
     report = register(NEAR)
     q, k, v = qkv(tokens=12, heads=4)

@@ -19,6 +19,13 @@ def run():
         model(torch.randn(1, 4, 8, 8), torch.randn(1, 6, 32), torch.randn(1, 8), torch.ones(1))
 """
 OURS = "from lowbit_attention.integrations.diffusers import register, unregister\n"
+CALL = """
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+def run():
+    dispatch_attention_fn(*[torch.randn(1, 8, 2, 16)] * 3)
+"""
 COUNTED = """
 from lowbit_attention.integrations.diffusers.registration import _registered
 run()
@@ -35,12 +42,10 @@ def python(code, variable):
     return run.stdout, run.stderr
 
 
-@pytest.mark.parametrize(
-    "first", [OURS, "import diffusers\n" + OURS, "import diffusers.models.modeling_utils\n" + OURS]
-)
+@pytest.mark.parametrize("first", [OURS, "import diffusers.models.modeling_utils\n" + OURS])
 def test_imported_before_the_backends_are(first):
     after = "unregister(); run(); print(registry._active_backend.value)"
-    out, error = python(first + MODEL + COUNTED + after, "lowbit_int8_fp16")
+    out, error = python(first + (MODEL if first is OURS else CALL) + COUNTED + after, "lowbit_int8_fp16")
     assert out == "lowbit_int8_fp16 {'emulation': 1}\nnative\n", error
 
 
@@ -57,7 +62,7 @@ def test_too_late():
 
 def test_after_diffusers_has_failed_it_is_not_too_late():
     failing = "try:\n    import diffusers.models.attention_dispatch\nexcept ValueError as error:\n    print(error)\n"
-    out, error = python(failing + OURS + MODEL + COUNTED, "lowbit_int8_fp16")
+    out, error = python(failing + OURS + CALL + COUNTED, "lowbit_int8_fp16")
     first, second = out.splitlines()
     assert first == "'lowbit_int8_fp16' is not a valid AttentionBackendName", error
     assert second == "lowbit_int8_fp16 {'emulation': 1}"

@@ -161,6 +161,14 @@ case(
     masked=True,
 )  # fmt: skip
 case(
+    "SanaWMLTX2RefinerTransformer3DModel", "ltx2_refiner",
+    _LTX2,
+    lambda: {"hidden_states": r(1, TOKENS, 4), "encoder_hidden_states": r(1, TEXT, 16),
+             "timestep": torch.full((1, TOKENS), 10), "video_rotary_emb": (r(1, TOKENS, WIDTH), r(1, TOKENS, WIDTH)),
+             "encoder_attention_mask": seen(1, TEXT)},
+    masked=True,
+)  # fmt: skip
+case(
     "CosmosTransformer3DModel", "cosmos",
     heads(in_channels=4, out_channels=4, num_layers=1, text_embed_dim=16, adaln_lora_dim=4, max_size=(4, 8, 8),
            concat_padding_mask=False),
