@@ -154,9 +154,8 @@ class _OfPolicy:
             name: None if recipe.is_exact else Caught(recipe, **options, report=report)
             for name, recipe in policy.recipes.items()
         }
-        self._any = Caught(
-            "exact", **{**options, "like": None}, report=report
-        )  # (gradients and dropout are counted alike by all)
+        of_exact: BackendOptions = {**options, "like": None}
+        self._any = Caught("exact", **of_exact, report=report)  # (gradients and dropout are counted alike by all)
         self._open: weakref.WeakKeyDictionary[nn.Module, ExitStack] = weakref.WeakKeyDictionary()
         self._scheduled = Together()
         self._following = ExitStack()

@@ -1,5 +1,8 @@
 """A policy through this door runs what it runs through `Policy.apply`: the same names, numbers and steps."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, attention_backend
@@ -78,6 +81,19 @@ def test_compiled_and_as_the_default(name):
     model.set_attention_backend("lowbit")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert (drive(compiled, case, None, 2) - wanted).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("kind", ["forwards", "scheduler"])
+def test_no_model_is_kept_alive(kind):
+    case = BY_NAME["SD3Transformer2DModel"]
+    model, made = case.build(), scheduler(2) if kind == "scheduler" else kind
+    register(policy_of(model, case, made, 2), timesteps=made)
+    model.set_attention_backend("lowbit")
+    case.run(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_another_machines_numbers():
