@@ -39,7 +39,9 @@ three times as long. ``make kernels-all`` does."""
 def is_out_of_ci(instance: Instance) -> bool:
     """Whether CI leaves an instance out."""
     switches = dict(instance.defines)
-    return instance.arch in OUT_OF_CI and any(mask in switches for mask in ("KEY_LIST", "MASK_BITS", "MASK_BIAS"))
+    return instance.arch in OUT_OF_CI and any(
+        mask in switches for mask in ("KEY_LIST", "MASK_BITS", "MASK_BIAS", "SEQUENCES")
+    )
 
 
 def limited() -> dict[str, MmaConfig]:

@@ -107,11 +107,14 @@ def _manifest() -> Iterable[Instance]:
             yield from (wgmma_config(RECIPES[name], head_dim, dtype, mask).instance() for name in WGMMA_RECIPES)
     for arch in MMA_ARCHS:
         yield mask_instance(MMA_GEOMETRY.b_k, arch)
-        for head_dim, mask in itertools.product(HEAD_DIMS, MASKS):
+        yield sequences_instance(arch)
+        for head_dim, mask in itertools.product(HEAD_DIMS, (*MASKS, "sequences")):
             configs = [mma_config(RECIPES[name], head_dim, arch, mask=mask) for name in mma_recipes(arch)]
             if arch == "sm_90":  # the INT4 MMA is tested there
                 four_bits = (RECIPES[n] for n in MMA_RECIPES if RECIPES[n].qk_bits == 4)
                 configs += [mma_config(r, head_dim, arch, True, mask) for r in four_bits]
+            if mask == "sequences":  # (with smooth Q they go one by one)
+                configs = [config for config in configs if not config.smooth_q]
             yield from (config.instance() for config in dict.fromkeys(configs))
             dtypes = DTYPE_CODES if arch == "sm_90" else (torch.float16, torch.bfloat16)  # (tests use float32, too)
             for form in dict.fromkeys(config.form for config in configs):
