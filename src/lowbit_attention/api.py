@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from itertools import pairwise
 from typing import Any, Literal, TypedDict, overload
 
 import torch
@@ -12,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from typing_extensions import Unpack
 
 from . import ops
-from .backends.dispatch import Chosen, Explanation, check_possible, explain_request, run_request
-from .backends.varlen import on_a_kernel
+from .backends.dispatch import Explanation, check_possible, explain_request, run_request
+from .backends.varlen import promised, run_sequences
 from .call import checks
 from .call.checks import for_scale
 from .call.mask_types import Mask, checked_mask, tensors_of
@@ -204,11 +202,11 @@ def run_attention(
         )
         if key is not None:
             _calls.put(key, (scale, request))
-    (out, lse), choice = run_request(q, k, v, mask, scale, request)
+    (out, lse), _ = run_request(q, k, v, mask, scale, request)
     if layout == "NHD":
         out = out.transpose(1, 2)
     out = out.contiguous()
-    return (out, _promised(lse, choice)) if return_lse else out
+    return (out, promised(lse)) if return_lse else out
 
 
 _calls: Memo[tuple[float, Request]] = Memo()
@@ -386,52 +384,13 @@ def run_attention_varlen(
     on_emulation: OnEmulation,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention_varlen` with every argument given; the operator of `ops` comes here, too."""
-    checks.check_tensors(q, k, v, 3, "[tokens, heads, head_dim]")
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} (as [tokens, heads, head_dim])"
-    if k.shape[:2] != v.shape[:2]:
-        raise InvalidArgumentError(f"k and v must have the same tokens and heads: {shapes}")
-    checks.check_heads(q.shape[1], k.shape[1], shapes)
-    checks.check_head_dims(q.shape[2], k.shape[2], v.shape[2], shapes)
     chosen, machine = _check_options(recipe, like, is_causal, causal_alignment, return_lse, on_emulation)
-    scale = checks.resolve_scale("sm_scale", sm_scale, q.shape[2])
-    chosen = for_scale("sm_scale", scale, chosen)
-    options = {
-        "is_causal": is_causal, "bottom_right": causal_alignment != "top_left", "return_lse": return_lse,
-        "on_emulation": on_emulation,
-    }  # fmt: skip
-    for name, cu, most in (("q", cu_seqlens_q, max_seqlen_q), ("k", cu_seqlens_k, max_seqlen_k)):
-        checks.check_cu_kind(f"cu_seqlens_{name}", cu, q.device)
-        checks.check_max_kind(f"max_seqlen_{name}", most)
-    if cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise InvalidArgumentError(
-            f"cu_seqlens_q has {len(cu_seqlens_q) - 1} sequences, cu_seqlens_k has {len(cu_seqlens_k) - 1}"
-        )
-    if (answer := on_a_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, chosen, machine, **options)) is not None:
-        (out, lse), choice = answer
-        return (out, _promised(lse, choice)) if return_lse else out
-    starts_q = checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    starts_k = checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0])
-    checks.check_max_seqlen("max_seqlen_q", max_seqlen_q, starts_q)
-    checks.check_max_seqlen("max_seqlen_k", max_seqlen_k, starts_k)
-    outs = [q.new_zeros(starts_q[0], q.shape[1], v.shape[2])]
-    lses = [q.new_full((q.shape[1], starts_q[0]), -math.inf, dtype=torch.float32)]
-    for (q0, q1), (k0, k1) in zip(pairwise(starts_q), pairwise(starts_k), strict=True):
-        one_q, one_k, one_v = (t[None].transpose(1, 2) for t in (q[q0:q1], k[k0:k1], v[k0:k1]))
-        request = make_request(one_q, one_k, one_v, None, chosen, machine, **options)
-        (out, lse), choice = run_request(one_q, one_k, one_v, None, scale, request)
-        outs.append(out[0].transpose(0, 1))
-        lses += [_promised(lse, choice)[0]] if return_lse else []
-    rest = len(q) - starts_q[-1]
-    packed = torch.nn.functional.pad(torch.cat(outs), (0, 0, 0, 0, 0, rest))
-    return (
-        (packed, torch.nn.functional.pad(torch.cat(lses, dim=1), (0, rest), value=-math.inf)) if return_lse else packed
-    )
-
-
-def _promised(lse: Tensor | None, choice: Chosen) -> Tensor:
-    if lse is None:
-        raise RuntimeError(f"{choice.implementation.name} accepted return_lse and gave none: a defect of ours")
-    return lse
+    (out, lse), _ = run_sequences(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, chosen, machine, sm_scale,
+        is_causal=is_causal, bottom_right=causal_alignment != "top_left", return_lse=return_lse,
+        on_emulation=on_emulation,
+    )  # fmt: skip
+    return (out, promised(lse)) if return_lse else out
 
 
 def _check_options(
