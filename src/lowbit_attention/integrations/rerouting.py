@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,8 +86,9 @@ class Rerouter:
         self.on_emulation: OnEmulation = on_emulation
         self.report = CallReport() if report is None else report
         self._text = recipe_text(self.recipe)
-        self._number = next(_next)
-        _rerouters[self._number] = self
+        self.number = next(_next)
+        """By which compiled code finds this object."""
+        _rerouters[self.number] = self
 
     def run(self, call: TorchCall, original: Callable[..., Tensor], *, why_not: str = "") -> Tensor:
         """The output of a call: by the recipe, or by ``original``, which takes torch's arguments.
@@ -100,8 +102,7 @@ class Rerouter:
         if torch.compiler.is_dynamo_compiling():
             return self._traced(call, original, why_not)
         if not self.declines(call, why_not):
-            query = call.query
-            if query.is_meta or (type(query) is not Tensor and isinstance(query, _WITHOUT_DATA)):
+            if holds_no_data(call.query):
                 return self.by_operator(call)
             answer = self.answer(call)
             if answer is not None:
@@ -173,7 +174,7 @@ class Rerouter:
             else:
                 ran = _ran(checked, choice) if self.strict else attempt(choice, checked.request, _ran, checked, choice)
                 if not isinstance(ran, str):
-                    self.report.add(_kind(choice))
+                    self.report.add(kind_of(choice))
                     return ran
                 reason = ran
         self.report.add(CallKind(TORCH, "-", reason))
@@ -206,17 +207,25 @@ class Rerouter:
 
     def _traced(self, call: TorchCall, original: Callable[..., Tensor], why_not: str) -> Tensor:
         """`run` while torch.compile traces: what can be known now is decided now, and an operator does the rest."""
-        here = not exports()
-        reason = "gradients" if call.wants_grad() else "dropout" if call.dropout_p else why_not
-        if reason:
-            if here:
-                torch.ops.lowbit_attention.declined(tally, self._number, reason)
+        if self.declines_traced(call, why_not):
             return call.run(original)
-        # (here the number finds this object, its machine included)
-        here_options = self._text, None, self.strict, self._number, self.on_emulation
-        options = here_options if here else self.export_options()
-        out: Tensor = torch.ops.lowbit_attention.rerouted_sdpa(*call.in_autocast().operands(), *options)
+        operands = call.in_autocast().operands()
+        out: Tensor = torch.ops.lowbit_attention.rerouted_sdpa(*operands, *self.operator_options())
         return out
+
+    def declines_traced(self, call: TorchCall, why_not: str = "") -> bool:
+        """`declines` while torch.compile traces: it is counted when the code runs."""
+        reason = "gradients" if call.wants_grad() else "dropout" if call.dropout_p else why_not
+        if reason and not exports():
+            torch.ops.lowbit_attention.declined(tally, self.number, reason)
+        return bool(reason)
+
+    def operator_options(self) -> tuple[str, str | None, bool, int, OnEmulation]:
+        """What an operator is told (`OPTIONS`) that runs here, or where an exported program does."""
+        if exports() or not torch.compiler.is_dynamo_compiling():
+            return self.export_options()
+        # (here the number finds this object, its machine included)
+        return self._text, None, self.strict, self.number, self.on_emulation
 
     def declined(self, reason: str) -> None:
         """Compiled code gave a call to the original."""
@@ -250,13 +259,18 @@ def _ran(call: CheckedCall, choice: Chosen) -> Output:
     return call.finish(out), lse
 
 
-def _kind(choice: Chosen) -> CallKind:
+def kind_of(choice: Chosen) -> CallKind:
     """How a call that this choice ran is counted."""
     known = _kinds.get(choice)
     return known or _kinds.put(CallKind(choice.implementation.name, choice.recipe.name), choice)
 
 
 _kinds: IdentityMemo[CallKind] = IdentityMemo()
+
+
+def holds_no_data(t: Tensor) -> bool:
+    """Whether a program is being exported, say, and this stands for its tensors."""
+    return t.is_meta or (type(t) is not Tensor and isinstance(t, _WITHOUT_DATA))
 
 
 def in_short(error: LowbitError) -> str:
@@ -293,16 +307,15 @@ def _elsewhere(recipe: str, like: str | None, strict: bool, on_emulation: OnEmul
     return Rerouter(parse_recipe(recipe), like=like, strict=strict, on_emulation=on_emulation)
 
 
-def _run_rerouted(
-    call: TorchCall,
-    recipe: str,
-    like: str | None,
-    strict: bool,
-    number: int = _NOBODY,
-    on_emulation: OnEmulation = "warn",
-) -> Tensor:
-    rerouter = _rerouters.get(number) or _elsewhere(recipe, like, strict, on_emulation)
-    answer = rerouter.answer(call)
+def named(
+    recipe: str, like: str | None, strict: bool, number: int = _NOBODY, on_emulation: OnEmulation = "warn"
+) -> Rerouter:
+    """The rerouter that an operator is told of (`OPTIONS`), or one like it."""
+    return _rerouters.get(number) or _elsewhere(recipe, like, strict, on_emulation)
+
+
+def _run_rerouted(call: TorchCall, *options: Any) -> Tensor:
+    answer = named(*options).answer(call)
     return call.run(call_torch, torch_sdpa) if answer is None else answer[0]
 
 
@@ -311,6 +324,7 @@ def _declined(tally: Tensor, number: int, reason: str) -> None:
         rerouter.declined(reason)
 
 
-_OPTIONS = f"str recipe, str? like, bool strict, int number={_NOBODY}, str on_emulation='warn'"
-sdpa_operator("rerouted_sdpa", _OPTIONS, _run_rerouted)
+OPTIONS = f"str recipe, str? like, bool strict, int number={_NOBODY}, str on_emulation='warn'"
+"""What an operator is told of its rerouter, as a schema has it (`Rerouter.operator_options`)."""
+sdpa_operator("rerouted_sdpa", OPTIONS, _run_rerouted)
 operator("declined(Tensor(a!) tally, int number, str reason) -> ()", _declined, lambda *_: None, mutates=True)
