@@ -1,0 +1,163 @@
+"""`register` and `unregister`: a recipe under a name of transformers' own registries, of attention and of masks."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+from torch import Tensor
+
+from ...api import Training
+from ...backends.base import torch_sdpa
+from ...call.request import OnEmulation
+from ...errors import InvalidArgumentError, MissingExtraError, UnsupportedError, shown
+from ...recipes.definition import Recipe
+from ...recipes.machine import Machine
+from ..call_report import CallReport
+from ..packed import PackedCall, run_packed
+from ..rerouting import Rerouter
+from ..sinks import run_with_sinks
+from .words import refuse, words
+
+OLDEST = "4.56"
+_SPECIAL = ("flash", "sdpa", "flex", "eager", "paged", "/", "|", "@", ":")
+"""Parts of names that transformers reads something into."""
+
+_registered: dict[str, Attend] = {}
+
+
+def register(
+    recipe: str | Recipe = "auto",
+    name: str = "lowbit",
+    *,
+    like: str | Machine | None = None,
+    training: Training = "exact",
+    strict: bool = False,
+    on_emulation: OnEmulation = "warn",
+) -> CallReport:
+    """Make ``recipe`` an attention implementation of transformers: ``model.set_attn_implementation("lowbit")``.
+
+    Args:
+        recipe: ``"auto"`` (a kernel where it is faster than torch, torch elsewhere), a recipe's name or a `Recipe`.
+        name: what ``attn_implementation`` is given. Registering a name again replaces what it meant, also for the
+            models that use it.
+        like, training, strict, on_emulation: as in `sdpa_enabled`.
+    Returns:
+        A `CallReport` that counts every attention call of the models which use the name.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> report = register("sage2_8b")
+    >>> config = BertConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, intermediate_size=32)
+    >>> model = BertModel(config).eval()
+    >>> model.set_attn_implementation("lowbit")
+    >>> with torch.no_grad():
+    ...     out = model(input_ids=torch.arange(20)[None])
+    >>> report.by_implementation()
+    {'emulation': 2}
+    >>> unregister()
+
+    Raises:
+        InvalidArgumentError, InvalidRecipeError: a wrong argument, an unknown recipe, a name that is somebody else's.
+        MissingExtraError: there is no transformers. UnsupportedError: it is too old.
+    """
+    attention, masks, make_mask = _registries()
+    _check_name(name, attention)
+    attend = Attend(name, Rerouter(recipe, like=like, training=training, strict=strict, on_emulation=on_emulation))
+    masks.register(name, make_mask)  # (first: without it padding and windows would be lost)
+    attention.register(name, attend)
+    _registered[name] = attend
+    return attend.rerouter.report
+
+
+def unregister(name: str | None = None) -> None:
+    """Take ``name`` back (``None``: every name of `register`). Where nothing was registered, nothing happens.
+
+    A model that still uses it gets transformers' error at its next call; give it another implementation before
+    (``model.set_attn_implementation("sdpa")``).
+    """
+    for each in list(_registered) if name is None else [name]:
+        mine = _registered.pop(each, None)
+        if mine is None:
+            continue
+        attention, masks, _ = _registries()
+        if attention._global_mapping.get(each) is mine:  # (else somebody has put another in its place)
+            attention._global_mapping.pop(each, None)
+            masks._global_mapping.pop(each, None)
+
+
+class Attend:
+    """An attention function of transformers, as its interface calls it."""
+
+    def __init__(self, name: str, rerouter: Rerouter) -> None:
+        self.name = name
+        self.rerouter = rerouter
+        rerouter.report.of = f"attn_implementation={name!r}"
+
+    def __call__(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        sliding_window: int | None = None,
+        position_bias: Tensor | None = None,
+        s_aux: Tensor | None = None,
+        sinks: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        """``[B, Hq, Nq, D]`` and K, V of Hkv heads → the output ``[B, Nq, Hq, Dv]``, and no weights.
+
+        Raises:
+            UnsupportedError: what no recipe can do, by its name (`words.refuse`).
+        """
+        refuse(self.name, dropout, others)
+        call, logits = words(
+            module, query, key, value, attention_mask, scaling, is_causal, sliding_window, position_bias,
+            sinks if s_aux is None else s_aux, cu_seq_lens_q, cu_seq_lens_k,
+        )  # fmt: skip
+        if isinstance(call, PackedCall):
+            packed = run_packed(self.rerouter, call)
+            return packed.reshape(query.shape[0], query.shape[2], *packed.shape[1:]), None
+        if logits is not None:
+            out = run_with_sinks(self.rerouter, call, logits, torch_sdpa)
+        else:
+            out = self.rerouter.run(call, torch_sdpa)
+        return out.transpose(1, 2).contiguous(), None
+
+
+def _check_name(name: object, attention: Any) -> None:
+    if not isinstance(name, str) or not name:
+        raise InvalidArgumentError(f"name={shown(name)} is no name for attn_implementation")
+    if special := [part for part in _SPECIAL if part in name]:
+        raise InvalidArgumentError(f"name={name!r}: transformers reads something of its own into {special[0]!r}")
+    there = attention._global_mapping.get(name)
+    if there is not None and there is not _registered.get(name):
+        raise InvalidArgumentError(f"name={name!r} is an attention implementation of somebody else's: {there!r}")
+
+
+def _registries() -> tuple[Any, Any, Any]:
+    """Transformers' registries of attention and masks, and its maker of boolean masks.
+
+    Raises:
+        MissingExtraError: there is no transformers. UnsupportedError: it is too old.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise MissingExtraError("attn_implementation='lowbit'", "transformers", "transformers")
+    import transformers
+
+    try:
+        masking = importlib.import_module("transformers.masking_utils")
+        attention = importlib.import_module("transformers.modeling_utils").AttentionInterface
+        return attention, masking.AttentionMaskInterface, masking.sdpa_mask
+    except (ImportError, AttributeError):
+        raise UnsupportedError(
+            f"transformers {transformers.__version__} has no registries of attention and of masks: "
+            f'pip install --upgrade "transformers>={OLDEST}", or use sdpa_enabled'
+        ) from None
