@@ -34,6 +34,7 @@ ROOMS = (
     ("adaptive",),
     ("integrations.comfyui",),
     ("integrations.diffusers",),
+    ("integrations.transformers",),
     ("cli", "__main__"),
     ("",),
 )

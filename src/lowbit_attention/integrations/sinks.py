@@ -40,18 +40,21 @@ def run_with_sinks(rerouter: Rerouter, call: TorchCall, sinks: Tensor, original:
     Raises:
         UnsupportedError, InvalidArgumentError: as `Rerouter.run`.
     """
+    if declines_with_sinks(rerouter, call, sinks):
+        return exactly_with_sinks(call, sinks, original)
+    if torch.compiler.is_dynamo_compiling() or holds_no_data(call.query):
+        return _by_operator(rerouter, call, sinks)
+    return _answer(rerouter, call, sinks, original)
+
+
+def declines_with_sinks(rerouter: Rerouter, call: TorchCall, sinks: Tensor) -> bool:
+    """`Rerouter.declines`, also while torch.compile traces, and for gradients of the sinks."""
     gradients = wants_grad(sinks) and not call.wants_grad()
     if torch.compiler.is_dynamo_compiling():
-        if rerouter.declines_traced(call, "gradients" if gradients else ""):
-            return exactly_with_sinks(call, sinks, original)
-        return _by_operator(rerouter, call, sinks)
+        return rerouter.declines_traced(call, "gradients" if gradients else "")
     if gradients:
         rerouter.count(GRADIENTS)
-    elif not rerouter.declines(call):
-        if holds_no_data(call.query):
-            return _by_operator(rerouter, call, sinks)
-        return _answer(rerouter, call, sinks, original)
-    return exactly_with_sinks(call, sinks, original)
+    return gradients or rerouter.declines(call)
 
 
 def exactly_with_sinks(call: TorchCall, sinks: Tensor, original: Callable[..., Tensor]) -> Tensor:

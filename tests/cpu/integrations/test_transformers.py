@@ -10,6 +10,8 @@ from hf_cases import CASES, Witness, read
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lowbit_attention import RECIPES, InvalidArgumentError, InvalidRecipeError, UnsupportedError
+from lowbit_attention.adaptive import CallKey, Policy
+from lowbit_attention.adaptive.fingerprint import Fingerprint
 from lowbit_attention.integrations.transformers import register, unregister
 
 NEAR = "int8_fp16"
@@ -233,12 +235,10 @@ def test_packed_sequences(name, positions):
 
 @torch.no_grad()
 def test_packed_without_a_mask_runs_as_packed_sequences(monkeypatch):
-    from lowbit_attention.integrations.transformers import registration
+    from lowbit_attention.integrations.transformers import runs
 
     seen = []
-    monkeypatch.setattr(
-        registration, "run_packed", lambda rerouter, call: seen.append(call) or torch.zeros(*call.query.shape)
-    )
+    monkeypatch.setattr(runs, "run_packed", lambda rerouter, call: seen.append(call) or torch.zeros(*call.query.shape))
     model, ids = CASES["llama"].build(), CASES["llama"].inputs(28)["input_ids"][:1]
     cu = torch.tensor([0, 9, 23, 28], dtype=torch.int32)
     register(NEAR)
@@ -331,6 +331,99 @@ def test_auto_on_a_cpu_is_torchs():
     torch.testing.assert_close(read(model(**inputs)), want)
     assert (report.calls, report.ran) == (2, 0)
     assert next(iter(report.fallbacks)).startswith("recipe auto: ")
+
+
+# ---- policies
+
+
+def policy_of(model, default="exact", **routes):
+    names = {f"model.layers.{n}.self_attn": name for n, name in enumerate(routes.values())}
+    recipes = {name: RECIPES[name] for name in {*names.values(), default}}
+    return Policy(
+        routes={CallKey(path, 0, 0.0): name for path, name in names.items()},
+        recipes=recipes, default=default, model=Fingerprint.of(model),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_a_policy_runs_each_layers_recipe(name, compiled):
+    torch._dynamo.reset()
+    case = CASES[name]
+    model, inputs = case.build(), case.inputs()
+    want, by_hand = [], []
+    for each in ("sage2_8b", "sage2_4b"):
+        report = register(each, f"lowbit_{each}")
+        by_hand.append(transformers.AttentionInterface._global_mapping[f"lowbit_{each}"])
+        assert report.calls == 0
+
+    def each_by_its_own(module, *args, **kwargs):
+        return by_hand[module.layer_idx](module, *args, **kwargs)
+
+    transformers.AttentionInterface.register("lowbit_by_hand", each_by_its_own)
+    transformers.masking_utils.AttentionMaskInterface.register("lowbit_by_hand", transformers.masking_utils.sdpa_mask)
+    model.set_attn_implementation("lowbit_by_hand")
+    called = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    want = read(called(**inputs))
+    for names in (transformers.AttentionInterface, transformers.masking_utils.AttentionMaskInterface):
+        del names._global_mapping["lowbit_by_hand"]
+    torch._dynamo.reset()
+    report = register(policy_of(model, a="sage2_8b", b="sage2_4b"), model=model, strict=True)
+    model.set_attn_implementation("lowbit")
+    for _ in range(2):
+        torch.testing.assert_close(read(called(**inputs)), want, rtol=1e-5, atol=1e-5)
+    assert {kind.recipe: n for kind, n in report.counts.items()} == {"sage2_8b": 2, "sage2_4b": 2}
+
+
+@torch.no_grad()
+def test_a_policy_knows_its_model():
+    model, other, inputs = CASES["llama"].build(), CASES["llama"].build(), CASES["llama"].inputs()
+    policy = policy_of(model, a="exact", b="sage2_8b")
+    with pytest.raises(InvalidArgumentError, match=r"register\(policy, model=model\)"):
+        register(policy)
+    with pytest.raises(InvalidArgumentError, match="made for another model"):
+        register(policy, model=CASES["mistral"].build())
+    with pytest.raises(InvalidArgumentError, match="with a policy only"):
+        register("sage2_8b", model=model)
+    report = register(policy, model=model)
+    model.set_attn_implementation("lowbit")
+    other.set_attn_implementation("lowbit")
+    model(**inputs)
+    assert report.fallbacks == {"the policy's recipe is exact": 1}
+    assert report.by_implementation() == {"torch": 1, "emulation": 1}
+    want = read(CASES["llama"].build()(**inputs))
+    report.clear()
+    close(read(other(**inputs)), want)
+    assert list(report.fallbacks.values()) == [2]
+    assert "another model's" in next(iter(report.fallbacks))
+
+
+def test_a_policys_gradients_are_torchs():
+    case = CASES["gpt_oss"]
+    model, inputs = case.build(), case.inputs()
+    report = register(policy_of(model, a="sage2_8b", b="sage2_4b"), model=model)
+    model.set_attn_implementation("lowbit")
+    read(model(**inputs)).square().mean().backward()
+    assert report.fallbacks == {"gradients are asked for": 2}
+    assert all(layer.self_attn.sinks.grad.abs().sum() > 0 for layer in model.model.layers)
+
+
+@torch.no_grad()
+def test_a_policy_that_was_observed():
+    """From `observe` to `register`: names are the same, and so is every call's recipe, also while it generates."""
+    from lowbit_attention.adaptive import choose, observe
+
+    case = CASES["llama"]
+    model, inputs = case.build(), case.inputs()
+    model.set_attn_implementation("sdpa")
+    with observe(model, candidates=["sage2_8b", "sage2_4b"]) as watch:
+        model(**inputs)
+    policy = choose(watch.observations, threshold=0.0, recipes=("sage2_4b",)).policy(model)
+    report = register(policy, model=model)
+    model.set_attn_implementation("lowbit")
+    model.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert {kind.recipe: n for kind, n in report.counts.items()} == {"sage2_4b": 6}
 
 
 # ---- what is refused

@@ -6,18 +6,17 @@ import importlib
 import importlib.util
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...adaptive.policy import Policy
 from ...api import Training
-from ...backends.base import torch_sdpa
 from ...call.request import OnEmulation
 from ...errors import InvalidArgumentError, MissingExtraError, UnsupportedError, shown
 from ...recipes.definition import Recipe
 from ...recipes.machine import Machine
 from ..call_report import CallReport
-from ..packed import PackedCall, run_packed
-from ..rerouting import Rerouter
-from ..sinks import run_with_sinks
+from ..packed import PackedCall
+from .runs import OfPolicy, OneRecipe, RunOptions
 from .words import refuse, words
 
 OLDEST = "4.56"
@@ -28,9 +27,11 @@ _registered: dict[str, Attend] = {}
 
 
 def register(
-    recipe: str | Recipe = "auto",
+    recipe: str | Recipe | Policy = "auto",
     name: str = "lowbit",
     *,
+    model: nn.Module | None = None,
+    timesteps: Any = None,
     like: str | Machine | None = None,
     training: Training = "exact",
     strict: bool = False,
@@ -39,9 +40,12 @@ def register(
     """Make ``recipe`` an attention implementation of transformers: ``model.set_attn_implementation("lowbit")``.
 
     Args:
-        recipe: ``"auto"`` (a kernel where it is faster than torch, torch elsewhere), a recipe's name or a `Recipe`.
+        recipe: ``"auto"`` (a kernel where it is faster than torch, torch elsewhere), a recipe's name, a `Recipe`, or a
+            `Policy` (a recipe for each layer).
         name: what ``attn_implementation`` is given. Registering a name again replaces what it meant, also for the
             models that use it.
+        model: with a policy that was made for a model, whose layers its names are: this one's, and no other's.
+        timesteps: with a policy, what moves its steps, as in `observe`.
         like, training, strict, on_emulation: as in `sdpa_enabled`.
     Returns:
         A `CallReport` that counts every attention call of the models which use the name.
@@ -59,15 +63,26 @@ def register(
 
     Raises:
         InvalidArgumentError, InvalidRecipeError: a wrong argument, an unknown recipe, a name that is somebody else's.
+        PolicyMismatchError: the policy was made for another model.
         MissingExtraError: there is no transformers. UnsupportedError: it is too old.
     """
     attention, masks, make_mask = _registries()
     _check_name(name, attention)
-    attend = Attend(name, Rerouter(recipe, like=like, training=training, strict=strict, on_emulation=on_emulation))
+    options: RunOptions = {"like": like, "training": training, "strict": strict, "on_emulation": on_emulation}
+    runs: OneRecipe | OfPolicy
+    if isinstance(recipe, Policy):
+        runs = OfPolicy(recipe, model, timesteps, options)
+    elif model is not None or timesteps is not None:
+        raise InvalidArgumentError("model= and timesteps= mean something with a policy only, not with a recipe")
+    else:
+        runs = OneRecipe(recipe, options)
+    attend = Attend(name, runs)
     masks.register(name, make_mask)  # (first: without it padding and windows would be lost)
     attention.register(name, attend)
+    if (before := _registered.get(name)) is not None:
+        before.runs.close()
     _registered[name] = attend
-    return attend.rerouter.report
+    return runs.report
 
 
 def unregister(name: str | None = None) -> None:
@@ -80,6 +95,7 @@ def unregister(name: str | None = None) -> None:
         mine = _registered.pop(each, None)
         if mine is None:
             continue
+        mine.runs.close()
         attention, masks, _ = _registries()
         if attention._global_mapping.get(each) is mine:  # (else somebody has put another in its place)
             attention._global_mapping.pop(each, None)
@@ -89,10 +105,10 @@ def unregister(name: str | None = None) -> None:
 class Attend:
     """An attention function of transformers, as its interface calls it."""
 
-    def __init__(self, name: str, rerouter: Rerouter) -> None:
+    def __init__(self, name: str, runs: OneRecipe | OfPolicy) -> None:
         self.name = name
-        self.rerouter = rerouter
-        rerouter.report.of = f"attn_implementation={name!r}"
+        self.runs = runs
+        runs.report.of = f"attn_implementation={name!r}"
 
     def __call__(
         self,
@@ -120,15 +136,11 @@ class Attend:
         refuse(self.name, dropout, others)
         call, logits = words(
             module, query, key, value, attention_mask, scaling, is_causal, sliding_window, position_bias,
-            sinks if s_aux is None else s_aux, cu_seq_lens_q, cu_seq_lens_k,
+            sinks if s_aux is None else s_aux, cu_seq_lens_q, cu_seq_lens_k, self.runs.packs,
         )  # fmt: skip
+        out = self.runs.run(call, logits)
         if isinstance(call, PackedCall):
-            packed = run_packed(self.rerouter, call)
-            return packed.reshape(query.shape[0], query.shape[2], *packed.shape[1:]), None
-        if logits is not None:
-            out = run_with_sinks(self.rerouter, call, logits, torch_sdpa)
-        else:
-            out = self.rerouter.run(call, torch_sdpa)
+            return out.reshape(query.shape[0], query.shape[2], *out.shape[1:]), None
         return out.transpose(1, 2).contiguous(), None
 
 

@@ -85,8 +85,9 @@ def words(
     sinks: Tensor | None,
     cu_q: Tensor | None,
     cu_k: Tensor | None,
+    packs: bool,
 ) -> Words:
-    """The call of ``[B, Hq, Nq, D]``, ``[B, Hkv, Nk, D]`` and ``[B, Hkv, Nk, Dv]``.
+    """The call of ``[B, Hq, Nq, D]``, ``[B, Hkv, Nk, D]`` and ``[B, Hkv, Nk, Dv]``; ``packs``: it may be a packed one.
 
     A mask says all of who sees whom, windows and padding too; without one, ``is_causal`` (the module's own if ``None``)
     and ``sliding_window`` do, and ``cu_q``, ``cu_k`` cut the tokens into sequences in either case.
@@ -106,7 +107,7 @@ def words(
         assert cu_q is not None
         assert cu_k is not None
         by_head = sinks is None or sinks.shape[-1] == 1
-        if mask is None and sliding_window is None and position_bias is None and by_head:
+        if packs and mask is None and sliding_window is None and position_bias is None and by_head:
             q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
             return Words(PackedCall(q, k, v, cu_q, cu_k, causal, scaling, None if sinks is None else sinks[:, 0]), None)
         if query.shape[0] != 1:
