@@ -6,7 +6,6 @@ blocks, each sequence one.
 
 from __future__ import annotations
 
-import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +18,8 @@ from ..call.torch_call import TorchCall
 from ..errors import EmulationRefusedError, LowbitError
 from ..ops import operator
 from .call_report import TORCH, CallKind
-from .rerouting import GRADIENTS, OPTIONS, RECOMPUTED, Rerouter, holds_no_data, in_short, kind_of, named, why_not_faster
-from .scope import recomputes
+from .rerouting import OPTIONS, Rerouter, holds_no_data, in_short, kind_of, named, why_not_faster
 from .sinks import exactly_with_sinks, with_sinks
-from .traced import exports, tally
 
 
 class PackedCall(NamedTuple):
@@ -39,6 +36,11 @@ class PackedCall(NamedTuple):
     is_causal: bool
     scale: float | None
     sinks: Tensor | None = None
+
+    @property
+    def dropout_p(self) -> float:
+        """There is none."""
+        return 0.0
 
     def wants_grad(self) -> bool:
         """Whether a derivative is asked for."""
@@ -58,18 +60,10 @@ def run_packed(rerouter: Rerouter, call: PackedCall) -> Tensor:
     """
     call = call.in_autocast()
     if torch.compiler.is_dynamo_compiling():
-        if call.wants_grad():
-            if not exports():
-                torch.ops.lowbit_attention.declined(tally, rerouter.number, "gradients")
-            return exactly_packed(call)
-        return _by_operator(rerouter, call)
-    if call.wants_grad():
-        rerouter.count(GRADIENTS)
-    elif not torch.is_grad_enabled() and recomputes(sys._getframe(1)):
-        rerouter.count(RECOMPUTED)
-    else:
-        return _by_operator(rerouter, call) if holds_no_data(call.query) else _answer(rerouter, call)
-    return exactly_packed(call)
+        return exactly_packed(call) if rerouter.declines_traced(call) else _by_operator(rerouter, call)
+    if rerouter.declines(call):
+        return exactly_packed(call)
+    return _by_operator(rerouter, call) if holds_no_data(call.query) else _answer(rerouter, call)
 
 
 def answer_packed(rerouter: Rerouter, call: PackedCall, *, return_lse: bool = False) -> Output | None:

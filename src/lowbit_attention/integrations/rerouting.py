@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -46,6 +46,14 @@ DROPOUT = CallKind(TORCH, "-", "dropout")
 
 _WITHOUT_DATA = (FakeTensor, FunctionalTensor)
 """What `torch.export` runs a model on; torch 2.5 wraps the first in the second."""
+
+
+class Declinable(Protocol):
+    """What `Rerouter.declines` looks at of a call of any kind."""
+
+    @property
+    def dropout_p(self) -> float: ...
+    def wants_grad(self) -> bool: ...
 
 
 class Rerouter:
@@ -109,7 +117,7 @@ class Rerouter:
                 return answer[0]
         return call.run(call_torch, original)
 
-    def declines(self, call: TorchCall, why_not: str = "") -> bool:
+    def declines(self, call: Declinable, why_not: str = "") -> bool:
         """Whether the original is to run a call whatever the recipe can, and if so, counts it.
 
         Raises:
@@ -213,7 +221,7 @@ class Rerouter:
         out: Tensor = torch.ops.lowbit_attention.rerouted_sdpa(*operands, *self.operator_options())
         return out
 
-    def declines_traced(self, call: TorchCall, why_not: str = "") -> bool:
+    def declines_traced(self, call: Declinable, why_not: str = "") -> bool:
         """`declines` while torch.compile traces: it is counted when the code runs."""
         reason = "gradients" if call.wants_grad() else "dropout" if call.dropout_p else why_not
         if reason and not exports():
