@@ -42,6 +42,27 @@ def test_the_pytorch_page_runs(capsys):
     assert "1 calls of scaled_dot_product_attention, 1 by this library" in capsys.readouterr().out
 
 
+def test_the_transformers_page_runs(capsys):
+    pytest.importorskip("transformers", reason="needs the extra transformers")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/transformers.md").read_text(encoding="utf-8"), flags=re.S)
+    assert len(blocks) >= 6
+    namespace = {}
+    try:
+        for block in blocks:
+            exec(compile(block, "docs/transformers.md", "exec"), namespace)
+    finally:
+        namespace["unregister"]()
+    assert namespace["by_layer"].calls == 0
+    assert "16 calls of scaled_dot_product_attention" in capsys.readouterr().out
+
+
+def test_the_transformers_page_lists_the_words_that_change_nothing():
+    words = pytest.importorskip("lowbit_attention.integrations.transformers.words")
+    page = (ROOT / "docs/transformers.md").read_text(encoding="utf-8")
+    listed = page.partition("Known to change nothing, and taken: ")[2].partition(".\n")[0]
+    assert set(re.findall(r"`(\w+)`", listed)) == words.HARMLESS
+
+
 def test_the_signature_page_runs(capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/api.md").read_text(encoding="utf-8"), flags=re.S)
     assert len(blocks) >= 2
