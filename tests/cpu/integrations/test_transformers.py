@@ -9,12 +9,13 @@ import transformers
 from hf_cases import CASES, Witness, read
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lowbit_attention import RECIPES, InvalidArgumentError, InvalidRecipeError, UnsupportedError
+from lowbit_attention import RECIPES, InvalidArgumentError, InvalidRecipeError, UnsupportedError, sdpa_enabled
 from lowbit_attention.adaptive import CallKey, Policy
 from lowbit_attention.adaptive.fingerprint import Fingerprint
 from lowbit_attention.integrations.transformers import register, unregister
 
 NEAR = "int8_fp16"
+OLD = "older versions make a mask there, or do not compile"
 
 
 @pytest.fixture(autouse=True)
@@ -233,6 +234,7 @@ def test_packed_sequences(name, positions):
     assert report.ran == report.calls == 2
 
 
+@pytest.mark.skipif(not hf_cases.NEW, reason=OLD)
 @torch.no_grad()
 def test_packed_without_a_mask_runs_as_packed_sequences(monkeypatch):
     from lowbit_attention.integrations.transformers import runs
@@ -255,6 +257,8 @@ def test_packed_without_a_mask_runs_as_packed_sequences(monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss", "bert", "t5"])
 def test_compiled(name):
+    if name == "gpt_oss" and not hf_cases.NEW:
+        pytest.skip(OLD)
     torch._dynamo.reset()
     case = CASES[name]
     model, inputs = case.build(), case.inputs()
@@ -270,6 +274,7 @@ def test_compiled(name):
     assert not report.fallbacks
 
 
+@pytest.mark.skipif(not hf_cases.NEW, reason=OLD)
 @torch.no_grad()
 def test_packed_compiled():
     torch._dynamo.reset()
@@ -333,6 +338,28 @@ def test_auto_on_a_cpu_is_torchs():
     assert next(iter(report.fallbacks)).startswith("recipe auto: ")
 
 
+@pytest.mark.skipif(not hf_cases.NEW, reason="this continuous batching is another")
+@torch.no_grad()
+def test_continuous_batching_is_sdpas_within_a_block():
+    """It refuses other names itself, and runs in a thread of its own."""
+    model, prompts = CASES["llama"].build(), CASES["llama"].inputs(12)["input_ids"].tolist()
+    options = {
+        "generation_config": transformers.GenerationConfig(
+            max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0
+        )
+    }
+    model.set_attn_implementation("sdpa")
+    want = model.generate_batch(prompts, **options)
+    with sdpa_enabled(model, "exact", strict=True) as report:
+        got = model.generate_batch(prompts, **options)
+    assert [a.generated_tokens for a in got.values()] == [a.generated_tokens for a in want.values()]
+    assert report.ran >= 4 * 2
+    register(NEAR)
+    model.set_attn_implementation("lowbit")
+    with pytest.raises(ValueError, match="not supported for continuous batching"):
+        model.generate_batch(prompts, **options)
+
+
 # ---- policies
 
 
@@ -348,11 +375,13 @@ def policy_of(model, default="exact", **routes):
 @torch.no_grad()
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])
-def test_a_policy_runs_each_layers_recipe(name, compiled):
+def test_a_policy_runs_each_layers_recipe(name, compiled, monkeypatch):
+    if compiled and name == "gpt_oss" and not hf_cases.NEW:
+        pytest.skip(OLD)
     torch._dynamo.reset()
     case = CASES[name]
     model, inputs = case.build(), case.inputs()
-    want, by_hand = [], []
+    by_hand = []
     for each in ("sage2_8b", "sage2_4b"):
         report = register(each, f"lowbit_{each}")
         by_hand.append(transformers.AttentionInterface._global_mapping[f"lowbit_{each}"])
@@ -361,13 +390,14 @@ def test_a_policy_runs_each_layers_recipe(name, compiled):
     def each_by_its_own(module, *args, **kwargs):
         return by_hand[module.layer_idx](module, *args, **kwargs)
 
-    transformers.AttentionInterface.register("lowbit_by_hand", each_by_its_own)
-    transformers.masking_utils.AttentionMaskInterface.register("lowbit_by_hand", transformers.masking_utils.sdpa_mask)
-    model.set_attn_implementation("lowbit_by_hand")
+    for names, function in (
+        (transformers.AttentionInterface, each_by_its_own),
+        (transformers.masking_utils.AttentionMaskInterface, transformers.masking_utils.sdpa_mask),
+    ):
+        monkeypatch.setitem(names._global_mapping, "by_hand", function)
+    model.set_attn_implementation("by_hand")
     called = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
     want = read(called(**inputs))
-    for names in (transformers.AttentionInterface, transformers.masking_utils.AttentionMaskInterface):
-        del names._global_mapping["lowbit_by_hand"]
     torch._dynamo.reset()
     report = register(policy_of(model, a="sage2_8b", b="sage2_4b"), model=model, strict=True)
     model.set_attn_implementation("lowbit")
