@@ -42,7 +42,7 @@ class HfCase:
         torch.manual_seed(0)
         config = getattr(transformers, self.config)(**self.options)
         model = getattr(transformers, self.model)(config).eval()
-        if not any(hasattr(file, "eager_attention_forward") for file in _files(model)):
+        if not any(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in _files(model)):
             pytest.skip(f"{self.model} of transformers {transformers.__version__} has an attention of its own")
         generation = getattr(model, "generation_config", None)
         if generation is not None:
