@@ -251,6 +251,42 @@ def test_packed_without_a_mask_runs_as_packed_sequences(monkeypatch):
     ] * 2
 
 
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="this transformers has no Gemma 4")
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [1, 4])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_model_that_drops_queries_after_its_mask_is_made(keep, cache):
+    """Gemma 4 does, where the logits of few are asked for: what are left are the last, and see what they saw."""
+    options = {
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 64, "global_head_dim": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "vocab_size_per_layer_input": 64,
+        "hidden_size_per_layer_input": 16,
+    }  # fmt: skip
+    case = hf_cases.decoder("Gemma4", "Gemma4TextConfig", **options)
+    model, inputs = case.build(), case.inputs()
+    want = read(model(**inputs))[:, -keep:]
+    register("exact", strict=True)
+    model.set_attn_implementation("lowbit")
+    if cache == "static":
+        inputs["past_key_values"] = transformers.StaticCache(config=model.config, max_cache_len=60)
+    close(read(model(**inputs, logits_to_keep=keep)), want)
+
+
+@torch.no_grad()
+def test_without_a_mask_the_last_queries_see_what_is_before_them():
+    register("exact", strict=True)
+    attend = transformers.AttentionInterface._global_mapping["lowbit"]
+    module = torch.nn.Module()
+    q, k, v = (torch.randn(1, 2, 12, 16, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    for options in ({}, {"sliding_window": 5}, {"position_bias": torch.randn(1, 2, 12, 12)}):
+        whole, _ = attend(module, q, k, v, None, **options)
+        some = {n: o[:, :, -4:] if isinstance(o, torch.Tensor) else o for n, o in options.items()}
+        last, _ = attend(module, q[:, :, -4:], k, v, None, **some)
+        close(last, whole[:, -4:])
+    with pytest.raises(InvalidArgumentError, match="whether it reaches to both sides"):
+        attend(module, q, k, v, None, is_causal=False, sliding_window=5)
+
+
 # ---- torch.compile, training, other ways in
 
 
@@ -500,6 +536,19 @@ def test_what_a_mask_of_others_would_say(word):
     out, weights = attend(torch.nn.Module(), q, q, q, None, **{word: None})
     assert out.shape == (1, 8, 2, 16)
     assert weights is None
+
+
+@pytest.mark.skipif(not hf_cases.NEW, reason=OLD)
+def test_a_model_that_adds_its_masks_itself_is_refused():
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    model = transformers.BigBirdPegasusModel(
+        transformers.BigBirdPegasusConfig(vocab_size=64, d_model=64, encoder_ffn_dim=64, decoder_ffn_dim=64, **sizes)
+    ).eval()
+    register("exact")
+    model.set_attn_implementation("lowbit")
+    ids = CASES["llama"].inputs()["input_ids"]
+    with pytest.raises(UnsupportedError, match="bigbird_pegasus models add masks to logits by themselves"):
+        model(input_ids=ids, decoder_input_ids=ids)
 
 
 def test_names_and_recipes():

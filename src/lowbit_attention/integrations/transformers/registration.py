@@ -23,6 +23,9 @@ OLDEST = "4.56"
 _SPECIAL = ("flash", "sdpa", "flex", "eager", "paged", "/", "|", "@", ":")
 """Parts of names that transformers reads something into."""
 
+ADDS_MASKS_ITSELF = frozenset({"bigbird_pegasus"})
+"""Kinds of models in which attention that is not registered takes masks made for attention that is."""
+
 _registered: dict[str, Attend] = {}
 
 
@@ -66,7 +69,7 @@ def register(
         PolicyMismatchError: the policy was made for another model.
         MissingExtraError: there is no transformers. UnsupportedError: it is too old.
     """
-    attention, masks, make_mask = _registries()
+    attention, masks, sdpa_mask = _registries()
     _check_name(name, attention)
     options: RunOptions = {"like": like, "training": training, "strict": strict, "on_emulation": on_emulation}
     runs: OneRecipe | OfPolicy
@@ -77,7 +80,7 @@ def register(
     else:
         runs = OneRecipe(recipe, options)
     attend = Attend(name, runs)
-    masks.register(name, make_mask)  # (first: without it padding and windows would be lost)
+    masks.register(name, MakeMask(name, sdpa_mask))  # (first: without it padding and windows would be lost)
     attention.register(name, attend)
     if (before := _registered.get(name)) is not None:
         before.runs.close()
@@ -142,6 +145,35 @@ class Attend:
         if isinstance(call, PackedCall):
             return out.reshape(query.shape[0], query.shape[2], *out.shape[1:]), None
         return out.transpose(1, 2).contiguous(), None
+
+
+class MakeMask:
+    """A mask function of transformers: that of ``sdpa``, for attention that is told nothing but the mask."""
+
+    def __init__(self, name: str, sdpa_mask: Any) -> None:
+        self.name = name
+        self.sdpa_mask = sdpa_mask
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """The mask, bool (True: may see) of ``[B, 1, Nq, Nk]``, or ``None`` where causality says all.
+
+        Raises:
+            UnsupportedError: a part of the model adds masks to its logits by itself.
+        """
+        kind = getattr(options.get("config"), "model_type", None)
+        if kind in ADDS_MASKS_ITSELF:
+            raise UnsupportedError(
+                f"attn_implementation={self.name!r}: {kind} models add masks to logits by themselves in some layers, "
+                "and no registered attention gives them in that form; use attn_implementation='eager'"
+            )
+        rows, keys = options.get("q_length"), options.get("kv_length")
+        if rows is None and options.get("cache_position") is not None:  # (before transformers 5)
+            rows = options["cache_position"].shape[0]
+        if rows is not None and rows != 1 and rows != keys:
+            # (of a static cache that was empty sdpa's leaves the mask out: but then attention cannot tell its free
+            # places from queries that the model leaves out after the mask is made, as Gemma 4 does)
+            options["allow_is_causal_skip"] = False
+        return self.sdpa_mask(*args, **options)
 
 
 def _check_name(name: object, attention: Any) -> None:

@@ -118,11 +118,10 @@ def words(
         itself = sees_itself(cu_q, cu_k, rows, key.shape[2], causal, sliding_window if mask is None else None)
         mask, causal = _and(mask, itself), False
     elif mask is None:
-        if causal and rows > 1 and key.shape[2] > rows:  # a static cache that was empty: the places behind are free
-            key, value = key[:, :, :rows], value[:, :, :rows]
-            position_bias = None if position_bias is None else position_bias[..., :rows]
         if sliding_window is not None and sliding_window < key.shape[2]:
             mask, causal = _window(sliding_window, causal, rows, key), False
+        elif causal and 1 < rows < key.shape[2]:  # the last of all queries
+            mask, causal = _last(rows, key), False
         causal = causal and rows > 1
     if position_bias is not None:
         mask, causal = _biased(position_bias, mask, causal, query, key), False
@@ -136,9 +135,13 @@ def _window(sliding_window: int, causal: bool, rows: int, key: Tensor) -> Tensor
             f"sliding_window={sliding_window} of {key.shape[2]} keys, without causality and without a mask, which "
             "would say whether it reaches to both sides"
         )
+    return _last(rows, key).triu(key.shape[2] - rows - sliding_window + 1)
+
+
+def _last(rows: int, key: Tensor) -> Tensor:
+    """Causality of the last so many queries: the very last sees every key."""
     keys = key.shape[2]
-    visible = torch.ones(rows, keys, dtype=torch.bool, device=key.device)
-    return visible.tril(keys - rows).triu(keys - rows - sliding_window + 1)
+    return torch.ones(rows, keys, dtype=torch.bool, device=key.device).tril(keys - rows)
 
 
 def _and(mask: Tensor | None, visible: Tensor) -> Tensor:
