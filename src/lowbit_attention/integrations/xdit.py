@@ -21,7 +21,8 @@ from .rerouting import Rerouter
 _HARMLESS = frozenset({"valid_kv_len", "max_seqlen_k", "cu_seqlens_k", "indices_k", "attn_mask"})
 """What attention is told and honours here, or that USP has done already."""
 
-_registered: dict[Any, Attends] = {}
+_registered: dict[Any, Any] = {}
+"""An `Attends` by key."""
 
 
 def register(
@@ -60,12 +61,15 @@ def unregister(key: Any = None) -> None:
     """Undo `register`, of one key or of all. What stood there before is back; where nothing was, nothing happens."""
     for each in list(_registered) if key is None else [key]:
         mine = _registered.pop(each, None)
-        if mine is None or (table := _table()).get(each) is not mine:
+        if mine is None:
             continue
-        if mine.before is None:
+        table, before = _table(), mine.before
+        if table.get(each) is not mine:  # (somebody has put another in its place)
+            continue
+        if before is None:
             del table[each]
         else:
-            table[each] = mine.before
+            table[each] = before
 
 
 class Attends:
@@ -84,8 +88,8 @@ class Attends:
         dropout_p: float | None = 0.0,
         is_causal: bool | None = False,
         attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """``[B, H, N, D]`` → the output, and lse float32 ``[B, Hq, N]``.
+    ) -> tuple[Tensor, Tensor | None]:
+        """``[B, H, N, D]`` → the output, and lse float32 ``[B, Hq, N]`` (none of picked keys that torch ran).
 
         Raises:
             UnsupportedError: gradients, dropout, or an option that nobody here knows.
@@ -105,7 +109,9 @@ class Attends:
             raise UnsupportedError("indices_k with a mask, causality or dropout")
         return self._of_picked(query, key, value, picked, given["cu_seqlens_k"])
 
-    def _of_picked(self, query: Tensor, key: Tensor, value: Tensor, picked: Tensor, cu_k: Tensor) -> Any:
+    def _of_picked(
+        self, query: Tensor, key: Tensor, value: Tensor, picked: Tensor, cu_k: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """All queries, and of the keys of all batch entries those that ``picked`` counts."""
         batch, _, rows, _ = query.shape
         q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
@@ -115,7 +121,8 @@ class Attends:
             raise UnsupportedError("a gradient is asked of quantised attention, which has none: use torch.no_grad()")
         answer = answer_packed(self.rerouter, call, return_lse=True)
         if answer is None:
-            return exactly_packed(call).unflatten(0, (batch, rows)).transpose(1, 2), None  # type: ignore[no-untyped-call]
+            exact = exactly_packed(call)
+            return exact.reshape(batch, rows, *exact.shape[1:]).transpose(1, 2), None
         out, lse = answer
         assert lse is not None  # (asked for; dispatch chose what gives it)
         out = out.reshape(batch, rows, *out.shape[1:]).transpose(1, 2)
