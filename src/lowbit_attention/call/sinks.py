@@ -51,7 +51,12 @@ def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor, heads: int) -> tuple[Ten
         A row that sees no key is 0, and its lse the sink. A sink of −inf changes nothing.
     """
     logit = sinks.float()[:, None]
-    share = torch.sigmoid(lse - logit).masked_fill(lse == -torch.inf, 0.0)
+    share = share_of_keys(lse, logit)
     if heads != lse.dim() - 2:
         share = share.transpose(-1, -2)
     return out.mul_(share.unsqueeze(-1)), torch.logaddexp(lse, logit)
+
+
+def share_of_keys(lse: Tensor, logit: Tensor) -> Tensor:
+    """What of each row's softmax the keys have where a sink of this float32 logit has the rest; as lse."""
+    return torch.sigmoid(lse - logit).masked_fill(lse == -torch.inf, 0.0)

@@ -1,6 +1,6 @@
-"""Attention sinks: a logit a head that takes part in the softmax and has no value (gpt-oss).
+"""Attention sinks (`call.sinks`) of a call that an integration has caught: a logit a head, or one a query and head.
 
-Exact from output and lse: with one more term e^s in the denominator the output shrinks by ``sigmoid(lse − s)``.
+What no recipe runs, torch's function does, with gradients for the sinks, too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..backends.base import torch_sdpa
 from ..call.request import has_tangent, wants_grad
+from ..call.sinks import share_of_keys
 from ..call.torch_call import OPERANDS, TorchCall, as_query_lies, of_operands
 from ..ops import operator
 from .rerouting import GRADIENTS, OPTIONS, Rerouter, holds_no_data, named
@@ -28,8 +29,7 @@ def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     Returns:
         As out. A row that sees no key is 0, as it is without sinks.
     """
-    share = torch.where(lse == -torch.inf, 0.0, torch.sigmoid(lse - sinks.float()))
-    return (out * share[..., None]).to(out.dtype)
+    return (out * share_of_keys(lse, sinks.float())[..., None]).to(out.dtype)
 
 
 def run_with_sinks(rerouter: Rerouter, call: TorchCall, sinks: Tensor, original: Callable[..., Tensor]) -> Tensor:
