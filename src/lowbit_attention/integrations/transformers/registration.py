@@ -53,6 +53,7 @@ def register(
     Returns:
         A `CallReport` that counts every attention call of the models which use the name.
 
+    >>> import torch
     >>> from transformers import BertConfig, BertModel
     >>> report = register("sage2_8b")
     >>> config = BertConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, intermediate_size=32)
