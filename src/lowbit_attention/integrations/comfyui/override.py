@@ -27,7 +27,7 @@ from ..call_report import TORCH, CallKind, CallReport
 from ..rerouting import Rerouter
 from ..scope import Names, frames, running
 from .calls import Asked, read
-from .runs import SCORED, Window, log, sigma_of
+from .runs import SCORED, SigmaWindow, log, sigma_of
 
 EXACT = "the policy keeps it exact"
 NOT_OF_THE_MODEL = "it is made outside of the diffusion model"
@@ -44,7 +44,7 @@ class Override(ABC):
         previous: the override that was there before, if any.
     """
 
-    def __init__(self, previous: Previous | None, window: Window) -> None:
+    def __init__(self, previous: Previous | None, window: SigmaWindow) -> None:
         self.previous, self.window = previous, window
         self.report = CallReport()
 
@@ -126,7 +126,7 @@ class ByRecipe(Override):
     """
 
     def __init__(
-        self, recipe: str | Recipe, previous: Previous | None, window: Window, on_emulation: OnEmulation
+        self, recipe: str | Recipe, previous: Previous | None, window: SigmaWindow, on_emulation: OnEmulation
     ) -> None:
         super().__init__(previous, window)
         self._rerouter = Rerouter(recipe, on_emulation=on_emulation, report=self.report)
@@ -141,7 +141,7 @@ class ByPolicy(Override):
     """Each call by its recipe in a policy. A step is one forward of the model, and its timestep the sigma."""
 
     def __init__(
-        self, policy: Routes, model: nn.Module, previous: Previous | None, window: Window, on_emulation: OnEmulation
+        self, policy: Routes, model: nn.Module, previous: Previous | None, window: SigmaWindow, on_emulation: OnEmulation
     ) -> None:
         super().__init__(previous, window)
         rerouters = {
@@ -175,7 +175,7 @@ class Scoring(Override):
     """Every call goes on to whoever ran it before, and is scored on the way."""
 
     def __init__(self, observer: Observer, model: nn.Module, previous: Previous | None) -> None:
-        super().__init__(previous, Window())
+        super().__init__(previous, SigmaWindow())
         self.observer = observer
         self._names = Names({"": model})
         self._said_emulated = False

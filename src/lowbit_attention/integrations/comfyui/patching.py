@@ -22,7 +22,7 @@ from ...errors import InvalidArgumentError, LowbitError, UnsupportedError
 from ...recipes.definition import Recipe
 from ...recipes.named import recipe as find_recipe
 from .override import ByPolicy, ByRecipe, Override, Scoring
-from .runs import LARGEST_SIGMA, Runs, Window, log
+from .runs import LARGEST_SIGMA, Runs, SigmaWindow, log
 
 KEY = "lowbit_attention"
 """By which name the wrappers of a node are known."""
@@ -58,7 +58,7 @@ def apply(
     """
     check_flag("verbose", verbose)
     check_flag("emulate", emulate)
-    window = Window(sigma_start, sigma_end)
+    window = SigmaWindow(sigma_start, sigma_end)
     on_emulation: Any = "allow" if emulate else "error"
     clone, previous = _clone(model)
     override: Override

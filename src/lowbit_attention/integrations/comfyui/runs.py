@@ -23,7 +23,7 @@ _SHOWN = 3
 """So many reasons stand in the line."""
 
 
-class Window:
+class SigmaWindow:
     """The sigmas at which a recipe runs: from ``start`` down to ``end``, both included.
 
     Raises:
