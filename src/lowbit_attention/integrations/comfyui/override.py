@@ -141,7 +141,12 @@ class ByPolicy(Override):
     """Each call by its recipe in a policy. A step is one forward of the model, and its timestep the sigma."""
 
     def __init__(
-        self, policy: Routes, model: nn.Module, previous: Previous | None, window: SigmaWindow, on_emulation: OnEmulation
+        self,
+        policy: Routes,
+        model: nn.Module,
+        previous: Previous | None,
+        window: SigmaWindow,
+        on_emulation: OnEmulation,
     ) -> None:
         super().__init__(previous, window)
         rerouters = {
