@@ -1,5 +1,6 @@
 # make demo   the main job: MiniLM with quantised attention, compared layer by layer
 # make test   the tests
+# make test-doors  those of the doors to diffusers and transformers, with many of their models: some five minutes more
 # make kernels  compile every kernel (no GPU needed) and check its machine code
 # make kernels-same REF=commit  which kernels have other machine code than at that commit
 # make lint / make types / make check   style, types, everything CI runs
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test kernels kernels-all kernels-same lint types check tables dist matrix matrix-ci setup clean
+.PHONY: demo test test-doors kernels kernels-all kernels-same lint types check tables dist matrix matrix-ci setup clean
 
 setup: $(STAMP)
 
@@ -29,8 +30,13 @@ $(STAMP): pyproject.toml constraints.txt studies/pyproject.toml
 demo: $(STAMP)
 	$(BIN)/lowbit demo
 
+DOORS := $(addprefix tests/cpu/integrations/,with_diffusers test_transformers.py test_transformers_smollm2.py)
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto $(DOORS:%=--ignore=%)
+
+test-doors: $(STAMP)
+	$(BIN)/python -m pytest -n auto $(DOORS)
 
 kernels: $(STAMP)
 	$(BIN)/python tools/check_kernels.py
@@ -49,7 +55,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
-check: lint types kernels test dist
+check: lint types kernels test test-doors dist
 
 tables: $(STAMP)
 	$(BIN)/python tools/make_tables.py

@@ -27,6 +27,7 @@ from lowbit_attention.backends.cuda.instances import (
     mma_config,
     mma_recipes,
     pack_instance,
+    sequences_instance,
     smooth_q_instance,
 )
 from lowbit_attention.backends.cuda.packing import PackPlan
@@ -269,9 +270,11 @@ def expected_instances():
     for arch in MMA_ARCHS:
         names = [n for n in MMA_RECIPES if not (arch in ("sm_80", "sm_86") and RECIPES[n].pv_format == "e4m3")]
         dtypes = DTYPE_CODES if arch == "sm_90" else (torch.float16, torch.bfloat16)
-        found.add(mask_instance(MMA_GEOMETRY.b_k, arch))
-        int4s, masks = (None, True) if arch == "sm_90" else (None,), ("none", "keys", "bits", "bias")
+        found |= {mask_instance(MMA_GEOMETRY.b_k, arch), sequences_instance(arch)}
+        int4s, masks = (None, True) if arch == "sm_90" else (None,), ("none", "keys", "bits", "bias", "sequences")
         for name, dim, int4, mask in itertools.product(names, HEAD_DIMS, int4s, masks):
+            if mask == "sequences" and RECIPES[name].smooth_q:
+                continue  # (they go one by one)
             config = mma_config(RECIPES[name], dim, arch, int4, mask)
             found.add(config.instance())
             found |= {pack_instance(dim, dtype, arch, config.form) for dtype in dtypes}
