@@ -19,8 +19,8 @@ from packaging.metadata import Metadata
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lowbit_attention"
 LARGEST = 576 * 1024
-"""Bytes of the wheel. It is 562,000: source text alone, a seventh of it csrc, and a tenth the archive's own records. The
-doors to diffusers, transformers and ComfyUI, the alias's quantisers and the cost model are 75,000 of them."""
+"""Bytes of the wheel. It is 562,000: source text alone, a seventh of it csrc, and a tenth the archive's own records.
+The doors to diffusers, transformers and ComfyUI, the alias's quantisers and the cost model are 75,000 of them."""
 NEEDED = (
     "py.typed", "backends/cuda/csrc/ptx/mma.cuh",
     "backends/cuda/csrc/hopper/attention.cu", "data/family_errors.json",

@@ -265,7 +265,7 @@ def test_log2_is_never_above(p_max):
 
 
 def expected_instances():
-    """By arch: every named recipe's attention kernel, its packing kernels and those of smooth Q, with every mask."""
+    """By arch: every named recipe's attention, packing and smooth-Q kernels, with every mask and for sequences."""
     found = set()
     for arch in MMA_ARCHS:
         names = [n for n in MMA_RECIPES if not (arch in ("sm_80", "sm_86") and RECIPES[n].pv_format == "e4m3")]
