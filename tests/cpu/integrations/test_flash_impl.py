@@ -1,5 +1,7 @@
 """A recipe registered as torch's flash attention implementation."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -101,17 +103,21 @@ def packed(heads=4, kv_heads=2):
     return [torch.randn(n, h, 16, generator=g) for n, h in ((48, heads), (60, kv_heads), (60, kv_heads))]
 
 
-def varlen():
+def varlen(*options):
+    """Torch's module, if its function takes these options."""
     module = pytest.importorskip("torch.nn.attention.varlen", reason="this torch has no varlen_attn")
     if "seqused_k" not in str(torch.ops.aten._flash_attention_forward.default._schema):
         pytest.skip("this torch's varlen_attn is another")
+    known = inspect.signature(module.varlen_attn).parameters
+    if missing := [option for option in options if option not in known]:
+        pytest.skip(f"this torch's varlen_attn has no {', '.join(missing)}")
     return module
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("causal", [True, False])
 def test_varlen_attn(active, causal):
-    module, (q, k, v) = varlen(), packed()
+    module, (q, k, v) = varlen("enable_gqa"), packed()
     options = {"window_size": (-1, 0) if causal else (-1, -1), "enable_gqa": True, "scale": 0.3}
     out, lse = module.varlen_attn(q, k, v, CU_Q, CU_K, 23, 30, return_aux=module.AuxRequest(lse=True), **options)
     want = attention_varlen(
@@ -148,8 +154,9 @@ DECLINED = {
 @pytest.mark.parametrize("what", DECLINED)
 def test_what_it_leaves_to_torchs_kernel(active, what):
     options, reason = DECLINED[what]
+    module = varlen(*options)
     with pytest.raises(UnsupportedError, match=r"report says why.* torch has no _flash_attention_forward for cpu"):
-        varlen().varlen_attn(*packed(kv_heads=4), CU_Q, CU_K, 23, 30, **options)
+        module.varlen_attn(*packed(kv_heads=4), CU_Q, CU_K, 23, 30, **options)
     assert active.ran == 0
     assert next(iter(active.fallbacks)).startswith(reason)
 
