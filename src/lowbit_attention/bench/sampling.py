@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .base import Call, Provider, Unsupported
+from .base import Call, Provider, first_line
 from .masks import make_mask
 from .results import collect_facts
 from .run import DTYPES, Note, Settings, free_memory, make_inputs, on_device
@@ -106,11 +106,11 @@ def sample(
                     call = provider.prepare(shape, q, k, v, mask)["whole"]
                     call()
                     timer.settle()
-                except Unsupported as error:
-                    notes[provider.name] = str(error)
                 except torch.cuda.OutOfMemoryError:
                     notes[provider.name] = "out of memory"
                     free_memory(device)
+                except Exception as error:  # (as in a run: the others are timed all the same)
+                    notes[provider.name] = first_line(error)
                 else:
                     calls[provider.name] = call
             limits = Limits(seconds=0.0, max_rounds=rounds, min_rounds=rounds, fewest_rounds=rounds)

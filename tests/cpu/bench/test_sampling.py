@@ -78,9 +78,15 @@ def test_what_does_not_fit_is_a_note():
     def full():
         raise torch.cuda.OutOfMemoryError
 
-    (one,) = sample([parse_shape("1x2x8x16")], [Fake("big", {"whole": full})], Settings(CPU))
-    assert one.rows == []
-    assert [(n.provider, n.reason) for n in one.notes] == [("big", "out of memory")]
+    def broken():
+        raise RuntimeError("no kernel image\nand more")
+
+    fakes = [Fake("big", {"whole": full}), Fake("broken", {"whole": broken}), Fake("works", {"whole": lambda: None})]
+    (one,) = sample([parse_shape("1x2x8x16")], fakes, Settings(CPU))
+    assert [row.provider for row in one.rows] == ["works"]
+    assert [(n.provider, n.reason) for n in one.notes] == [
+        ("big", "out of memory"), ("broken", "RuntimeError: no kernel image"),
+    ]  # fmt: skip
 
 
 def lowbit(*arguments):
